@@ -1,0 +1,745 @@
+"""What every method shares: the common config fields, the layer and the model. The one file that knows PEFT's insides.
+
+A method subclasses the three classes here and writes only its own part:
+
+- `ExtConfig`: its fields;
+- `ExtLayer`: `update_layer` (make the trainable leaves), `adapted_forward` (its equation), `merged_tensors` (what the
+  base's parameters become when the adapter is merged);
+- `ExtModel`: its default targets and which layer class suits a module.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar
+
+import torch
+from packaging.version import InvalidVersion, Version
+from peft import PeftConfig, PeftModel, PeftType, TaskType
+from peft import PeftMixedModel as _PeftMixedModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mixed_model import _prepare_model_for_gradient_checkpointing
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+    check_target_module_exists,
+    onload_layer,
+)
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.constants import DUMMY_MODEL_CONFIG, SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .register import is_registered
+from .schedule import exempt_from_weight_decay
+
+
+BASE_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter for this sample"
+TASKS_WITH_TRAINED_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+def _installed_version() -> str:
+    try:
+        return version("peft-ext")
+    except PackageNotFoundError:  # imported from a source tree that was never installed
+        return "0"
+
+
+@dataclass
+class ExtConfig(PeftConfig):
+    """The fields that every method of this package has.
+
+    Args:
+        target_modules: Names of the modules to adapt: a list of names (a module is taken if its full name equals one
+            of them or ends with `"." +` one of them), a regular expression that must match the full name, or
+            `"all-linear"`. `None` takes the method's default for the architecture.
+        exclude_modules: Names, or a regular expression, of modules that are left alone although they match.
+        modules_to_save: Names of modules that are trained in full and saved with the adapter, for example a fresh
+            classification head.
+        layers_to_transform: Index, or indices, of the layers to adapt; 0 counts as an index. Needs `target_modules`
+            to be a list or `None`.
+        layers_pattern: Name, or names, of the module list that holds the layers, if it is not found by itself.
+        init_weights: How the adapter starts; `True` is the method's published initialisation.
+        trainable_token_indices: Token ids whose embeddings are trained besides the adapter (a list for the input
+            embedding, or a dict from embedding name to ids), as in PEFT's LoRA. TRL sets it when it adds a chat
+            template's special tokens.
+        peft_ext_version: Version of this package that wrote the config; filled in by itself.
+
+    Raises:
+        ValueError: A field has a value that no method accepts; the message names the field.
+    """
+
+    METHOD: ClassVar[str] = ""
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt: names, a regular expression or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone: names or a regular expression."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that holds the layers."}
+    )
+    init_weights: bool | str = field(
+        default=True, metadata={"help": "How the adapter starts; True is the method's published initialisation."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token ids whose embeddings are trained besides the adapter."}
+    )
+    peft_ext_version: str | None = field(
+        default=None, metadata={"help": "Version of peft_ext that wrote this config; leave empty."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_registered(type(self), self.METHOD):
+            raise ValueError(
+                f"{type(self).__name__} is not registered with PEFT as {self.METHOD!r}: the installed peft has a "
+                "method of that name itself. Use PEFT's method, or install an older peft."
+            )
+        self.peft_type = PeftType(self.METHOD)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+            elif not (value is None or isinstance(value, (str, set))):
+                raise ValueError(f"`{name}` must be a list of names or a string, got {value!r}.")
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}; "
+                f"write [{self.modules_to_save!r}]."
+            )
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` has no effect when `target_modules` is a regular expression: put the layer "
+                        "indices into the expression, or give `target_modules` as a list."
+                    )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` is set but `layers_to_transform` is not; set both or neither.")
+        self._check_version()
+
+    def _check_version(self) -> None:
+        installed = _installed_version()
+        if self.peft_ext_version is None:
+            self.peft_ext_version = installed
+            return
+        try:
+            is_newer = Version(self.peft_ext_version).release[:2] > Version(installed).release[:2]
+        except InvalidVersion:
+            raise ValueError(f"`peft_ext_version` is not a version: {self.peft_ext_version!r}.") from None
+        if is_newer and installed != "0":
+            warnings.warn(
+                f"This adapter was written by peft_ext {self.peft_ext_version}, {installed} is installed; if it does "
+                "not behave as expected, run `pip install -U peft-ext`.",
+                UserWarning,
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types; names come sorted, so that equal configs are written alike."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, and how to load the adapter into the card that PEFT wrote beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        from .cards import add_usage  # cards knows the methods, the methods do not know the cards
+
+        add_usage(save_directory)
+
+
+class AdapterVector(nn.Module):
+    """One trainable vector `(C,)`, kept as `weight`, in a leaf module of its own; calling it gives `weight + offset`.
+
+    FSDP shards leaf modules that own a `weight`, and gathers it only while the leaf's `forward` runs, so the vector is
+    read by calling the leaf, which returns a new tensor. Storing a scale as its offset from one keeps updates that are
+    small against one, also where a trainer casts trainables to bfloat16. No optimizer decays the vector.
+    """
+
+    def __init__(self, channels: int, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels))
+        self.offset = offset
+        exempt_from_weight_decay(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        exempt_from_weight_decay(self)  # copies and unpickled leaves too
+
+    def forward(self) -> torch.Tensor:
+        weight = self.weight
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            weight = weight.float()
+        return weight + self.offset
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, offset={self.offset}"
+
+
+class ExtLayer(nn.Module, BaseTunerLayer):
+    """A module with adapters on it: dispatch between base, adapted and merged, and the merge itself.
+
+    Subclasses set `adapter_layer_names` (the `ModuleDict`s, keyed by adapter name, that hold the trainable leaves; an
+    adapter counts as present if the first of them has it) and implement `update_layer`, `adapted_forward` and
+    `merged_tensors`.
+    """
+
+    supports_mixed_batches: ClassVar[bool] = False
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        self._unmerged: dict[str, torch.Tensor | None] = {}
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+
+    # To be written by the method
+
+    def update_layer(self, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        """Creates the trainable leaves of one adapter."""
+        raise NotImplementedError
+
+    def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output of the base layer as changed by `adapters`, in this order; at least one is given."""
+        raise NotImplementedError
+
+    def mixed_batch_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output where sample `i` of the batch is adapted by `adapter_names[i]` alone."""
+        raise NotImplementedError
+
+    def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """What the base layer's parameters (by name) become when this adapter is merged into what they are now.
+
+        Raises:
+            ValueError: The base layer cannot carry the adapter; the message gives the reason.
+        """
+        raise NotImplementedError
+
+    # Forward
+
+    def present(self, adapters: Iterable[str]) -> list[str]:
+        """Those of `adapters` that this layer has."""
+        owned = getattr(self, self.adapter_layer_names[0])
+        return [name for name in adapters if name in owned]
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
+        if adapter_names is not None:
+            if self.merged:
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+            return self.mixed_batch_forward(adapter_names, *args, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if self.merged:
+            self._refuse_training_while_merged()
+            return self.base_layer(*args, **kwargs)
+        adapters = self.present(self.active_adapters)
+        return self.adapted_forward(adapters, *args, **kwargs) if adapters else self.base_layer(*args, **kwargs)
+
+    def _refuse_training_while_merged(self) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        trainable = [
+            name
+            for container in self.adapter_layer_names
+            for name, leaf in getattr(self, container).items()
+            if name in self.merged_adapters and any(p.requires_grad for p in leaf.parameters())
+        ]
+        if trainable:
+            raise ValueError(
+                f"Adapter(s) {sorted(set(trainable))} are merged into the base model, so training would not move "
+                "them. Call `unmerge_adapter()` before training, or `eval()` to run the merged model."
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExtLayer:
+        super()._apply(fn, recurse)
+        # what a merge put aside follows the layer to its device and dtype
+        self._unmerged = {key: None if value is None else fn(value) for key, value in self._unmerged.items()}
+        return self
+
+    def finish_update(self, adapter_name: str, config: ExtConfig) -> None:
+        """To be called at the end of `update_layer`: device, dtype and `requires_grad` of the new leaves."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # Merge
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the adapters into the base layer's parameters; `unmerge` puts the very same tensors back.
+
+        Args:
+            safe_merge: Refuse to write values that are not finite.
+            adapter_names: The adapters to merge, in this order; the active ones if `None`.
+
+        Raises:
+            ValueError: Not finite, or the base layer cannot carry an adapter.
+        """
+        names = self.present(check_adapters_to_merge(self, adapter_names))
+        if names and isinstance(self.base_layer, BaseTunerLayer):
+            # this adapter acts on what the inner one puts out, so the inner one must be in the weights first
+            owned = self.base_layer._get_available_adapters() - set(self.base_layer.merged_adapters)
+            inner = [name for name in adapter_names or self.base_layer.active_adapters if name in owned]
+            if inner:
+                self.base_layer.merge(safe_merge=safe_merge, adapter_names=inner)
+        for name in names:
+            for key, value in self._checked_merge(name, safe_merge).items():
+                self._set_base_tensor(key, value)
+            self.merged_adapters.append(name)
+
+    def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Raises what `merge` would raise, without changing anything."""
+        names = self.present(self.active_adapters if adapter_names is None else adapter_names)
+        for name in names:
+            if name not in self.merged_adapters:
+                self._checked_merge(name, safe_merge)
+
+    def _checked_merge(self, name: str, safe_merge: bool) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            merged = self.merged_tensors(name)
+        base = self.get_base_layer()
+        for key, value in merged.items():
+            current = getattr(base, key, None)
+            if safe_merge:
+                stored = value if current is None or not current.is_floating_point() else value.to(current.dtype)
+                if not torch.isfinite(stored).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        return merged
+
+    def _set_base_tensor(self, key: str, value: torch.Tensor) -> None:
+        base = self.get_base_layer()
+        if key == "weight" and self.quantization_backend is not None:
+            self._unmerged.setdefault(key, self.get_base_weight().detach().clone())
+            self.set_base_weight(value)
+            return
+        parameter = getattr(base, key)
+        if parameter is None:
+            self._unmerged.setdefault(key, None)
+            like = next(base.parameters(), value)
+            dtype = like.dtype if like.is_floating_point() else value.dtype
+            setattr(base, key, nn.Parameter(value.to(like.device, dtype), requires_grad=False))
+            return
+        self._unmerged.setdefault(key, parameter.data)
+        parameter.data = value.to(parameter.dtype)
+
+    def unmerge(self) -> None:
+        """Puts the base layer's own tensors back (for quantised weights: requantised from their dequantised values)."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        base = self.get_base_layer()
+        for key, value in self._unmerged.items():
+            if key == "weight" and self.quantization_backend is not None:
+                self.set_base_weight(value)
+            elif value is None:
+                setattr(base, key, None)
+            else:
+                getattr(base, key).data = value
+        self._unmerged = {}
+        self.merged_adapters.clear()
+
+
+class ExtModel(BaseTuner):
+    """The tuner: finds the targets, checks them all before it touches the first, and puts the layers in.
+
+    Subclasses set `prefix`, `tuner_layer_cls` and `target_module_mapping` (default targets per `model_type`), and may
+    override `layer_class`, `layer_kwargs`, `finish_merge` and `check_model`.
+    """
+
+    tuner_layer_cls: type[ExtLayer]
+    target_module_mapping: ClassVar[dict[str, list[str]]]
+    default_exclusions: ClassVar[dict[str, str]] = {}  # regular expressions that go with the default targets
+    supports_target_parameters: ClassVar[bool] = False
+
+    # To be overridden by the method
+
+    @classmethod
+    def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
+        """The layer class for a module, or `TypeError` if the method cannot adapt modules of its type."""
+        return cls.tuner_layer_cls
+
+    @classmethod
+    def layer_kwargs(cls, tuner: BaseTuner, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
+        """What `update_layer` must know beyond the config, because only the whole model, `tuner.model`, tells it."""
+        return {}
+
+    @classmethod
+    def finish_merge(cls, model: nn.Module) -> None:
+        """Called once all layers of `model` are merged and unloaded."""
+
+    # Injection
+
+    @classmethod
+    def inject_layer(
+        cls, tuner: BaseTuner, config: ExtConfig, adapter_name: str, target: nn.Module, name: str
+    ) -> ExtLayer | None:
+        """Adds the adapter to `target` if that is one of this method's layers, else returns a layer around it."""
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kwargs = cls.layer_kwargs(tuner, name, base_layer, config)
+        if isinstance(target, cls.tuner_layer_cls):
+            target.update_layer(adapter_name, config, **kwargs)
+            return None
+        layer = cls.layer_class(base_layer)(target, **get_quantization_kwargs(tuner.model))
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, config, **kwargs)
+        if adapter_name not in tuner.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
+        return layer
+
+    def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        _create_and_replace(self, peft_config, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return self.default_targets(peft_config, model_config)
+
+    @classmethod
+    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any]) -> ExtConfig:
+        """Fills in `target_modules` for the architecture if the user left it open."""
+        if config.target_modules is None:
+            model_type = model_config.get("model_type", DUMMY_MODEL_CONFIG["model_type"])
+            targets = cls.target_module_mapping.get(model_type)
+            if targets is None:
+                raise ValueError(
+                    f"Please specify `target_modules` in `peft_config`: {config.METHOD} has no default targets for "
+                    f"models of type {model_type!r}. It has some for {', '.join(sorted(cls.target_module_mapping))}."
+                )
+            config.target_modules = set(targets)
+            if config.exclude_modules is None:
+                config.exclude_modules = cls.default_exclusions.get(model_type)
+        return config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        self.check_targets(peft_config, model)
+
+    @classmethod
+    def check_targets(cls, config: ExtConfig, model: nn.Module) -> None:
+        """Raises for targets that cannot be adapted while the model is still as it was.
+
+        Raises:
+            TypeError: A target is of a type that the method does not support; the message names it.
+        """
+        takes_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+        _maybe_include_all_linear_layers(config, model)
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside or ("\0",)):
+                continue
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                inside += (name + ".",)
+            if check_target_module_exists(config, name):
+                base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                try:
+                    cls.layer_class(base_layer)
+                except TypeError as error:
+                    raise TypeError(
+                        f"Target module {name!r}: {error} Leave it out of `target_modules`, or list it in "
+                        "`exclude_modules`."
+                    ) from None
+        if takes_all_linear and not cls.supports_target_parameters:
+            _warn_of_experts(config, model)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if not config.inference_mode and config.task_type not in TASKS_WITH_TRAINED_HEAD:
+            _warn_of_fresh_head(model)
+
+    # Samples of one batch on several adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        with mixed_batch(self.model, self.tuner_layer_cls, list(adapter_names), kwargs.get("num_beams")):
+            yield
+
+    # Merge
+
+    def _check_merge_allowed(self) -> None:
+        refuse_tied_weights(self.model)
+
+    def _check_all_merges(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Raises what the merge of any layer would raise, while the model is still as it was."""
+        self._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, ExtLayer):
+                with onload_layer(module):
+                    module.check_merge(safe_merge, adapter_names)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges the adapters into the base model's weights; `unmerge_adapter` takes them out again, bit for bit.
+
+        Either all layers are merged or, with an error, none.
+        """
+        self._check_all_merges(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_all_merges(safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            self.finish_merge(model)
+        return model
+
+
+class _MixedModel(MixedModel):
+    """PEFT's mixed tuner, opened to the methods of this package."""
+
+    tuner_layer_cls = BaseTunerLayer
+    prefix = ""
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        if not isinstance(config, ExtConfig):
+            super()._check_new_adapter_config(config)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if isinstance(peft_config, ExtConfig):
+            return _tuner_of(peft_config).default_targets(peft_config, model_config)
+        return MixedModel._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if isinstance(peft_config, ExtConfig):
+            _tuner_of(peft_config).check_targets(peft_config, model)
+
+    def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(config, ExtConfig):
+            _create_and_replace(self, config, *args, **kwargs)
+        else:
+            super()._create_and_replace(config, *args, **kwargs)
+
+    # PEFT's class goes by lists of prefixes and layer types that do not know ours; the structural versions do.
+    _mark_only_adapters_as_trainable = BaseTuner._mark_only_adapters_as_trainable
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        BaseTuner.set_adapter(self, adapter_name, inference_mode=inference_mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges all layers, the innermost first: an outer method acts on what an inner one has already changed."""
+        refuse_tied_weights(self.model)
+        for module in reversed(list(self.model.modules())):
+            if isinstance(module, BaseTunerLayer):
+                module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        methods = {_tuner_of(config) for config in self.peft_config.values() if isinstance(config, ExtConfig)}
+        model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        if merge:
+            for method in methods:
+                method.finish_merge(model)
+        return model
+
+
+class PeftMixedModel(_PeftMixedModel):
+    """PEFT's `PeftMixedModel` that also takes the methods of this package: ours with LoRA, or ours with ours.
+
+    PEFT's own class goes by closed lists of its tuners. This one is used in the same way, except that it is named
+    here instead of in `get_peft_model(..., mixed=True)`:
+
+    ```py
+    model = peft_ext.PeftMixedModel(model, SSFConfig(), adapter_name="ssf")
+    model.add_adapter("lora", LoraConfig())
+    model.set_adapter(["ssf", "lora"])
+    ```
+
+    On a module that both adapt, the method that was added later acts on the output of the earlier one.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> None:
+        nn.Module.__init__(self)
+        _prepare_model_for_gradient_checkpointing(model)
+        self.modules_to_save = None
+        self.base_model = _MixedModel(model, {adapter_name: peft_config}, adapter_name)
+        self.set_modules_to_save(peft_config, adapter_name)
+        self.config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds a fresh adapter of any method; activate it with `set_adapter`.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+        if not isinstance(peft_config, ExtConfig):
+            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+            return
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        try:
+            self.peft_config[adapter_name] = peft_config
+            self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.set_modules_to_save(peft_config, adapter_name)
+
+
+def _tuner_of(config: ExtConfig) -> type[ExtModel]:
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+
+
+def _create_and_replace(
+    tuner: BaseTuner,
+    config: ExtConfig,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    current_key: str,
+) -> None:
+    layer = _tuner_of(config).inject_layer(tuner, config, adapter_name, target, current_key)
+    if layer is not None:
+        tuner._replace_module(parent, target_name, layer, target)
+
+
+def linear_out_features(base_layer: nn.Module) -> int | None:
+    """Output features of a dense or quantised linear layer, `None` if it is neither."""
+    if isinstance(base_layer, nn.Linear):
+        return base_layer.out_features
+    backend = resolve_quantization_backend(base_layer)
+    if backend is None or backend.layer_type != "linear":
+        return None
+    return _get_in_out_features(base_layer)[1]
+
+
+def refuse_tied_weights(model: nn.Module) -> None:
+    """Raises `ValueError` if merging an adapted module would change another module too, since they share a weight."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, module))
+    for name, layer in model.named_modules():
+        if not (isinstance(layer, ExtLayer) and layer.present(layer.active_adapters)):
+            continue
+        base = layer.get_base_layer()
+        for parameter in base._parameters.values():
+            others = [other for other, module in owners.get(id(parameter), ()) if module is not base]
+            if others:
+                raise ValueError(
+                    f"Cannot merge the adapter of {name!r}: its weight is tied to {others[0]!r}, which would change "
+                    "too. Keep the adapter unmerged, list the module in `exclude_modules` before training, or untie "
+                    "the weights before adapting the model (for tied embeddings: load with "
+                    "`tie_word_embeddings=False` and copy the input embedding into the output layer)."
+                )
+
+
+@contextmanager
+def mixed_batch(
+    model: nn.Module, layer_cls: type[ExtLayer], adapter_names: list[str], num_beams: int | None
+) -> Iterator[None]:
+    """Inside, sample `i` of a batch passes through the adapter `adapter_names[i]` (`"__base__"`: through none).
+
+    Raises:
+        ValueError: The method cannot do it, an adapter does not exist, or the model is in training mode.
+    """
+    if not layer_cls.supports_mixed_batches:
+        raise ValueError(
+            f"{layer_cls.__name__} does not support `adapter_names`; run the samples of each adapter as a batch of "
+            "their own, with `set_adapter` in between."
+        )
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    layers = [module for module in model.modules() if isinstance(module, layer_cls)]
+    known = {BASE_ADAPTER}.union(*(layer._get_available_adapters() for layer in layers))
+    if unexpected := set(adapter_names) - known:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
+
+    def pass_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
+        return args, {**kwargs, "adapter_names": names}
+
+    # beam search repeats each sample, but only after an encoder, if there is one, has seen it once
+    repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    in_encoder = set(model.get_encoder().modules()) if is_encoder_decoder else set()
+    handles = [
+        module.register_forward_pre_hook(
+            partial(pass_names, names=adapter_names if module in in_encoder else repeated), with_kwargs=True
+        )
+        for module in model.modules()
+        if isinstance(module, (layer_cls, AuxiliaryTrainingWrapper))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        is_conv = isinstance(module, nn.modules.conv._ConvNd)
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and parameter.shape[0] > 1 and not is_conv:
+                warnings.warn(
+                    f"{config.METHOD} leaves out the mixture-of-experts weights such as {name}.{key}: they are "
+                    "parameters of three dimensions, not Linear modules, and `target_modules='all-linear'` does not "
+                    "reach them.",
+                    UserWarning,
+                )
+                return
+
+
+def _warn_of_fresh_head(model: nn.Module) -> None:
+    for head_name in SEQ_CLS_HEAD_NAMES:
+        head = getattr(model, head_name, None)
+        if not isinstance(head, nn.Module) or isinstance(head, AuxiliaryTrainingWrapper):
+            continue
+        linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        if linears and not any(p.requires_grad for p in head.parameters()) and _looks_fresh(linears[-1], model):
+            warnings.warn(
+                f"The head {head_name!r} looks freshly initialised and stays frozen, so the adapter would be trained "
+                f"against random class vectors. Set `modules_to_save=[{head_name!r}]` in the config, or a `task_type` "
+                "for which PEFT trains the head.",
+                UserWarning,
+            )
+
+
+def _looks_fresh(linear: nn.Linear, model: nn.Module) -> bool:
+    """An initial bias is exactly zero, a trained one never; without a bias, the spread of the initial weights tells."""
+    if linear.weight.is_meta:
+        return False
+    if linear.bias is not None:
+        return not linear.bias.any()
+    spread = getattr(getattr(model, "config", None), "initializer_range", None)
+    return spread is not None and abs(linear.weight.float().std().item() / spread - 1) < 0.05

@@ -1,0 +1,77 @@
+"""The one place that changes PEFT: a `PeftType` member and a registry entry for each method.
+
+`PeftType` is a closed enum, so a plug-in cannot name its methods without adding members, and PEFT and transformers
+call `.value` on the type, so a plain string will not do.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from typing import TypeVar
+
+from peft import PeftConfig, PeftType
+from peft import __version__ as peft_version
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+
+
+StrEnum = TypeVar("StrEnum", bound=enum.Enum)
+
+
+def add_member(enum_class: type[StrEnum], name: str) -> StrEnum:
+    """Adds the member `name`, whose value is `name` too, to a `str` enum and returns it; a second call is a no-op.
+
+    The member behaves like one that was written in the class: lookup by name and value, iteration, equality with the
+    string, pickle, deepcopy and JSON.
+    """
+    if name in enum_class.__members__:
+        return enum_class[name]
+    member = str.__new__(enum_class, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = enum_class
+    member._sort_order_ = len(enum_class.__members__)
+    enum_class._member_names_.append(name)
+    enum_class._member_map_[name] = member
+    enum_class._value2member_map_[name] = member
+    # `EnumType.__setattr__` refuses to rebind members; Python 3.11 finds members through the map, 3.12 and later
+    # through the class attribute.
+    type.__setattr__(enum_class, name, member)
+    return member
+
+
+def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> bool:
+    """Makes a method known to PEFT under `name` (lower case), so that it is used like a built-in one.
+
+    Returns whether our method is registered. If PEFT itself ships a method of this name, PEFT's stays in place: a
+    warning says so, and our config class then refuses to be constructed. Calling it again is a no-op.
+    """
+    type_name = name.upper()
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(type_name)  # members hash like their value
+    if known is config_cls:
+        return True
+    if type_name in PeftType.__members__ and (known is None or known.__module__.startswith("peft.")):
+        warnings.warn(
+            f"peft {peft_version} ships a method called {type_name!r} of its own, so peft_ext does not register its "
+            f"{config_cls.__name__}. Use PEFT's method, or install an older peft to keep using peft_ext's.",
+            RuntimeWarning,
+        )
+        return False
+    peft_type = add_member(PeftType, type_name)
+    for registry in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING):
+        registry.pop(peft_type, None)
+    register_peft_method(
+        name=name, config_cls=config_cls, model_cls=model_cls, prefix=f"{name}_", is_mixed_compatible=True
+    )
+    return True
+
+
+def is_registered(config_cls: type[PeftConfig], peft_type: str) -> bool:
+    """Whether PEFT resolves `peft_type` to this very config class."""
+    return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is config_cls

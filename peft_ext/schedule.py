@@ -1,0 +1,74 @@
+"""What happens as training steps go by.
+
+Neither `Trainer` nor a bare loop tells a tuner that a step was taken, so tuners listen to torch's optimizer hooks,
+which see every `torch.optim.Optimizer`, fused or not, wrapped by accelerate or not. One pair of hooks serves the whole
+process: it is installed when the first module asks for something and removed with the last one.
+
+Optimizers that keep flattened copies of the parameters (DeepSpeed, FSDP with `use_orig_params=False`) no longer hold
+the parameters themselves; what is promised here does not reach them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import MutableSet
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+
+_undecayed: MutableSet[nn.Module] = weakref.WeakSet()
+_users_groups: weakref.WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
+_handles: list[RemovableHandle] = []
+
+
+def exempt_from_weight_decay(module: nn.Module) -> None:
+    """From now on no optimizer decays the parameters that `module` itself owns, whatever its `weight_decay` says.
+
+    During each step the parameters sit in a copy of their group whose `weight_decay` is zero; before and after it the
+    groups are as the user made them, so learning-rate schedulers and checkpoints never see the split. The update is
+    the one the optimizer makes with `weight_decay=0`, bit for bit.
+    """
+    _undecayed.add(module)
+    weakref.finalize(module, _remove_hooks_if_unused)
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_split_groups))
+        _handles.append(register_optimizer_step_post_hook(_restore_groups))
+
+
+def _split_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _restore_groups(optimizer, args, kwargs)  # a step that raised has left its split behind
+    exempt = {id(parameter) for module in _undecayed for parameter in module.parameters(recurse=False)}
+    stepped: list[dict[str, Any]] = []  # one per group of the user's, in the same order
+    added: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        ours = [p for p in group["params"] if id(p) in exempt] if group.get("weight_decay") else []
+        if len(ours) == len(group["params"]):
+            stepped.append({**group, "weight_decay": 0.0} if ours else group)
+        elif ours:
+            stepped.append({**group, "params": [p for p in group["params"] if id(p) not in exempt]})
+            added.append({**group, "params": ours, "weight_decay": 0.0})
+        else:
+            stepped.append(group)
+    if any(mine is not theirs for mine, theirs in zip(stepped, optimizer.param_groups, strict=True)):
+        _users_groups[optimizer] = optimizer.param_groups
+        optimizer.param_groups = stepped + added
+
+
+def _restore_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    users_groups = _users_groups.pop(optimizer, None)
+    if users_groups is None:
+        return
+    # some optimizers count in their groups: what they advanced during the step is carried back
+    for group, stepped in zip(users_groups, optimizer.param_groups, strict=False):
+        group.update({key: value for key, value in stepped.items() if key not in ("params", "weight_decay")})
+    optimizer.param_groups = users_groups
+
+
+def _remove_hooks_if_unused() -> None:
+    if not any(True for _ in _undecayed):
+        while _handles:
+            _handles.pop().remove()
