@@ -4,9 +4,9 @@ from .base import ExtConfig, PeftMixedModel
 from .loading import load
 from .register import register_method
 from .tuners.ssf import SSFConfig, SSFModel
+from .version import __version__
 
 
-__version__ = "0.1.0"
-__all__ = ["ExtConfig", "PeftMixedModel", "SSFConfig", "SSFModel", "load"]
+__all__ = ["ExtConfig", "PeftMixedModel", "SSFConfig", "SSFModel", "__version__", "load"]
 
 register_method("ssf", SSFConfig, SSFModel)

@@ -15,12 +15,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
 import torch
 from packaging.version import InvalidVersion, Version
-from peft import PeftConfig, PeftModel, PeftType, TaskType
+from peft import PeftConfig, PeftType, TaskType
 from peft import PeftMixedModel as _PeftMixedModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.mixed_model import _prepare_model_for_gradient_checkpointing
@@ -28,6 +27,8 @@ from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _check_adapters_not_merged,
+    _delete_auxiliary_adapter,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
@@ -41,17 +42,11 @@ from torch import nn
 
 from .register import is_registered
 from .schedule import exempt_from_weight_decay
+from .version import __version__
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter for this sample"
 TASKS_WITH_TRAINED_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
-
-
-def _installed_version() -> str:
-    try:
-        return version("peft-ext")
-    except PackageNotFoundError:  # imported from a source tree that was never installed
-        return "0"
 
 
 @dataclass
@@ -75,15 +70,15 @@ class ExtConfig(PeftConfig):
         peft_ext_version: Version of this package that wrote the config; filled in by itself.
 
     Raises:
-        ValueError: A field has a value that no method accepts; the message names the field.
+        TypeError, ValueError: A field has a value that no method accepts; the message names the field.
     """
 
     METHOD: ClassVar[str] = ""
 
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt: names, a regular expression or 'all-linear'."}
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave alone: names or a regular expression."}
     )
     modules_to_save: list[str] | None = field(
@@ -118,9 +113,9 @@ class ExtConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
             elif not (value is None or isinstance(value, (str, set))):
-                raise ValueError(f"`{name}` must be a list of names or a string, got {value!r}.")
+                raise TypeError(f"`{name}` must be a list of names or a string, got {value!r}.")
         if isinstance(self.modules_to_save, str):
-            raise ValueError(
+            raise TypeError(
                 f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}; "
                 f"write [{self.modules_to_save!r}]."
             )
@@ -136,19 +131,19 @@ class ExtConfig(PeftConfig):
         self._check_version()
 
     def _check_version(self) -> None:
-        installed = _installed_version()
         if self.peft_ext_version is None:
-            self.peft_ext_version = installed
+            self.peft_ext_version = __version__
             return
         try:
-            is_newer = Version(self.peft_ext_version).release[:2] > Version(installed).release[:2]
+            is_newer = Version(self.peft_ext_version).release[:2] > Version(__version__).release[:2]
         except InvalidVersion:
             raise ValueError(f"`peft_ext_version` is not a version: {self.peft_ext_version!r}.") from None
-        if is_newer and installed != "0":
+        if is_newer:
             warnings.warn(
-                f"This adapter was written by peft_ext {self.peft_ext_version}, {installed} is installed; if it does "
+                f"This adapter was written by peft_ext {self.peft_ext_version}, {__version__} is installed; if it does "
                 "not behave as expected, run `pip install -U peft-ext`.",
                 UserWarning,
+                stacklevel=2,
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,7 +178,7 @@ class AdapterVector(nn.Module):
         exempt_from_weight_decay(self)  # copies and unpickled leaves too
 
     def forward(self) -> torch.Tensor:
-        weight = self.weight
+        weight: torch.Tensor = self.weight
         if weight.dtype in (torch.float16, torch.bfloat16):
             weight = weight.float()
         return weight + self.offset
@@ -210,6 +205,15 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         self._unmerged: dict[str, torch.Tensor | None] = {}
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
+
+    def __getattr__(self, name: str) -> Any:
+        """What a layer lacks is read from its base layer: Whisper, for one, asks its convolutions for `stride`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.get_base_layer(), name)
 
     # To be written by the method
 
@@ -345,14 +349,14 @@ class ExtLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Puts the base layer's own tensors back (for quantised weights: requantised from their dequantised values)."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
         for key, value in self._unmerged.items():
-            if key == "weight" and self.quantization_backend is not None:
-                self.set_base_weight(value)
-            elif value is None:
+            if value is None:
                 setattr(base, key, None)
+            elif key == "weight" and self.quantization_backend is not None:
+                self.set_base_weight(value)
             else:
                 getattr(base, key).data = value
         self._unmerged = {}
@@ -367,8 +371,9 @@ class ExtModel(BaseTuner):
     """
 
     tuner_layer_cls: type[ExtLayer]
-    target_module_mapping: ClassVar[dict[str, list[str]]]
-    default_exclusions: ClassVar[dict[str, str]] = {}  # regular expressions that go with the default targets
+    target_module_mapping: dict[str, list[str]]
+    # regular expressions that go with the default targets, by class name or model type
+    default_exclusions: ClassVar[dict[str, str]] = {}
     supports_target_parameters: ClassVar[bool] = False
 
     # To be overridden by the method
@@ -409,11 +414,16 @@ class ExtModel(BaseTuner):
     def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         _create_and_replace(self, peft_config, *args, **kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version also copies `weight` and moves devices; our layers share the base layer and move themselves,
+        # and a module that was trained in full may have no `weight`.
+        setattr(parent, child_name, new_module)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        return self.default_targets(peft_config, model_config)
+        return self.default_targets(peft_config, model_config, type(self.model).__name__)
 
     @classmethod
-    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any]) -> ExtConfig:
+    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], class_name: str) -> ExtConfig:
         """Fills in `target_modules` for the architecture if the user left it open."""
         if config.target_modules is None:
             model_type = model_config.get("model_type", DUMMY_MODEL_CONFIG["model_type"])
@@ -425,7 +435,7 @@ class ExtModel(BaseTuner):
                 )
             config.target_modules = set(targets)
             if config.exclude_modules is None:
-                config.exclude_modules = cls.default_exclusions.get(model_type)
+                config.exclude_modules = cls.default_exclusions.get(class_name, cls.default_exclusions.get(model_type))
         return config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -503,10 +513,10 @@ class ExtModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_all_merges(safe_merge, adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
-            self.finish_merge(model)
-        return model
+            self.finish_merge(self.model)
+        return self.model
 
 
 class _MixedModel(MixedModel):
@@ -521,7 +531,7 @@ class _MixedModel(MixedModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if isinstance(peft_config, ExtConfig):
-            return _tuner_of(peft_config).default_targets(peft_config, model_config)
+            return _tuner_of(peft_config).default_targets(peft_config, model_config, type(self.model).__name__)
         return MixedModel._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -540,6 +550,18 @@ class _MixedModel(MixedModel):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         BaseTuner.set_adapter(self, adapter_name, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        _check_adapters_not_merged(self.model, names)
+        active = [name for name in self.active_adapters if name not in names]
+        for name in names:
+            del self.peft_config[name]
+            for layer in [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]:
+                layer.delete_adapter(name)
+            _delete_auxiliary_adapter(self.model, name, new_active_adapters=active)
+        # a layer that has lost an adapter may have picked another one for itself
+        self.set_adapter(active)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges all layers, the innermost first: an outer method acts on what an inner one has already changed."""
         refuse_tied_weights(self.model)
@@ -557,11 +579,11 @@ class _MixedModel(MixedModel):
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
         methods = {_tuner_of(config) for config in self.peft_config.values() if isinstance(config, ExtConfig)}
-        model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if merge:
             for method in methods:
-                method.finish_merge(model)
-        return model
+                method.finish_merge(self.model)
+        return self.model
 
 
 class PeftMixedModel(_PeftMixedModel):
@@ -583,7 +605,8 @@ class PeftMixedModel(_PeftMixedModel):
         nn.Module.__init__(self)
         _prepare_model_for_gradient_checkpointing(model)
         self.modules_to_save = None
-        self.base_model = _MixedModel(model, {adapter_name: peft_config}, adapter_name)
+        configs: Any = {adapter_name: peft_config}
+        self.base_model = _MixedModel(model, configs, adapter_name)
         self.set_modules_to_save(peft_config, adapter_name)
         self.config = getattr(model, "config", DUMMY_MODEL_CONFIG)
 
@@ -615,7 +638,9 @@ class PeftMixedModel(_PeftMixedModel):
 
 
 def _tuner_of(config: ExtConfig) -> type[ExtModel]:
-    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.METHOD)]
+    assert issubclass(tuner, ExtModel)
+    return tuner
 
 
 def _create_and_replace(
@@ -691,7 +716,8 @@ def mixed_batch(
     # beam search repeats each sample, but only after an encoder, if there is one, has seen it once
     repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    in_encoder = set(model.get_encoder().modules()) if is_encoder_decoder else set()
+    encoder: Any = model.get_encoder() if is_encoder_decoder else None  # type: ignore[operator]
+    in_encoder = set(encoder.modules()) if encoder is not None else set()
     handles = [
         module.register_forward_pre_hook(
             partial(pass_names, names=adapter_names if module in in_encoder else repeated), with_kwargs=True
@@ -716,6 +742,7 @@ def _warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
                     "parameters of three dimensions, not Linear modules, and `target_modules='all-linear'` does not "
                     "reach them.",
                     UserWarning,
+                    stacklevel=2,
                 )
                 return
 
@@ -732,6 +759,7 @@ def _warn_of_fresh_head(model: nn.Module) -> None:
                 f"against random class vectors. Set `modules_to_save=[{head_name!r}]` in the config, or a `task_type` "
                 "for which PEFT trains the head.",
                 UserWarning,
+                stacklevel=2,
             )
 
 

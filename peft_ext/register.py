@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftType
 from peft import __version__ as peft_version
@@ -32,7 +32,7 @@ def add_member(enum_class: type[StrEnum], name: str) -> StrEnum:
     """
     if name in enum_class.__members__:
         return enum_class[name]
-    member = str.__new__(enum_class, name)
+    member: Any = str.__new__(enum_class, name)  # type: ignore[type-var]
     member._name_ = name
     member._value_ = name
     member.__objclass__ = enum_class
@@ -53,7 +53,7 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
     warning says so, and our config class then refuses to be constructed. Calling it again is a no-op.
     """
     type_name = name.upper()
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(type_name)  # members hash like their value
+    known = _registered_config(type_name)
     if known is config_cls:
         return True
     if type_name in PeftType.__members__ and (known is None or known.__module__.startswith("peft.")):
@@ -61,6 +61,7 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
             f"peft {peft_version} ships a method called {type_name!r} of its own, so peft_ext does not register its "
             f"{config_cls.__name__}. Use PEFT's method, or install an older peft to keep using peft_ext's.",
             RuntimeWarning,
+            stacklevel=2,
         )
         return False
     peft_type = add_member(PeftType, type_name)
@@ -74,4 +75,9 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
 
 def is_registered(config_cls: type[PeftConfig], peft_type: str) -> bool:
     """Whether PEFT resolves `peft_type` to this very config class."""
-    return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is config_cls
+    return _registered_config(peft_type) is config_cls
+
+
+def _registered_config(peft_type: str) -> type[PeftConfig] | None:
+    registry: dict[Any, type[PeftConfig]] = PEFT_TYPE_TO_CONFIG_MAPPING  # its members hash like their values
+    return registry.get(peft_type)

@@ -52,48 +52,49 @@ _VIT = [
     *("patch_embeddings.projection", "layernorm"),  # before and after the blocks
     *("layernorm_before", "q_proj", "k_proj", "v_proj", "o_proj", "layernorm_after", "mlp.fc1", "mlp.fc2"),
 ]
-_CLIP = [
-    *("patch_embedding", "pre_layrnorm", "post_layernorm", "final_layer_norm"),
+_SIGLIP_TEXT = [
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
-    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "final_layer_norm"),
 ]
-_BERT = [
-    *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-    *("intermediate.dense", "output.dense", "LayerNorm"),
-]
+_SIGLIP_VISION = [*_SIGLIP_TEXT[:-1], "patch_embedding", "post_layernorm"]
+_SIGLIP = [*_SIGLIP_VISION, "final_layer_norm"]
+_CLIP_VISION = [*_SIGLIP_VISION, "pre_layrnorm"]
+_BERT_BLOCK = ["attention.output.dense", "intermediate.dense", "output.dense", "embeddings.LayerNorm", "output.LayerNorm"]
+_BERT = ["attention.self.query", "attention.self.key", "attention.self.value", *_BERT_BLOCK]
 _LLAMA_NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 _LLAMA = [*("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), *_LLAMA_NORMS]
 _GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
 _GEMMA3 = [*_GEMMA2, "q_norm", "k_norm"]
-_BART = [
-    *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    *("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layernorm_embedding"),
-]
+_OPT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "self_attn_layer_norm", "final_layer_norm"]
+_BART = [*_OPT, "encoder_attn_layer_norm", "layernorm_embedding"]
 _CONVNEXT = [
     *("embeddings.patch_embeddings", "layernorm", "downsampling_layer.0", "downsampling_layer.1"),
     *("dwconv", "pwconv1", "pwconv2"),
 ]
-_DINOV2 = [*_VIT, "norm1", "norm2", "weights_in", "weights_out"]
+_DINOV2 = [
+    *(site for site in _VIT if site not in ("layernorm_before", "layernorm_after")),
+    *("norm1", "norm2", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),  # the gated ones are the giant model's
+]
 
 # The published sites: every operation of the backbone, norms and the patch convolution included, but no embedding
 # table and no head.
 DEFAULT_SITES: dict[str, list[str]] = {
-    "audio-spectrogram-transformer": [*_VIT[:1], "audio_spectrogram_transformer.layernorm", *_VIT[2:]],
+    "audio-spectrogram-transformer": _VIT,
     "bart": _BART,
     "beit": _VIT,
     "bert": _BERT,
-    "clip": _CLIP,
-    "clip_text_model": _CLIP,
-    "clip_vision_model": _CLIP,
+    "clip": [*_CLIP_VISION, "final_layer_norm"],
+    "clip_text_model": _SIGLIP_TEXT,
+    "clip_vision_model": _CLIP_VISION,
     "convnext": _CONVNEXT,
     "convnextv2": _CONVNEXT,
-    "deberta-v2": [*_BERT, "query_proj", "key_proj", "value_proj"],
+    "deberta-v2": [*_BERT_BLOCK, "query_proj", "key_proj", "value_proj"],
     "deit": _VIT,
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
     "distilbert": [
         *("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
-        *("sa_layer_norm", "output_layer_norm", "LayerNorm"),
+        *("sa_layer_norm", "output_layer_norm", "embeddings.LayerNorm"),
     ],
     "gemma2": _GEMMA2,
     "gemma3": _GEMMA3,
@@ -101,21 +102,24 @@ DEFAULT_SITES: dict[str, list[str]] = {
     "gpt2": ["c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f"],
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "opt": _BART,
+    "opt": _OPT,
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", *_LLAMA_NORMS],
     "qwen2": _LLAMA,
     "qwen3": [*_LLAMA, "q_norm", "k_norm"],
     "roberta": _BERT,
-    "siglip": _CLIP,
-    "siglip_text_model": _CLIP,
-    "siglip_vision_model": _CLIP,
+    "siglip": _SIGLIP,
+    "siglip_text_model": _SIGLIP_TEXT,
+    "siglip_vision_model": _SIGLIP_VISION,
     "swin": [*_VIT, "embeddings.norm", "downsample.norm"],
     "t5": ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "layer_norm", "final_layer_norm"],
     "vit": _VIT,
-    "whisper": [*_BART, "conv1", "conv2", "layer_norm"],
+    "whisper": [*_OPT, "encoder_attn_layer_norm", "conv1", "conv2", "layer_norm"],
     "xlm-roberta": _BERT,
 }
 DEFAULT_EXCLUSIONS = {
+    "CLIPForImageClassification": r".*post_layernorm",  # of the class token, while the head reads the patches
+    "audio-spectrogram-transformer": r"classifier\..*",
+    "beit": r"(beit\.)?layernorm",  # an Identity in models that pool, which have the norm in their pooler
     "gemma3": r".*vision_tower.*",
     "siglip": r".*\.head\..*",  # the pooling head, which classification and captioning do not use
     "siglip_vision_model": r"(.*\.)?head\..*",
@@ -144,9 +148,7 @@ class SSFConfig(ExtConfig):
     shift: bool | None = field(
         default=None, metadata={"help": "Train a shift: everywhere, nowhere, or (None) where a merged model has it."}
     )
-    recover: bool = field(
-        default=True, metadata={"help": "Recover features in the backward instead of keeping them."}
-    )
+    recover: bool = field(default=True, metadata={"help": "Recover features in the backward instead of keeping them."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,7 +196,7 @@ def along(vector: torch.Tensor, dim: int, ndim: int) -> torch.Tensor:
     return vector.view(shape)
 
 
-def site_of(module: nn.Module) -> Site:
+def site_of(module: Any) -> Site:
     """How SSF adapts `module`.
 
     Raises:
@@ -224,9 +226,7 @@ def site_of(module: nn.Module) -> Site:
         return Site(channels, dim=1, weight_dim=0, is_norm=True)
     offset = rms_norm_offset(module)
     if offset is not None:
-        return Site(
-            module.weight.numel(), dim=-1, weight_dim=0, weight_offset=offset, is_norm=True, bias_key=None
-        )
+        return Site(module.weight.numel(), dim=-1, weight_dim=0, weight_offset=offset, is_norm=True, bias_key=None)
     raise TypeError(
         f"SSF does not support modules of type {type(module).__name__}; it adapts Linear, Conv1D, convolutions, "
         "Embedding (without max_norm), LayerNorm, GroupNorm, BatchNorm and RMSNorm."
@@ -238,7 +238,7 @@ def rms_norm_offset(module: nn.Module) -> float | None:
 
     There is an RMSNorm class per architecture, so the module is asked instead of its name.
     """
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     is_candidate = (
         isinstance(weight, nn.Parameter)
         and weight.ndim == 1
@@ -309,16 +309,19 @@ def _vector_gradients(
     return grad_scale, grad_shift
 
 
+def scale_and_shift(features: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """`scale * features + shift` along the last dimension, in the dtype of the features `(..., C)`."""
+    output = features * scale if shift is None else torch.addcmul(shift, features, scale)
+    return output.to(features.dtype)
+
+
 class ScaleShift(torch.autograd.Function):
     """`scale * features + shift` along the last dimension, which keeps its output and not its input for the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, features: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, features: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
         """features `(..., C)`, scale and shift `(C,)`; returns `(..., C)` in the dtype of the features."""
-        output = features * scale if shift is None else torch.addcmul(shift, features, scale)
-        output = output.to(features.dtype)
+        output = scale_and_shift(features, scale, shift)
         near_zero = _near_zero(scale, shift, features.dtype)
         ctx.save_for_backward(output, scale, shift, near_zero, features[..., near_zero])
         return output
@@ -365,7 +368,9 @@ class ScaledLinear(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.keep_input = keep_input
         with torch.autocast(device, enabled=False):
-            scaled_bias = shift if bias is None else bias * scale if shift is None else torch.addcmul(shift, bias, scale)
+            scaled_bias = (
+                shift if bias is None else bias * scale if shift is None else torch.addcmul(shift, bias, scale)
+            )
             output = F.linear(
                 x.to(ctx.dtype),
                 (scale.unsqueeze(1) * weight).to(ctx.dtype),
@@ -434,9 +439,7 @@ class SSFLayer(ExtLayer):
         self.recover: dict[str, bool] = {}
         self.obstacle: dict[str, str | None] = {}
 
-    def update_layer(
-        self, adapter_name: str, config: SSFConfig, *, shift: bool, obstacle: str | None = None
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: SSFConfig, *, shift: bool, obstacle: str | None = None) -> None:
         """Creates gamma and, if `shift`, beta of one adapter, `(C,)` each; `obstacle` says why it cannot be merged."""
         self.ssf_scale[adapter_name] = AdapterVector(self.site.channels, offset=1.0)
         if shift:
@@ -446,10 +449,10 @@ class SSFLayer(ExtLayer):
         if config.init_weights is True:
             for leaves in (self.ssf_scale, self.ssf_shift):
                 if adapter_name in leaves:
-                    nn.init.normal_(leaves[adapter_name].weight, std=INIT_STD)
+                    nn.init.normal_(leaves[adapter_name].get_parameter("weight"), std=INIT_STD)
         self.finish_update(adapter_name, config)
 
-    def scale_and_shift(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def vectors(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """gamma and beta `(C,)` of the adapters one after the other: gamma2 * (gamma1 * h + beta1) + beta2."""
         scale, shift = None, None
         for name in adapters:
@@ -461,7 +464,7 @@ class SSFLayer(ExtLayer):
         return scale, shift
 
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        scale, shift = self.scale_and_shift(adapters)
+        scale, shift = self.vectors(adapters)
         if self.site.is_norm and self._can_fold(scale):
             return self._folded_norm(scale, shift, *args, **kwargs)
         features = self.base_layer(*args, **kwargs)
@@ -480,10 +483,8 @@ class SSFLayer(ExtLayer):
             and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
         )
 
-    def _folded_norm(
-        self, scale: torch.Tensor, shift: torch.Tensor | None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        base = self.base_layer
+    def _folded_norm(self, scale: torch.Tensor, shift: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base: Any = self.base_layer
         affine = {"weight": self.site.scale_weight(base.weight, scale)}
         bias = getattr(base, "bias", None)
         if bias is not None:
@@ -496,12 +497,11 @@ class SSFLayer(ExtLayer):
         self, features: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, recover: bool
     ) -> torch.Tensor:
         """`scale * features + shift` along the channel dimension, in the dtype of the features."""
-        dim, ndim = self.site.dim, features.ndim
+        dim = self.site.dim
         needs_gradient = torch.is_grad_enabled() and scale.requires_grad
-        if not (recover and needs_gradient) or torch.compiler.is_compiling():  # the compiler chooses what to keep
-            scaled = features * along(scale, dim, ndim)
-            return (scaled if shift is None else scaled + along(shift, dim, ndim)).to(features.dtype)
-        return ScaleShift.apply(features.movedim(dim, -1), scale, shift).movedim(-1, dim)
+        keeps_features = not (recover and needs_gradient) or torch.compiler.is_compiling()  # the compiler chooses
+        apply = scale_and_shift if keeps_features else ScaleShift.apply
+        return apply(features.movedim(dim, -1), scale, shift).movedim(-1, dim)
 
     def mixed_batch_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         features = self.base_layer(*args, **kwargs)
@@ -515,7 +515,7 @@ class SSFLayer(ExtLayer):
         one, zero = self._identity(features)
         scales, shifts = [], []
         for name in adapter_names:
-            scale, shift = self.scale_and_shift([name]) if self.present([name]) else (one, None)
+            scale, shift = self.vectors([name]) if self.present([name]) else (one, None)
             scales += [scale] * repeats
             shifts += [zero if shift is None else shift] * repeats
         shape = [len(features)] + [1] * (features.ndim - 1)
@@ -534,7 +534,7 @@ class SSFLayer(ExtLayer):
                 "train with `shift=None`, which shifts only where a merged model can carry it."
             )
         base, site = self.get_base_layer(), self.site
-        scale, shift = self.scale_and_shift([adapter_name])
+        scale, shift = self.vectors([adapter_name])
         if getattr(base, "weight", None) is None:  # a norm without affine parameters gets them
             weight = scale.new_ones(getattr(base, "normalized_shape", (site.channels,)))
         else:
@@ -560,7 +560,7 @@ class SSFLinear(SSFLayer):
 
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.base_layer
-        scale, shift = self.scale_and_shift(adapters)
+        scale, shift = self.vectors(adapters)
         is_plain = type(base) in (nn.Linear, Conv1D) and len(args) == 1 and not kwargs and self._can_fold(scale)
         recover = all(self.recover[name] for name in adapters)
         trains_bias = is_plain and base.bias is not None and base.bias.requires_grad
@@ -623,7 +623,7 @@ class SSFModel(ExtModel):
         set_bias_flags(model)
 
 
-def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def _configs(config: Any) -> list[PreTrainedConfig]:
     return [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]
 
 

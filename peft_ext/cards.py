@@ -1,0 +1,402 @@
+"""Model cards: what an adapter is, how to load it, how it was trained, how it compares, whom to cite.
+
+PEFT, transformers' `Trainer`, TRL and the user write the same README.md, in any order, and some of them write it anew.
+So nothing here replaces a card: the two sections of this package stand between HTML comments, which a later call finds
+again, and everything else is left as it is, except for the empty template of a card that nobody has filled in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
+
+
+CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a card says about a method, whatever it was trained on."""
+
+    name: str
+    idea: str  # one sentence, follows "SSF (scaling and shifting features)"
+    arxiv: str
+    bibtex: str
+    mergeable: bool
+    limits: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
+    "SSF": Method(
+        name="SSF",
+        idea="trains a scale and a shift for every channel of the frozen model's features; both are folded into the "
+        "weights for inference.",
+        arxiv="2210.08823",
+        bibtex=r"""@inproceedings{lian2022scaling,
+  title = {Scaling \& Shifting Your Features: A New Baseline for Efficient Model Tuning},
+  author = {Lian, Dongze and Zhou, Daquan and Feng, Jiashi and Wang, Xinchao},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2022},
+  url = {https://arxiv.org/abs/2210.08823}
+}""",
+        mergeable=True,
+        limits=("A shift on a module that cannot have a bias, such as an RMSNorm, works only while not merged.",),
+    ),
+}
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+PIPELINE_TAGS = {  # by the end of the class name; a sequence-to-sequence class does not tell what its task is
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForObjectDetection": "object-detection",
+    "ForAudioClassification": "audio-classification",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForCTC": "automatic-speech-recognition",
+    "ForImageTextToText": "image-text-to-text",
+    "AutoModel": "feature-extraction",
+}
+
+
+@dataclass(frozen=True)
+class CardInfo:
+    """What the saved files do not tell. Every field may be left out.
+
+    Args:
+        repo_id: Where the adapter is, or will be, on the Hub; stands in the code that loads it.
+        title: Heading of a card that has none yet.
+        base_model: Hub id of the base model, where the adapter names a local directory.
+        base_class: transformers class that loads the base model, where `task_type` does not lead to the right one.
+        task: Pipeline tag, for example `"image-classification"`.
+        license: Licence id of the Hub, for example `"apache-2.0"`.
+        datasets: Hub ids of the training data.
+        training: Hyper-parameters and data, one table row each.
+        results: Evaluation results; they go to the card's `model-index` as well.
+        comparison: Table rows, one a method (the base model, LoRA, ...); the keys are the columns.
+        limits: What the adapter is not good for; one line each.
+        trainable_parameters: `model.get_nb_trainable_parameters()[0]`; by default the parameters in the file.
+        relation: `"adapter"`, or what a merged model is to its base.
+        method: `peft_type` of a merged model, which has no adapter config to tell.
+    """
+
+    repo_id: str | None = None
+    title: str | None = None
+    base_model: str | None = None
+    base_class: str | None = None
+    task: str | None = None
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    training: Mapping[str, Any] | None = None
+    results: Sequence[EvalResult] = ()
+    comparison: Sequence[Mapping[str, Any]] = ()
+    limits: Sequence[str] = ()
+    trainable_parameters: int | None = None
+    relation: Literal["adapter", "finetune", "quantized"] = "adapter"
+    method: str | None = None
+
+
+def model_card(directory: str | os.PathLike[str], info: CardInfo | None = None) -> ModelCard:
+    """A new card for the adapter (or merged model) saved in `directory`; nothing is written."""
+    return _fill(ModelCard("---\n{}\n---\n"), _Saved(Path(directory)), info or CardInfo())
+
+
+def update_card(directory: str | os.PathLike[str], info: CardInfo | None = None) -> ModelCard:
+    """Writes the card in `directory`: into the README.md that is there, or into a new one.
+
+    Of an existing card, keys and prose are kept, lists are united, results are replaced only by a newer value of the
+    same metric, and the sections of an earlier call are replaced.
+    """
+    path = Path(directory) / CARD
+    if not path.is_file():
+        card = model_card(directory, info)
+    else:
+        card = _fill(ModelCard.load(path), _Saved(path.parent), info or CardInfo())
+    card.save(path)
+    return card
+
+
+def push_card(
+    repo_id: str,
+    info: CardInfo | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Update model card",
+) -> str:
+    """Like `update_card`, for an adapter on the Hub; returns the commit's URL.
+
+    Call it after `model.push_to_hub` or `trainer.push_to_hub`, which push a card of their own over the one that was
+    saved with the adapter. The card is validated first; if somebody commits in between, the push is refused.
+    """
+    api = HfApi(token=token)
+    head = api.model_info(repo_id, revision=revision).sha
+    with TemporaryDirectory() as folder:
+        files = [CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "config.json"]
+        api.snapshot_download(repo_id, revision=head, local_dir=folder, allow_patterns=files)
+        card = update_card(folder, replace(info or CardInfo(), repo_id=repo_id))
+    return card.push_to_hub(repo_id, token=token, revision=revision, parent_commit=head, commit_message=commit_message)
+
+
+def add_usage(directory: str | os.PathLike[str]) -> None:
+    """Puts the code that loads the adapter into the card that PEFT has just written beside it.
+
+    Every config calls it when it is saved. It works offline, and leaves alone a README.md that is no adapter's card.
+    """
+    folder, subfolder = Path(directory), None
+    path = folder / CARD
+    if not path.is_file():  # PEFT saves an adapter that is not called "default" one level below its card
+        if (folder.parent / ADAPTER_CONFIG).is_file():
+            return  # that card describes the default adapter
+        path, subfolder = folder.parent / CARD, folder.name
+    try:
+        if path.is_file() and "\nlibrary_name: peft" in path.read_text(encoding="utf-8"):
+            saved = _Saved(folder, subfolder)
+            if saved.config.get("peft_type") in METHODS:
+                _fill(ModelCard.load(path), saved, CardInfo(), usage_only=True).save(path)
+    except (OSError, ValueError, YAMLError) as error:  # a damaged card is no reason to lose a trained adapter
+        warnings.warn(f"The card {path} does not tell how to load the adapter: {error}", UserWarning, stacklevel=3)
+
+
+class _Saved:
+    """What the files in a directory tell about an adapter or a merged model."""
+
+    def __init__(self, directory: Path, subfolder: str | None = None) -> None:
+        self.directory, self.subfolder = directory, subfolder
+        self.config = _read_json(directory / ADAPTER_CONFIG)
+        self.shapes = _tensor_shapes(directory / ADAPTER_WEIGHTS)
+
+    def method(self, info: CardInfo) -> Method:
+        key = info.method or self.config.get("peft_type")
+        if key is None:
+            raise ValueError(
+                f"There is no {ADAPTER_CONFIG} in {self.directory}. Save the adapter there first; for a merged model "
+                'say what it is: CardInfo(method="SSF", relation="finetune", base_model="...").'
+            )
+        if key not in METHODS:
+            raise ValueError(f"{key} is not a method of peft_ext; its cards are for {', '.join(METHODS)}.")
+        return METHODS[key]
+
+    def base_class(self, info: CardInfo) -> str | None:
+        """Name of the transformers class of the model, or `None` if it is of another library."""
+        mapping = self.config.get("auto_mapping") or {}
+        if info.base_class or str(mapping.get("parent_library")).startswith("transformers."):
+            return info.base_class or mapping["base_model_class"]
+        merged = _read_json(self.directory / "config.json").get("architectures") or [None]
+        return AUTO_CLASSES.get(str(self.config.get("task_type")), merged[0])
+
+    def load_options(self, base_class: str) -> str:
+        """Keyword arguments without which the base model would not fit the adapter."""
+        options = [f'revision="{self.config["revision"]}"'] if self.config.get("revision") else []
+        heads = [s for name, s in self.shapes.items() if re.search(r"(classifier(\.out_proj)?|score)\.weight$", name)]
+        if base_class.endswith("Classification") and heads and len(heads[-1]) == 2:
+            options += [f"num_labels={heads[-1][0]}", "ignore_mismatched_sizes=True"]
+        return "".join(f", {option}" for option in options)
+
+
+def _fill(card: ModelCard, saved: _Saved, info: CardInfo, usage_only: bool = False) -> ModelCard:
+    method = saved.method(info)
+    data: Any = card.data  # typed as the parent of ModelCardData
+    known = re.search(r"<!-- peft_ext:usage ([^\s-]\S*) -->", card.text)
+    if info.repo_id is None and known:  # an earlier call knew it
+        info = replace(info, repo_id=known[1])
+    # The Hub refuses a card whose base model is a local path, which is what PEFT writes for one.
+    named = [b for b in _as_list(data.base_model) if _is_hub_id(b)]
+    configured = [b for b in _as_list(saved.config.get("base_model_name_or_path")) if _is_hub_id(b)]
+    bases = [info.base_model] if info.base_model else named or configured
+    info = replace(info, base_model=bases[0] if bases else None)
+    stand_in = f"{method.name} adapter"
+    title = info.title or (info.repo_id or stand_in).split("/")[-1]
+    _fill_metadata(data, saved, info, method, title, bases)
+
+    nameless = re.compile(rf"^# (Model Card for Model ID|{stand_in})$", re.MULTILINE)
+    text = nameless.sub(lambda _: f"# {title}", _without_template(card.text), count=1)
+    text = _set_block(text, "usage", info.repo_id or "-", _usage(saved, info, method), title)
+    card.text = text if usage_only else _set_block(text, "details", "-", _details(saved, info, method), title)
+    return card
+
+
+def _fill_metadata(
+    data: ModelCardData, saved: _Saved, info: CardInfo, method: Method, title: str, bases: list[str]
+) -> None:
+    data.library_name = "peft" if info.relation == "adapter" else "transformers"
+    data.base_model = bases[0] if len(bases) == 1 else bases or None
+    data["base_model_relation"] = info.relation if bases else None
+    prefix = "base_model:adapter:"  # PEFT writes this tag, too, with a local path
+    kept = [tag for tag in data.tags or [] if not tag.startswith(prefix) or _is_hub_id(tag.removeprefix(prefix))]
+    data.tags = _union(kept, [method.name.lower(), "peft-ext"])
+    base_class = saved.base_class(info) or ""
+    derived = next((tag for end, tag in PIPELINE_TAGS.items() if base_class.endswith(end)), None)
+    data.pipeline_tag = info.task or data.pipeline_tag or derived
+    data.license = info.license or data.license
+    data.datasets = _union(_as_list(data.datasets), info.datasets) or None
+    data.metrics = _union(_as_list(data.metrics), [result.metric_type for result in info.results]) or None
+    if info.results:
+        new = [replace(result, metric_value=_plain(result.metric_value)) for result in info.results]
+        old = [r for r in data.eval_results or [] if not any(r.is_equal_except_value(n) for n in new)]
+        data.eval_results, data.model_name = old + new, data.model_name or title
+
+
+def _usage(saved: _Saved, info: CardInfo, method: Method) -> str:
+    base, base_class = info.base_model, saved.base_class(info)
+    lines = [f"[{method.name}](https://arxiv.org/abs/{method.arxiv}) {method.idea}"]
+    if base:
+        lines.append(f"The base model is [{base}](https://huggingface.co/{base}).")
+    elif local := saved.config.get("base_model_name_or_path"):  # only its last part: the rest is about a machine
+        lines.append(f"The base model, `{Path(local).name}`, was a local directory and is not on the Hub.")
+    code = [f"from transformers import {base_class}"] if base_class else []
+    if info.relation == "adapter":
+        lines.append("It is loaded with [peft-ext](https://pypi.org/project/peft-ext/): `pip install peft-ext`.")
+        first = f"import peft_ext  # tells PEFT what {method.name} is; has to come before the adapter is loaded"
+        code = [first, "from peft import PeftModel", *code, ""]
+        options = saved.load_options(base_class or "")
+        own = (saved.config.get("auto_mapping") or {}).get("base_model_class", "model")
+        loaded = f'{base_class}.from_pretrained("{base or "path/to/base"}"{options})'
+        code.append(f"base = {loaded}" if base_class else f"base = ...  # the {own} that the adapter was trained on")
+        subfolder = f', subfolder="{saved.subfolder}"' if saved.subfolder else ""
+        code.append(f'model = PeftModel.from_pretrained(base, "{info.repo_id or "path/to/adapter"}"{subfolder})')
+        if method.mergeable:
+            code.append("model = model.merge_and_unload()  # optional: folds the adapter into the base's weights")
+    else:
+        lines.append("The adapter is merged into the weights: the model is loaded like any other of its class.")
+        code += ["", f'model = {base_class or "AutoModel"}.from_pretrained("{info.repo_id or "path/to/model"}")']
+    return "\n".join([*lines, "", "```python", *code, "```"])
+
+
+def _details(saved: _Saved, info: CardInfo, method: Method) -> str:
+    parts = []
+    if info.training:
+        parts += ["## How it was trained", _table([{"Setting": k, "Value": v} for k, v in info.training.items()])]
+    if saved.shapes:
+        stored = sum(math.prod(shape) for shape in saved.shapes.values())
+        count = f"{info.trainable_parameters:,} trainable" if info.trainable_parameters else f"{stored:,} stored"
+        file_bytes = (saved.directory / ADAPTER_WEIGHTS).stat().st_size
+        parts += ["## Size", f"{count} parameters; the adapter file has {file_bytes:,} bytes."]
+    results = [
+        {"Dataset": r.dataset_name, "Split": r.dataset_split or "", "Metric": r.metric_type, "Value": r.metric_value}
+        for r in info.results
+    ]
+    if tables := [_table(rows) for rows in (results, info.comparison) if rows]:
+        parts += ["## Results", *tables]
+    if limits := [*info.limits, *method.limits]:
+        parts += ["## Limits", "\n".join(f"- {limit}" for limit in limits)]
+    return "\n\n".join([*parts, "## Citation", f"```bibtex\n{method.bibtex}\n```"])
+
+
+def _set_block(text: str, name: str, note: str, body: str, title: str) -> str:
+    """Replaces the block `name`, or puts it where it belongs: the usage below the title, the details at the end."""
+    block = f"<!-- peft_ext:{name} {note} -->\n{body}\n<!-- /peft_ext:{name} -->"
+    old = re.compile(rf"<!-- peft_ext:{name} \S+ -->.*?<!-- /peft_ext:{name} -->", re.DOTALL)
+    if old.search(text):
+        return old.sub(lambda _: block, text, count=1)
+    if name == "usage":
+        heading = re.search(r"^# .*$", text, re.MULTILINE)
+        if heading is None or "```" in text[: heading.start()]:  # in a code block it would be a comment
+            return f"\n# {title}\n\n{block}\n\n{text.strip()}\n"
+        cut = heading.end()
+    else:
+        usage = text.find("<!-- /peft_ext:usage -->") + len("<!-- /peft_ext:usage -->")
+        only_versions = text[usage:].strip().startswith("### Framework versions")
+        cut = usage if only_versions else len(text)
+    rest = text[cut:].strip()
+    return f"{text[:cut].rstrip()}\n\n{block}\n" + (f"\n{rest}\n" if rest else "")
+
+
+@cache
+def _template_lines() -> frozenset[str]:
+    """The lines of the card that PEFT and transformers start from, as they are when nothing is filled in."""
+    description = (
+        "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+        "automatically generated."
+    )
+    cards = (ModelCard.from_template(ModelCardData(), model_description=text) for text in ("", description))
+    return frozenset(line.strip() for card in cards for line in card.text.splitlines())
+
+
+def _without_template(text: str) -> str:
+    """Drops the sections that nobody filled in from a card that still has the template's title."""
+    title = "# Model Card for Model ID"
+    if title not in text.splitlines():
+        return text
+    text = text.replace("<!-- Provide a quick summary of what the model is/does. -->\n", "", 1)
+    sections = re.split(r"^(?=#{1,6} )", text, flags=re.MULTILINE)
+    is_empty = [all(line.strip() in _template_lines() for line in section.splitlines()) for section in sections]
+    kept = [s for s, empty in zip(sections, is_empty, strict=True) if not empty or s.startswith(title)]
+    return re.sub(r"\n{3,}", "\n\n", "".join(kept))
+
+
+def _is_hub_id(name: object) -> bool:
+    """Whether `name` can be the id of a model on the Hub, and is no directory here."""
+    if not isinstance(name, str) or not name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a safetensors file, from its header alone."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:  # not a safetensors file, for example a git LFS pointer
+            return {}
+        header = json.loads(file.read(length))
+    return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> str:
+    rows = list(rows)
+    columns = _union([], [key for row in rows for key in row])
+    cells = [columns, ["---"] * len(columns), *([_cell(row.get(key, "")) for key in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def _cell(value: Any) -> str:
+    value = _plain(value)
+    return (f"{value:.5g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch as a Python number, which YAML can write."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _union(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*old, *new]))
