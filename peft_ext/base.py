@@ -10,6 +10,7 @@ A method subclasses the three classes here and writes only its own part:
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -420,10 +421,10 @@ class ExtModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        return self.default_targets(peft_config, model_config, type(self.model).__name__)
+        return self.default_targets(peft_config, model_config, self.model)
 
     @classmethod
-    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], class_name: str) -> ExtConfig:
+    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
         """Fills in `target_modules` for the architecture if the user left it open."""
         if config.target_modules is None:
             model_type = model_config.get("model_type", DUMMY_MODEL_CONFIG["model_type"])
@@ -435,7 +436,10 @@ class ExtModel(BaseTuner):
                 )
             config.target_modules = set(targets)
             if config.exclude_modules is None:
-                config.exclude_modules = cls.default_exclusions.get(class_name, cls.default_exclusions.get(model_type))
+                exclusions = cls.default_exclusions
+                excluded = exclusions.get(type(model).__name__, exclusions.get(model_type, ""))
+                if any(re.fullmatch(excluded, name) for name, _ in model.named_modules() if name):
+                    config.exclude_modules = excluded
         return config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -531,7 +535,7 @@ class _MixedModel(MixedModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if isinstance(peft_config, ExtConfig):
-            return _tuner_of(peft_config).default_targets(peft_config, model_config, type(self.model).__name__)
+            return _tuner_of(peft_config).default_targets(peft_config, model_config, self.model)
         return MixedModel._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -222,22 +223,24 @@ class _Saved:
 def _fill(card: ModelCard, saved: _Saved, info: CardInfo, usage_only: bool = False) -> ModelCard:
     method = saved.method(info)
     data: Any = card.data  # typed as the parent of ModelCardData
-    known = re.search(r"<!-- peft_ext:usage ([^\s-]\S*) -->", card.text)
-    if info.repo_id is None and known:  # an earlier call knew it
-        info = replace(info, repo_id=known[1])
+    known = re.search(r"<!-- peft_ext:usage repo=(\S*) base=(\S*) -->", card.text)  # by an earlier call
+    known_repo, known_base = known.groups() if known else ("", "")
     # The Hub refuses a card whose base model is a local path, which is what PEFT writes for one.
-    named = [b for b in _as_list(data.base_model) if _is_hub_id(b)]
-    configured = [b for b in _as_list(saved.config.get("base_model_name_or_path")) if _is_hub_id(b)]
-    bases = [info.base_model] if info.base_model else named or configured
-    info = replace(info, base_model=bases[0] if bases else None)
+    named = _hub_ids(_as_list(data.base_model))
+    configured = _hub_ids([saved.config.get("base_model_name_or_path"), known_base])
+    bases = [info.base_model] if info.base_model else named or configured[:1]
+    info = replace(info, repo_id=info.repo_id or known_repo, base_model=bases[0] if bases else None)
     stand_in = f"{method.name} adapter"
     title = info.title or (info.repo_id or stand_in).split("/")[-1]
     _fill_metadata(data, saved, info, method, title, bases)
 
     nameless = re.compile(rf"^# (Model Card for Model ID|{stand_in})$", re.MULTILINE)
     text = nameless.sub(lambda _: f"# {title}", _without_template(card.text), count=1)
-    text = _set_block(text, "usage", info.repo_id or "-", _usage(saved, info, method), title)
-    card.text = text if usage_only else _set_block(text, "details", "-", _details(saved, info, method), title)
+    note = f" repo={info.repo_id or ''} base={info.base_model or ''}"
+    text = _set_block(text, "usage", note, _usage(saved, info, method), title)
+    if not usage_only:
+        text = _set_block(text, "details", "", _details(saved, info, method), title)
+    card.text = text.rstrip() + "\n"
     return card
 
 
@@ -248,7 +251,7 @@ def _fill_metadata(
     data.base_model = bases[0] if len(bases) == 1 else bases or None
     data["base_model_relation"] = info.relation if bases else None
     prefix = "base_model:adapter:"  # PEFT writes this tag, too, with a local path
-    kept = [tag for tag in data.tags or [] if not tag.startswith(prefix) or _is_hub_id(tag.removeprefix(prefix))]
+    kept = [tag for tag in data.tags or [] if not tag.startswith(prefix) or _hub_ids([tag.removeprefix(prefix)])]
     data.tags = _union(kept, [method.name.lower(), "peft-ext"])
     base_class = saved.base_class(info) or ""
     derived = next((tag for end, tag in PIPELINE_TAGS.items() if base_class.endswith(end)), None)
@@ -310,21 +313,20 @@ def _details(saved: _Saved, info: CardInfo, method: Method) -> str:
 
 def _set_block(text: str, name: str, note: str, body: str, title: str) -> str:
     """Replaces the block `name`, or puts it where it belongs: the usage below the title, the details at the end."""
-    block = f"<!-- peft_ext:{name} {note} -->\n{body}\n<!-- /peft_ext:{name} -->"
-    old = re.compile(rf"<!-- peft_ext:{name} \S+ -->.*?<!-- /peft_ext:{name} -->", re.DOTALL)
+    block = f"<!-- peft_ext:{name}{note} -->\n{body}\n<!-- /peft_ext:{name} -->"
+    old = re.compile(rf"<!-- peft_ext:{name}\b[^>]*-->.*?<!-- /peft_ext:{name} -->", re.DOTALL)
     if old.search(text):
         return old.sub(lambda _: block, text, count=1)
     if name == "usage":
         heading = re.search(r"^# .*$", text, re.MULTILINE)
         if heading is None or "```" in text[: heading.start()]:  # in a code block it would be a comment
-            return f"\n# {title}\n\n{block}\n\n{text.strip()}\n"
+            return f"\n# {title}\n\n{block}\n\n{text.strip()}"
         cut = heading.end()
     else:
         usage = text.find("<!-- /peft_ext:usage -->") + len("<!-- /peft_ext:usage -->")
         only_versions = text[usage:].strip().startswith("### Framework versions")
         cut = usage if only_versions else len(text)
-    rest = text[cut:].strip()
-    return f"{text[:cut].rstrip()}\n\n{block}\n" + (f"\n{rest}\n" if rest else "")
+    return f"{text[:cut].rstrip()}\n\n{block}\n\n{text[cut:].strip()}"
 
 
 @cache
@@ -350,15 +352,15 @@ def _without_template(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "".join(kept))
 
 
-def _is_hub_id(name: object) -> bool:
-    """Whether `name` can be the id of a model on the Hub, and is no directory here."""
-    if not isinstance(name, str) or not name or os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+def _hub_ids(names: Iterable[Any]) -> list[str]:
+    """Those of `names` that can be ids of models on the Hub, and are no directories here."""
+    ids = []
+    for name in names:
+        with suppress(HFValidationError):
+            validate_repo_id(name)
+            if name and not os.path.exists(name):
+                ids.append(name)
+    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -371,7 +373,7 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
         return {}
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:  # not a safetensors file, for example a git LFS pointer
+        if not 0 < length < path.stat().st_size:  # not a safetensors file, for example a git LFS pointer
             return {}
         header = json.loads(file.read(length))
     return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
@@ -380,8 +382,8 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
 def _table(rows: Iterable[Mapping[str, Any]]) -> str:
     rows = list(rows)
     columns = _union([], [key for row in rows for key in row])
-    cells = [columns, ["---"] * len(columns), *([_cell(row.get(key, "")) for key in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    lines = [columns, ["---"] * len(columns), *([row.get(key, "") for key in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
 
 
 def _cell(value: Any) -> str:

@@ -269,4 +269,6 @@ def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     output = model(**batch)
     if isinstance(output, torch.Tensor):
         return output.sin().sum()
-    return output.pooler_output.sin().sum() if output.get("loss") is None else output.loss
+    if output.get("loss") is not None:
+        return output.loss
+    return output.get("pooler_output", output.last_hidden_state).sin().sum()

@@ -507,8 +507,10 @@ class SSFLayer(ExtLayer):
         features = self.base_layer(*args, **kwargs)
         if len(features) % len(adapter_names):
             raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(features)} respectively."
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"names where a {type(self.get_base_layer()).__name__} sees {len(features)} rows. If the batch has as "
+                "many samples as names, the model calls the module on something that is not per sample (DeBERTa's "
+                "shared projections on its position embeddings): run the samples of each adapter as a batch."
             )
         # window attention folds the windows of a sample, one after the other, into the batch dimension
         repeats = len(features) // len(adapter_names)
