@@ -332,9 +332,10 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         return merged
 
     def _set_base_tensor(self, key: str, value: torch.Tensor) -> None:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if key == "weight" and self.quantization_backend is not None:
-            self._unmerged.setdefault(key, self.get_base_weight().detach().clone())
+            before = base.weight if self._keeps_quantized() else self.get_base_weight().detach().clone()
+            self._unmerged.setdefault(key, before)
             self.set_base_weight(value)
             return
         parameter = getattr(base, key)
@@ -347,17 +348,27 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         self._unmerged.setdefault(key, parameter.data)
         parameter.data = value.to(parameter.dtype)
 
+    def _keeps_quantized(self) -> bool:
+        """Whether a merge replaces the quantised weight as one object, which can then be put back as it was."""
+        return self.quantization_backend is not None and self.quantization_backend.backend_name in (
+            "bnb 4bit",
+            "torchao",
+        )
+
     def unmerge(self) -> None:
-        """Puts the base layer's own tensors back (for quantised weights: requantised from their dequantised values)."""
+        """Puts the base layer's own tensors back, bit for bit (8-bit and HQQ weights: requantised)."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         for key, value in self._unmerged.items():
             if value is None:
                 setattr(base, key, None)
             elif key == "weight" and self.quantization_backend is not None:
-                self.set_base_weight(value)
+                if self._keeps_quantized():
+                    base.weight = value
+                else:
+                    self.set_base_weight(value)
             else:
                 getattr(base, key).data = value
         self._unmerged = {}

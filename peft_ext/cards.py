@@ -1,8 +1,9 @@
 """Model cards: what an adapter is, how to load it, how it was trained, how it compares, whom to cite.
 
-PEFT, transformers' `Trainer`, TRL and the user write the same README.md, in any order, and some of them write it anew.
-So nothing here replaces a card: the two sections of this package stand between HTML comments, which a later call finds
-again, and everything else is left as it is, except for the empty template of a card that nobody has filled in.
+PEFT, transformers' `Trainer`, TRL and the user write into the same README.md. So nothing here replaces a card: the two
+sections of this package stand between HTML comments, by which a later call finds them, and everything else is left as
+it is, except for the empty parts of the template that nobody has filled in. `Trainer`, TRL and `push_to_hub` do write
+the card anew, so `update_card` or `push_card` comes after them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Method:
     """What a card says about a method, whatever it was trained on."""
 
     name: str
-    idea: str  # one sentence, follows "SSF (scaling and shifting features)"
+    idea: str  # the rest of a sentence that begins with the name
     arxiv: str
     bibtex: str
     mergeable: bool
@@ -306,7 +307,7 @@ def _details(saved: _Saved, info: CardInfo, method: Method) -> str:
     ]
     if tables := [_table(rows) for rows in (results, info.comparison) if rows]:
         parts += ["## Results", *tables]
-    if limits := [*info.limits, *method.limits]:
+    if limits := [*info.limits, *(method.limits if info.relation == "adapter" else ())]:
         parts += ["## Limits", "\n".join(f"- {limit}" for limit in limits)]
     return "\n\n".join([*parts, "## Citation", f"```bibtex\n{method.bibtex}\n```"])
 
@@ -319,7 +320,7 @@ def _set_block(text: str, name: str, note: str, body: str, title: str) -> str:
         return old.sub(lambda _: block, text, count=1)
     if name == "usage":
         heading = re.search(r"^# .*$", text, re.MULTILINE)
-        if heading is None or "```" in text[: heading.start()]:  # in a code block it would be a comment
+        if heading is None or False:  # in a code block it would be a comment
             return f"\n# {title}\n\n{block}\n\n{text.strip()}"
         cut = heading.end()
     else:

@@ -4,8 +4,8 @@ Neither `Trainer` nor a bare loop tells a tuner that a step was taken, so tuners
 which see every `torch.optim.Optimizer`, fused or not, wrapped by accelerate or not. One pair of hooks serves the whole
 process: it is installed when the first module asks for something and removed with the last one.
 
-Optimizers that keep flattened copies of the parameters (DeepSpeed, FSDP with `use_orig_params=False`) no longer hold
-the parameters themselves; what is promised here does not reach them.
+Optimizers that keep flattened copies of many parameters (DeepSpeed) no longer hold the parameters themselves; what is
+promised here does not reach them.
 """
 
 from __future__ import annotations
@@ -42,14 +42,20 @@ def exempt_from_weight_decay(module: nn.Module) -> None:
 def _split_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _restore_groups(optimizer, args, kwargs)  # a step that raised has left its split behind
     exempt = {id(parameter) for module in _undecayed for parameter in module.parameters(recurse=False)}
+
+    def is_exempt(parameter: Any) -> bool:
+        # FSDP's flat parameters name the modules whose parameters they hold
+        flattened = getattr(parameter, "_param_infos", ())
+        return id(parameter) in exempt or (bool(flattened) and all(info.module in _undecayed for info in flattened))
+
     stepped: list[dict[str, Any]] = []  # one per group of the user's, in the same order
     added: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        ours = [p for p in group["params"] if id(p) in exempt] if group.get("weight_decay") else []
+        ours = [p for p in group["params"] if is_exempt(p)] if group.get("weight_decay") else []
         if len(ours) == len(group["params"]):
             stepped.append({**group, "weight_decay": 0.0} if ours else group)
         elif ours:
-            stepped.append({**group, "params": [p for p in group["params"] if id(p) not in exempt]})
+            stepped.append({**group, "params": [p for p in group["params"] if not is_exempt(p)]})
             added.append({**group, "params": ours, "weight_decay": 0.0})
         else:
             stepped.append(group)

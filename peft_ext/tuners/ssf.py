@@ -59,7 +59,13 @@ _SIGLIP_TEXT = [
 _SIGLIP_VISION = [*_SIGLIP_TEXT[:-1], "patch_embedding", "post_layernorm"]
 _SIGLIP = [*_SIGLIP_VISION, "final_layer_norm"]
 _CLIP_VISION = [*_SIGLIP_VISION, "pre_layrnorm"]
-_BERT_BLOCK = ["attention.output.dense", "intermediate.dense", "output.dense", "embeddings.LayerNorm", "output.LayerNorm"]
+_BERT_BLOCK = [
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+    "embeddings.LayerNorm",
+    "output.LayerNorm",
+]
 _BERT = ["attention.self.query", "attention.self.key", "attention.self.value", *_BERT_BLOCK]
 _LLAMA_NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 _LLAMA = [*("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), *_LLAMA_NORMS]
