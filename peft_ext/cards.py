@@ -320,7 +320,7 @@ def _set_block(text: str, name: str, note: str, body: str, title: str) -> str:
         return old.sub(lambda _: block, text, count=1)
     if name == "usage":
         heading = re.search(r"^# .*$", text, re.MULTILINE)
-        if heading is None or False:  # in a code block it would be a comment
+        if heading is None or "```" in text[: heading.start()]:  # in a code block it would be a comment
             return f"\n# {title}\n\n{block}\n\n{text.strip()}"
         cut = heading.end()
     else:
