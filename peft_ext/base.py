@@ -40,6 +40,7 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import DUMMY_MODEL_CONFIG, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .register import is_registered
 from .schedule import exempt_from_weight_decay
@@ -204,6 +205,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         self._unmerged: dict[str, torch.Tensor | None] = {}
+        self.like = torch.empty(0)  # of the device and dtype that a base layer without parameters works in
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
 
@@ -281,7 +283,12 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         super()._apply(fn, recurse)
         # what a merge put aside follows the layer to its device and dtype
         self._unmerged = {key: None if value is None else fn(value) for key, value in self._unmerged.items()}
+        self.like = fn(self.like)
         return self
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return (self.like.device, self.like.dtype) if device is None else (device, dtype)
 
     def finish_update(self, adapter_name: str, config: ExtConfig) -> None:
         """To be called at the end of `update_layer`: device, dtype and `requires_grad` of the new leaves."""
@@ -325,6 +332,12 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         for key, value in merged.items():
             current = getattr(base, key, None)
+            if current is not None and key not in base._parameters and self.quantization_backend is None:
+                raise ValueError(
+                    f"Cannot merge adapter {name!r} into a {type(base).__name__}: its {key} is computed from other "
+                    "parameters (weight or spectral norm). Keep the adapter unmerged, or make the weight a plain "
+                    "parameter first, for example with `torch.nn.utils.parametrize.remove_parametrizations`."
+                )
             if safe_merge:
                 stored = value if current is None or not current.is_floating_point() else value.to(current.dtype)
                 if not torch.isfinite(stored).all():
@@ -341,7 +354,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         parameter = getattr(base, key)
         if parameter is None:
             self._unmerged.setdefault(key, None)
-            like = next(base.parameters(), value)
+            like = next(base.parameters(), self.like)
             dtype = like.dtype if like.is_floating_point() else value.dtype
             setattr(base, key, nn.Parameter(value.to(like.device, dtype), requires_grad=False))
             return
@@ -417,6 +430,7 @@ class ExtModel(BaseTuner):
             target.update_layer(adapter_name, config, **kwargs)
             return None
         layer = cls.layer_class(base_layer)(target, **get_quantization_kwargs(tuner.model))
+        layer.like = next((p for p in tuner.model.parameters() if p.is_floating_point()), layer.like).new_empty(0)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, config, **kwargs)
         if adapter_name not in tuner.active_adapters:
@@ -484,6 +498,11 @@ class ExtModel(BaseTuner):
             _warn_of_experts(config, model)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if isinstance(model, PreTrainedModel):
+            # which class the adapter was trained on, also where the task leaves that open; and PEFT copies a model's
+            # tags into the card of each adapter
+            config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+            model.add_model_tags(["peft-ext", config.METHOD.lower().replace("_", "-")])
         if not config.inference_mode and config.task_type not in TASKS_WITH_TRAINED_HEAD:
             _warn_of_fresh_head(model)
 
@@ -506,10 +525,14 @@ class ExtModel(BaseTuner):
     def _check_all_merges(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Raises what the merge of any layer would raise, while the model is still as it was."""
         self._check_merge_allowed()
-        for module in self.model.modules():
+        for name, module in self.model.named_modules():
             if isinstance(module, ExtLayer):
-                with onload_layer(module):
-                    module.check_merge(safe_merge, adapter_names)
+                try:
+                    with onload_layer(module):
+                        module.check_merge(safe_merge, adapter_names)
+                except ValueError as error:
+                    error.add_note(f"This is about the module {name!r}.")
+                    raise
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges the adapters into the base model's weights; `unmerge_adapter` takes them out again, bit for bit.

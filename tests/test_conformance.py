@@ -98,7 +98,7 @@ def randomize(model: nn.Module, method: str, adapter: str = "", seed: int = 0) -
     """Moves the adapters (or one) far from the identity; the values depend on the site and `seed` alone."""
     for key, parameter in model.named_parameters():
         site, _, leaf = key.partition("." + METHODS[method].prefix)
-        if leaf and adapter in leaf.split(".")[1:] + [""]:
+        if leaf and adapter in [*leaf.split(".")[1:], ""]:
             site = re.sub(r"base_model\.model\.|\.base_layer", "", site) + leaf.split(".")[0]
             generator = torch.Generator().manual_seed(zlib.crc32(site.encode()) + seed)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
@@ -162,7 +162,7 @@ def test_selected_adapters_whose_names_contain_each_other(method: str, name: str
     model, batch = adapted(method, name), inputs(name)
     expected = {}
     names = ["default", "default2", "fault", method]  # `method` is a part of the prefix
-    for seed, adapter in enumerate(names[1:], start=1):
+    for adapter in names[1:]:
         with warns_only("Adapter name '.*' should not be contained in the prefix"):
             model.add_adapter(adapter, config_for(method, name))
     for seed, adapter in enumerate(names):
@@ -324,10 +324,9 @@ def test_safe_merge_finds_nan_and_changes_nothing(method: str, name: str) -> Non
         last.view(-1)[0] = torch.nan
     before = copy.deepcopy(model.state_dict())
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(
-            ValueError, match=r"^NaNs detected in the merged weights\. The adapter default seems to be broken$"
-        ):
+        with pytest.raises(ValueError, match="NaNs detected") as info:
             merge(safe_merge=True)
+        assert str(info.value) == "NaNs detected in the merged weights. The adapter default seems to be broken"
         state = model.state_dict()
         assert state.keys() == before.keys()
         assert all(torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in state.items())

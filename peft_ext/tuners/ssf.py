@@ -176,6 +176,7 @@ class Site:
         weight_offset: The affine weight acts as `weight + weight_offset` (Gemma's RMSNorm: 1).
         is_norm: The operation is linear in its `weight` (and `bias`) per channel.
         bias_key: The parameter that takes the shift; `None` if the operation has no place for one.
+        rms_eps: Of an RMSNorm, what it adds to the mean square.
     """
 
     channels: int
@@ -185,6 +186,7 @@ class Site:
     weight_offset: float = 0.0
     is_norm: bool = False
     bias_key: str | None = "bias"
+    rms_eps: float | None = None
 
     def scale_weight(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """`weight` with each output channel multiplied by its entry of `scale` `(C,)`."""
@@ -232,7 +234,10 @@ def site_of(module: Any) -> Site:
         return Site(channels, dim=1, weight_dim=0, is_norm=True)
     offset = rms_norm_offset(module)
     if offset is not None:
-        return Site(module.weight.numel(), dim=-1, weight_dim=0, weight_offset=offset, is_norm=True, bias_key=None)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        return Site(
+            module.weight.numel(), -1, weight_dim=0, weight_offset=offset, is_norm=True, bias_key=None, rms_eps=eps
+        )
     raise TypeError(
         f"SSF does not support modules of type {type(module).__name__}; it adapts Linear, Conv1D, convolutions, "
         "Embedding (without max_norm), LayerNorm, GroupNorm, BatchNorm and RMSNorm."
@@ -302,6 +307,8 @@ def _vector_gradients(
     `(N, k)` holds the features before the scale of the channels `near_zero` `(k,)`.
     """
     accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if grad.dtype == torch.float16:  # in which the products below could overflow
+        kept, features_near_zero = kept.float(), features_near_zero.float()
     grad_shift = grad.sum(0, dtype=accumulate)
     grad_scale = (grad * kept).sum(0, dtype=accumulate)
     if not kept_is_input:
@@ -348,9 +355,35 @@ class ScaleShift(torch.autograd.Function):
                 shift,
                 False,
                 near_zero,
-                features.reshape(grad.numel() // channels, -1),
+                features.reshape(-1, near_zero.numel()) if near_zero.numel() else features,
             )
         return grad_features, grad_scale, grad_shift if shift is not None else None
+
+
+class ScaledRMSNorm(torch.autograd.Function):
+    """`weight * x / sqrt(mean(x^2) + eps)`, which keeps `x` and one number a row; the modules of transformers keep more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x `(..., C)`, weight `(C,)`; returns `(..., C)`."""
+        inverse_rms = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return x * inverse_rms * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        normed = x * inverse_rms
+        product = grad * normed
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = product.reshape(-1, weight.numel()).sum(0)
+        if ctx.needs_input_grad[0]:
+            with torch.autocast(grad.device.type, enabled=False):
+                along_x = (product @ weight).unsqueeze(-1) / weight.numel()
+            grad_x = inverse_rms * (grad * weight - normed * along_x)
+        return grad_x, grad_weight, None
 
 
 class ScaledLinear(torch.autograd.Function):
@@ -369,9 +402,10 @@ class ScaledLinear(torch.autograd.Function):
         shift: torch.Tensor | None,
         keep_input: bool,
     ) -> torch.Tensor:
-        """x `(..., in)`, weight `(out, in)`, bias, scale and shift `(out,)`; returns `(..., out)`."""
+        """x `(N, in)`, weight `(out, in)`, bias, scale and shift `(out,)`; returns `(N, out)`."""
         device = x.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves alone
+        ctx.dtype = torch.get_autocast_dtype(device) if is_cast else x.dtype
         ctx.keep_input = keep_input
         with torch.autocast(device, enabled=False):
             scaled_bias = (
@@ -395,10 +429,9 @@ class ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, weight, bias, scale, shift, near_zero, features = _saved_tensors(ctx)
         grad_x = grad_scale = grad_shift = None
-        rows = grad.reshape(-1, grad.shape[-1])
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = (rows @ (scale.unsqueeze(1) * weight).to(grad.dtype)).view(*grad.shape[:-1], -1)
+                grad_x = grad @ (scale.unsqueeze(1) * weight).to(grad.dtype)
             if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
                 if ctx.keep_input:
                     kept = F.linear(
@@ -407,13 +440,7 @@ class ScaledLinear(torch.autograd.Function):
                     features = kept
                     near_zero = scale.new_empty(0, dtype=torch.long)
                 grad_scale, grad_shift = _vector_gradients(
-                    rows,
-                    kept.reshape(-1, grad.shape[-1]),
-                    scale,
-                    shift,
-                    ctx.keep_input,
-                    near_zero,
-                    features.reshape(len(rows), -1),
+                    grad, kept, scale, shift, ctx.keep_input, near_zero, features
                 )
         return grad_x, None, None, grad_scale, grad_shift if shift is not None else None, None
 
@@ -496,7 +523,11 @@ class SSFLayer(ExtLayer):
         if bias is not None:
             affine["bias"] = bias * scale if shift is None else torch.addcmul(shift, bias, scale)
             shift = None
-        output = functional_call(base, affine, args, kwargs)
+        is_plain = self.site.rms_eps is not None and len(args) == 1 and not kwargs and args[0].dtype == scale.dtype
+        if not is_plain or torch.compiler.is_compiling():
+            output = functional_call(base, affine, args, kwargs)
+        else:
+            output = ScaledRMSNorm.apply(args[0], affine["weight"] + self.site.weight_offset, self.site.rms_eps)
         return output if shift is None else (output + along(shift, self.site.dim, output.ndim)).to(output.dtype)
 
     def _scale_features(
@@ -538,8 +569,7 @@ class SSFLayer(ExtLayer):
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         if self.obstacle[adapter_name] is not None:
             raise ValueError(
-                f"Cannot merge adapter {adapter_name!r}: {self.obstacle[adapter_name]} Keep the adapter unmerged, or "
-                "train with `shift=None`, which shifts only where a merged model can carry it."
+                f"Cannot merge adapter {adapter_name!r}: {self.obstacle[adapter_name]} Keep the adapter unmerged."
             )
         base, site = self.get_base_layer(), self.site
         scale, shift = self.vectors([adapter_name])
@@ -572,11 +602,15 @@ class SSFLinear(SSFLayer):
         is_plain = type(base) in (nn.Linear, Conv1D) and len(args) == 1 and not kwargs and self._can_fold(scale)
         recover = all(self.recover[name] for name in adapters)
         trains_bias = is_plain and base.bias is not None and base.bias.requires_grad
-        if not (is_plain and recover) or trains_bias or torch.compiler.is_compiling():
+        # scaling the weight costs a pass over it, scaling the features one over them: for few rows the latter is less
+        pays = is_plain and args[0].numel() > args[0].shape[-1] ** 2
+        if not (pays and recover) or trains_bias or torch.compiler.is_compiling():
             return super().adapted_forward(adapters, *args, **kwargs)
         (x,) = args
         weight = base.weight if self.site.weight_dim == 0 else base.weight.T
-        return ScaledLinear.apply(x, weight, base.bias, scale, shift, _kept_by_attention(x))
+        keep_input = _kept_by_attention(x) or not torch.is_grad_enabled()  # then nothing is kept at all
+        output = ScaledLinear.apply(x.reshape(-1, x.shape[-1]), weight, base.bias, scale, shift, keep_input)
+        return output.view(*x.shape[:-1], self.site.channels)
 
 
 class SSFModel(ExtModel):
@@ -609,14 +643,15 @@ class SSFModel(ExtModel):
     @staticmethod
     def _obstacle(model: nn.Module, name: str, base_layer: nn.Module, shift_is_lost: bool) -> str | None:
         kind = type(base_layer).__name__
+        remedy = "Train with `shift=None`, which shifts only where a merged model can carry it, or:"
         if shift_is_lost and site_of(base_layer).bias_key is None:
-            return f"it shifts {name!r}, and a {kind} has no place for a shift."
+            return f"it shifts {name!r}, and a {kind} has no place for a shift. {remedy}"
         if not isinstance(model, PreTrainedModel):
             return None  # whoever writes the class can load what merging adds
         if shift_is_lost:
             return (
                 f"it shifts {name!r}, a {kind} without bias, and {type(model).__name__} has no config flag that "
-                "gives it one, so loading the merged model would drop the shift without an error."
+                f"gives it one, so loading the merged model would drop the shift without an error. {remedy}"
             )
         if getattr(base_layer, "weight", True) is None:
             return (
