@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, ClassVar
 
@@ -76,6 +77,7 @@ class ExtConfig(PeftConfig):
     """
 
     METHOD: ClassVar[str] = ""
+    awaits_weights = False  # read from a file whose weights were not loaded yet; no field, so not in the JSON
 
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt: names, a regular expression or 'all-linear'."}
@@ -112,9 +114,14 @@ class ExtConfig(PeftConfig):
         self.peft_type = PeftType(self.METHOD)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"`{name}` is no valid regular expression: {value!r} ({error}).") from None
+            elif isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value):
                 setattr(self, name, set(value))
-            elif not (value is None or isinstance(value, (str, set))):
+            elif value is not None:
                 raise TypeError(f"`{name}` must be a list of names or a string, got {value!r}.")
         if isinstance(self.modules_to_save, str):
             raise TypeError(
@@ -147,6 +154,22 @@ class ExtConfig(PeftConfig):
                 UserWarning,
                 stacklevel=2,
             )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Reads `adapter_config.json`.
+
+        Raises:
+            TypeError: It belongs to an adapter of another method.
+        """
+        config = super().from_pretrained(*args, **kwargs)
+        if not isinstance(config, cls):
+            raise TypeError(
+                f"This is an adapter of the method {config.peft_type.value}, not {cls.METHOD}; "
+                "`PeftConfig.from_pretrained` reads any."
+            )
+        config.awaits_weights = True
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types; names come sorted, so that equal configs are written alike."""
@@ -327,12 +350,18 @@ class ExtLayer(nn.Module, BaseTunerLayer):
                 self._checked_merge(name, safe_merge)
 
     def _checked_merge(self, name: str, safe_merge: bool) -> dict[str, torch.Tensor]:
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"Cannot merge adapter {name!r} into a layer that {backend.backend_name} has quantised: its weight "
+                "cannot be written. Keep the adapter unmerged, or load it on a base model that is not quantised."
+            )
         with torch.no_grad():
             merged = self.merged_tensors(name)
         base = self.get_base_layer()
         for key, value in merged.items():
             current = getattr(base, key, None)
-            if current is not None and key not in base._parameters and self.quantization_backend is None:
+            if current is not None and key not in base._parameters and backend is None:
                 raise ValueError(
                     f"Cannot merge adapter {name!r} into a {type(base).__name__}: its {key} is computed from other "
                     "parameters (weight or spectral norm). Keep the adapter unmerged, or make the weight a plain "
@@ -419,6 +448,17 @@ class ExtModel(BaseTuner):
 
     # Injection
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_refuse_other_shapes)
+
+    def discard(self, adapter_name: str) -> None:
+        """Takes an adapter off again, and with the last one all of the adapter layers."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+        else:
+            super()._unload_and_optionally_merge(merge=False)
+
     @classmethod
     def inject_layer(
         cls, tuner: BaseTuner, config: ExtConfig, adapter_name: str, target: nn.Module, name: str
@@ -459,11 +499,12 @@ class ExtModel(BaseTuner):
                     f"Please specify `target_modules` in `peft_config`: {config.METHOD} has no default targets for "
                     f"models of type {model_type!r}. It has some for {', '.join(sorted(cls.target_module_mapping))}."
                 )
-            config.target_modules = set(targets)
+            names = [name for name, _ in model.named_modules()]
+            config.target_modules = {target for target in targets if _is_named(target, names)}
             if config.exclude_modules is None:
                 exclusions = cls.default_exclusions
                 excluded = exclusions.get(type(model).__name__, exclusions.get(model_type, ""))
-                if any(re.fullmatch(excluded, name) for name, _ in model.named_modules() if name):
+                if any(re.fullmatch(excluded, name) for name in names if name):
                     config.exclude_modules = excluded
         return config
 
@@ -475,10 +516,18 @@ class ExtModel(BaseTuner):
         """Raises for targets that cannot be adapted while the model is still as it was.
 
         Raises:
+            ValueError: There are no targets, or one of them names no module.
             TypeError: A target is of a type that the method does not support; the message names it.
         """
+        if not config.target_modules:
+            raise ValueError(
+                "`target_modules` is empty, so nothing would be trained; name at least one module, or leave it out to "
+                f"get the default targets of {config.METHOD}."
+            )
         takes_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
         _maybe_include_all_linear_layers(config, model)
+        if not (isinstance(config.target_modules, str) or config.inference_mode):
+            _refuse_unknown_targets(config.target_modules, model)
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
             if not name or name.startswith(inside or ("\0",)):
@@ -520,26 +569,14 @@ class ExtModel(BaseTuner):
     # Merge
 
     def _check_merge_allowed(self) -> None:
-        refuse_tied_weights(self.model)
-
-    def _check_all_merges(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Raises what the merge of any layer would raise, while the model is still as it was."""
-        self._check_merge_allowed()
-        for name, module in self.model.named_modules():
-            if isinstance(module, ExtLayer):
-                try:
-                    with onload_layer(module):
-                        module.check_merge(safe_merge, adapter_names)
-                except ValueError as error:
-                    error.add_note(f"This is about the module {name!r}.")
-                    raise
+        """PEFT warns here of tied weights, whichever adapter is merged; `check_merges` refuses where it matters."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges the adapters into the base model's weights; `unmerge_adapter` takes them out again, bit for bit.
 
         Either all layers are merged or, with an error, none.
         """
-        self._check_all_merges(safe_merge, adapter_names)
+        check_merges(self.model, safe_merge, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -550,7 +587,7 @@ class ExtModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_all_merges(safe_merge, adapter_names)
+            check_merges(self.model, safe_merge, adapter_names)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             self.finish_merge(self.model)
@@ -602,7 +639,7 @@ class _MixedModel(MixedModel):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges all layers, the innermost first: an outer method acts on what an inner one has already changed."""
-        refuse_tied_weights(self.model)
+        check_merges(self.model, safe_merge, adapter_names)
         for module in reversed(list(self.model.modules())):
             if isinstance(module, BaseTunerLayer):
                 module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -705,7 +742,20 @@ def linear_out_features(base_layer: nn.Module) -> int | None:
     return _get_in_out_features(base_layer)[1]
 
 
-def refuse_tied_weights(model: nn.Module) -> None:
+def check_merges(model: nn.Module, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """Raises what the merge of any of our layers would raise, while the model is still as it was."""
+    refuse_tied_weights(model, adapter_names)
+    for name, module in model.named_modules():
+        if isinstance(module, ExtLayer):
+            try:
+                with onload_layer(module):
+                    module.check_merge(safe_merge, adapter_names)
+            except ValueError as error:
+                error.add_note(f"This is about the module {name!r}.")
+                raise
+
+
+def refuse_tied_weights(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Raises `ValueError` if merging an adapted module would change another module too, since they share a weight."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
@@ -713,7 +763,7 @@ def refuse_tied_weights(model: nn.Module) -> None:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((name, module))
     for name, layer in model.named_modules():
-        if not (isinstance(layer, ExtLayer) and layer.present(layer.active_adapters)):
+        if not (isinstance(layer, ExtLayer) and layer.present(adapter_names or layer.active_adapters)):
             continue
         base = layer.get_base_layer()
         for parameter in base._parameters.values():
@@ -768,6 +818,51 @@ def mixed_batch(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_named(target: str, names: Iterable[str]) -> bool:
+    """Whether an entry of `target_modules` matches one of the module names."""
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def _refuse_unknown_targets(targets: Iterable[str], model: nn.Module) -> None:
+    wrappers = [n for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    inner = tuple(f"{name}." for name in wrappers)
+    names = [name for name, _ in model.named_modules() if not name.startswith(inner)]
+    unknown = sorted(target for target in targets if not _is_named(target, names))
+    if unknown:
+        known = {name.rsplit(".", 1)[-1] for name in names if name and not name.rsplit(".", 1)[-1].isdecimal()}
+        similar = sorted({close for target in unknown for close in get_close_matches(target, known)} or known)
+        raise ValueError(
+            f"Target modules {unknown} not found in the base model, a {type(model).__name__}. Please check the target "
+            f"modules and try again; it has modules called {', '.join(similar[:20])}."
+        )
+
+
+def _refuse_other_shapes(tuner: ExtModel, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Before weights are loaded: if they are of another model, takes adapters that wait for them off again and raises."""
+    own = tuner.state_dict(prefix=prefix)
+    configs: dict[str, ExtConfig] = {n: c for n, c in tuner.peft_config.items() if isinstance(c, ExtConfig)}
+    waiting = [name for name, config in configs.items() if config.awaits_weights]
+    misfits = [
+        key
+        for key, value in state_dict.items()
+        if key in own and f".{tuner.prefix}" in key and value.shape != own[key].shape
+    ]
+    if misfits:
+        for name in waiting:
+            tuner.discard(name)
+        raise RuntimeError(
+            "The adapter does not fit this model:\n"
+            + "".join(
+                f"    size mismatch for {key.removeprefix(f'{prefix}model.')}: {tuple(state_dict[key].shape)} in the "
+                f"adapter, {tuple(own[key].shape)} in the model\n"
+                for key in misfits[:5]
+            )
+            + f"({len(misfits)} in all.) Load it on the base model that its adapter_config.json names."
+        )
+    for name in waiting:
+        configs[name].awaits_weights = False
 
 
 def _warn_of_experts(config: ExtConfig, model: nn.Module) -> None:

@@ -40,6 +40,7 @@ def add_member(enum_class: type[StrEnum], name: str) -> StrEnum:
     enum_class._member_names_.append(name)
     enum_class._member_map_[name] = member
     enum_class._value2member_map_[name] = member
+    getattr(enum_class, "_hashable_values_", []).append(name)  # where Python 3.14 looks for `"SSF" in PeftType`
     # `EnumType.__setattr__` refuses to rebind members; Python 3.11 finds members through the map, 3.12 and later
     # through the class attribute.
     type.__setattr__(enum_class, name, member)

@@ -21,26 +21,25 @@ from torch.utils.hooks import RemovableHandle
 
 
 _undecayed: MutableSet[nn.Module] = weakref.WeakSet()
-_users_groups: weakref.WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
 _handles: list[RemovableHandle] = []
 
 
 def exempt_from_weight_decay(module: nn.Module) -> None:
     """From now on no optimizer decays the parameters that `module` itself owns, whatever its `weight_decay` says.
 
-    During each step the parameters sit in a copy of their group whose `weight_decay` is zero; before and after it the
-    groups are as the user made them, so learning-rate schedulers and checkpoints never see the split. The update is
-    the one the optimizer makes with `weight_decay=0`, bit for bit.
+    Each step is made by a stand-in for the optimizer that shares its state, but has the parameters in a copy of their
+    group whose `weight_decay` is zero. The optimizer's own groups stay as the user made them, so learning-rate
+    schedulers and checkpoints never see the split, even if the step raises. The update is the one the optimizer makes
+    with `weight_decay=0`, bit for bit.
     """
     _undecayed.add(module)
     weakref.finalize(module, _remove_hooks_if_unused)
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_split_groups))
-        _handles.append(register_optimizer_step_post_hook(_restore_groups))
+        _handles.append(register_optimizer_step_post_hook(_carry_back))
 
 
-def _split_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _restore_groups(optimizer, args, kwargs)  # a step that raised has left its split behind
+def _split_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     exempt = {id(parameter) for module in _undecayed for parameter in module.parameters(recurse=False)}
 
     def is_exempt(parameter: Any) -> bool:
@@ -59,19 +58,22 @@ def _split_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             added.append({**group, "params": ours, "weight_decay": 0.0})
         else:
             stepped.append(group)
-    if any(mine is not theirs for mine, theirs in zip(stepped, optimizer.param_groups, strict=True)):
-        _users_groups[optimizer] = optimizer.param_groups
-        optimizer.param_groups = stepped + added
+    if all(mine is theirs for mine, theirs in zip(stepped, optimizer.param_groups, strict=True)):
+        return None
+    stand_in = object.__new__(type(optimizer))
+    stand_in.__dict__.update(optimizer.__dict__, param_groups=stepped + added)
+    return (stand_in, *args[1:]), kwargs  # `step` is called with this as its `self`
 
 
-def _restore_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    users_groups = _users_groups.pop(optimizer, None)
-    if users_groups is None:
+def _carry_back(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    stand_in = args[0]
+    if stand_in is optimizer:
         return
-    # some optimizers count in their groups: what they advanced during the step is carried back
-    for group, stepped in zip(users_groups, optimizer.param_groups, strict=False):
+    # some optimizers count in attributes or in their groups
+    attributes = {key: value for key, value in stand_in.__dict__.items() if key != "param_groups"}
+    optimizer.__dict__.update(attributes)
+    for group, stepped in zip(optimizer.param_groups, stand_in.param_groups, strict=False):
         group.update({key: value for key, value in stepped.items() if key not in ("params", "weight_decay")})
-    optimizer.param_groups = users_groups
 
 
 def _remove_hooks_if_unused() -> None:

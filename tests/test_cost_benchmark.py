@@ -1,0 +1,184 @@
+"""The cost benchmark on models small enough for a test: what it counts, what it writes; never what it times."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    ViTConfig,
+)
+
+
+FILE = Path(__file__).parent.parent / "examples" / "benchmark" / "cost.py"
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cost_benchmark", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+cost = _load()
+SETTINGS = cost.Settings(rounds=2, warmup=1, threads=1)
+ONE_ROUND = cost.Settings(rounds=1, warmup=0, threads=1)
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+HEAD = 64 * 3 + 3
+
+
+def _vit() -> nn.Module:
+    shape = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 256}
+    return AutoModelForImageClassification.from_config(
+        ViTConfig(**shape, image_size=64, patch_size=8, num_labels=3, **NO_DROPOUT)
+    )
+
+
+def _llama() -> nn.Module:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**shape, vocab_size=50, intermediate_size=64, tie_word_embeddings=True)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _bert() -> nn.Module:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return AutoModelForSequenceClassification.from_config(BertConfig(**shape, vocab_size=50, **NO_DROPOUT))
+
+
+VIT = cost.Workload("tiny-vit", _vit, "image", 2, image_size=64, about="ViT")
+LLAMA = cost.Workload("tiny-llama", _llama, "causal", 2, length=6, about="Llama")
+BERT = cost.Workload("tiny-bert", _bert, "text", 2, length=6, about="BERT")
+STACK = cost.Workload("stack", lambda: cost.Stack(3, 16), "stack", 4, length=16, about="Linears")
+
+
+@pytest.fixture(scope="module")
+def vit() -> dict[str, Any]:
+    return cost.measure(VIT, settings=SETTINGS, quiet=True)
+
+
+def test_every_method_has_a_row_with_one_time_a_round(vit: dict[str, Any]) -> None:
+    assert tuple(vit["rows"]) == cost.METHODS and not vit["skipped"]
+    assert len(vit["base_seconds"]) == SETTINGS.rounds
+    for method, row in vit["rows"].items():
+        forwards = {"unmerged", "merged"} if method in cost.ADAPTERS else set()
+        assert set(row["seconds"]) == {"step", "forward", "backward", "optimizer"} | forwards
+        assert all(len(times) == SETTINGS.rounds for times in row["seconds"].values())
+        assert all(time > 0 for times in row["seconds"].values() for time in times)
+        assert row["trainable_with_head"] - row["trainable"] == HEAD
+    assert vit["machine"]["torch"] == torch.__version__
+    assert vit["machine"]["threads"] == 1
+
+
+def test_trainable_parameters(vit: dict[str, Any]) -> None:
+    trainable = {method: row["trainable"] for method, row in vit["rows"].items()}
+    assert trainable[cost.FROZEN] == trainable["linear probe"] == 0
+    assert trainable["full fine-tuning"] == vit["parameters"] - HEAD
+    # 4 layers of width 64, MLP 256; SSF: patches and last norm, then two norms, q, k, v, o, fc1 and fc2
+    assert trainable["SSF"] == trainable["SSF, recover=False"] == 2 * (2 * 64 + 4 * (2 * 64 + 4 * 64 + 256 + 64))
+    assert trainable[cost.LORA] == trainable["SHiRA r=8"] == 8 * 4 * (4 * 128 + 2 * 320)
+    assert trainable["IA3"] == 4 * (64 + 64 + 256)
+    assert trainable["LN-tuning"] == 2 * 64 * (2 * 4 + 1)
+
+
+def test_bytes_saved_for_backward(vit: dict[str, Any]) -> None:
+    saved = {method: row["saved_bytes"] for method, row in vit["rows"].items()}
+    assert saved["SSF"] <= 1.1 * saved[cost.FROZEN]
+    assert saved["linear probe"] < 0.05 * saved[cost.FROZEN]
+    assert saved["SSF"] < saved[cost.LORA] < saved["SSF, recover=False"]
+    assert saved[cost.FROZEN] < saved["full fine-tuning"]
+
+
+def test_saved_bytes_are_the_storages_that_autograd_keeps() -> None:
+    """A stack that only passes gradients through keeps what its loss needs; in full each layer keeps its input."""
+    rows = cost.measure(STACK, ["full fine-tuning"], ONE_ROUND, quiet=True)["rows"]
+    features = 4 * 16 * 4  # batch, width, bytes
+    assert rows[cost.FROZEN]["saved_bytes"] == features
+    assert rows["full fine-tuning"]["saved_bytes"] == 4 * features
+    assert rows[cost.FROZEN]["trainable"] == 0
+
+
+def test_file_bytes_are_those_of_the_trained_tensors(vit: dict[str, Any]) -> None:
+    for method, row in vit["rows"].items():
+        tensors = 4 * row["trainable_with_head"]
+        if method == "SHiRA r=8":
+            tensors += 2 * 4 * row["trainable"]  # where the values go
+        assert tensors < row["file_bytes"] < tensors + 20_000, method
+
+
+@pytest.mark.parametrize("workload", [LLAMA, BERT, STACK], ids=lambda workload: workload.name)
+def test_other_kinds_of_model(workload: Any) -> None:
+    results = cost.measure(workload, settings=ONE_ROUND, quiet=True)
+    without = {"tiny-llama": {"linear probe"}, "stack": {"linear probe", "LN-tuning"}}.get(workload.name, set())
+    assert set(results["skipped"]) == without
+    assert set(results["rows"]) == set(cost.METHODS) - without
+    assert cost.FROZEN in cost.table(results)
+
+
+def test_jobs_share_frozen_weights_and_own_trained_ones() -> None:
+    base = _vit().train()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    inputs = VIT.inputs(base.config)
+    for method in cost.METHODS:
+        with cost.no_foreign_warnings():
+            job = cost.Job(method, base, inputs, VIT, SETTINGS, share=True)
+            job.step()
+            job.merged()
+        frozen = cost.storages(p for p in job.model.parameters() if not p.requires_grad)
+        assert frozen <= cost.storages(base.parameters()) or method == "SHiRA r=8"
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+def test_the_methods_that_ratios_refer_to_are_always_run() -> None:
+    results = cost.measure(STACK, ["SSF"], ONE_ROUND, quiet=True)
+    assert set(results["rows"]) == {cost.FROZEN, cost.LORA, "SSF"}
+
+
+def test_table_is_written_between_its_markers(vit: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "cost-tiny-vit-cpu.json").write_text(json.dumps(vit))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- cost:tiny-vit -->\nold\n<!-- /cost:tiny-vit -->\nafter\n")
+    assert cost.write_tables(readme, tmp_path) == ["tiny-vit"]
+    once = readme.read_text()
+    assert once.startswith("before\n<!-- cost:tiny-vit -->\nViT (") and once.endswith(
+        "<!-- /cost:tiny-vit -->\nafter\n"
+    )
+    assert "old" not in once and f"| {cost.LORA} | 36,864 |" in once
+    cost.write_tables(readme, tmp_path)
+    assert readme.read_text() == once
+
+
+def test_a_file_without_markers_or_results_is_refused(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers\n")
+    with pytest.raises(ValueError, match=r"has no line `<!-- cost:NAME -->`"):
+        cost.write_tables(readme, tmp_path)
+    readme.write_text("<!-- cost:unknown -->\n<!-- /cost:unknown -->\n")
+    with pytest.raises(ValueError, match="there are no results"):
+        cost.write_tables(readme, tmp_path)
+
+
+def test_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(cost.PRESETS, "stack", STACK)
+    options = ["--methods", "SSF", "--rounds", "1", "--warmup", "0", "--threads", "1", "--device", "cpu"]
+    cost.main(["stack", *options, "--json", str(tmp_path), "--table"])
+    results = json.loads((tmp_path / "cost-stack-cpu.json").read_text())
+    assert results["settings"]["rounds"] == 1
+    assert cost.table(results) in capsys.readouterr().out
+    _vit().save_pretrained(tmp_path / "model")
+    cost.main([str(tmp_path / "model"), *options, "--batch", "1", "--json", str(tmp_path / "hub.json")])
+    results = json.loads((tmp_path / "hub.json").read_text())
+    assert results["workload"]["size"] == "1 images of 64 x 64"
