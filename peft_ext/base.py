@@ -238,6 +238,9 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError
 
+    def leave(self, model: nn.Module) -> None:
+        """Called before the layers are taken out of `model`: a layer undoes what it did outside its own module."""
+
     # Forward
 
     def present(self, adapters: Iterable[str]) -> list[str]:
@@ -528,6 +531,7 @@ class ExtModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_all_merges(safe_merge, adapter_names)
+        _announce_unloading(self.model)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             self.finish_merge(self.model)
@@ -594,6 +598,7 @@ class _MixedModel(MixedModel):
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
         methods = {_tuner_of(config) for config in self.peft_config.values() if isinstance(config, ExtConfig)}
+        _announce_unloading(self.model)
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if merge:
             for method in methods:
@@ -670,6 +675,11 @@ def _create_and_replace(
     layer = _tuner_of(config).inject_layer(tuner, config, adapter_name, target, current_key)
     if layer is not None:
         tuner._replace_module(parent, target_name, layer, target)
+
+
+def _announce_unloading(model: nn.Module) -> None:
+    for layer in [module for module in model.modules() if isinstance(module, ExtLayer)]:
+        layer.leave(model)
 
 
 def linear_out_features(base_layer: nn.Module) -> int | None:
