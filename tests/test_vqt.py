@@ -33,6 +33,9 @@ AUTO = {name: tf.AutoModelForImageClassification for name in IMAGES}
 AUTO |= {"ast": tf.AutoModelForAudioClassification}
 AUTO |= {name: tf.AutoModelForSequenceClassification for name in TEXTS}
 
+# what PEFT says to every second adapter that comes in through transformers
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+
 
 def vqt(name: str, dtype: torch.dtype = torch.float32, overrides: dict[str, Any] | None = None, **fields: Any) -> Any:
     torch.manual_seed(0)

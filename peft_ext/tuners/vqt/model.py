@@ -103,6 +103,7 @@ class QueryHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(classes, selected or features))
         self.bias = nn.Parameter(torch.empty(classes))
         self.features = features
+        self.columns_are_known = False
         # negative until a selection, or a loaded adapter, fills them in
         self.register_buffer("columns", None if selected is None else torch.full((selected,), -1, dtype=torch.int32))
 
@@ -114,6 +115,12 @@ class QueryHead(nn.Module):
                 "the one that the adapter was made for. Load the adapter on its own base model."
             )
         if self.columns is not None:
+            if not self.columns_are_known and self.columns[0] < 0:
+                raise ValueError(
+                    "`num_selected_features` is set, but no features were selected: it is written by "
+                    "`peft_ext.select_features`. Leave it out of a new config."
+                )
+            self.columns_are_known = True  # so that a GPU is asked once only
             features = features[:, self.columns.long()]
         return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
