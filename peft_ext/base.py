@@ -10,6 +10,8 @@ A method subclasses the three classes here and writes only its own part:
 
 from __future__ import annotations
 
+import copy
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -36,9 +38,15 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
     onload_layer,
 )
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    get_peft_model_state_dict,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from peft.utils.constants import DUMMY_MODEL_CONFIG, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
 from torch import nn
 
 from .register import is_registered
@@ -655,6 +663,41 @@ class PeftMixedModel(_PeftMixedModel):
             raise
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self.set_modules_to_save(peft_config, adapter_name)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes each adapter into a folder of its own name, which loads like any adapter, alone or with the others.
+
+        Raises:
+            ValueError: An adapter sits on a module that an earlier one adapts too, so that it would not load alone.
+        """
+        if not safe_serialization or kwargs:
+            raise ValueError("A mixed model is saved as safetensors, with no other options.")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        if unknown := set(names) - set(self.peft_config):
+            raise ValueError(f"There are no adapters {sorted(unknown)}; there are {sorted(self.peft_config)}.")
+        states = {name: get_peft_model_state_dict(self, adapter_name=name) for name in names}
+        for name, state in states.items():
+            inner = [key for key in state if ".base_layer." in key]
+            if inner:
+                raise ValueError(
+                    f"Adapter {name!r} cannot be saved apart from the others: at {inner[0]!r} it sits inside another "
+                    "adapter's layer. Give the adapters modules of their own, or train and save one after the other."
+                )
+        for name, state in states.items():
+            directory = os.path.join(save_directory, name)
+            os.makedirs(directory, exist_ok=True)
+            tensors = {key: value.contiguous() for key, value in state.items()}
+            save_file(tensors, os.path.join(directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+            config = copy.copy(self.peft_config[name])
+            config.base_model_name_or_path = getattr(self.base_model.model, "name_or_path", None) or None
+            config.inference_mode = True
+            config.save_pretrained(directory)
 
 
 def _tuner_of(config: ExtConfig) -> type[ExtModel]:
