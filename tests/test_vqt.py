@@ -57,6 +57,11 @@ def stock(name: str, batch: dict[str, torch.Tensor], **overrides: Any) -> torch.
     return tiny(name, **overrides).requires_grad_(False)(**batch).logits
 
 
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).logits
+
+
 # A straightforward implementation: queries before the tokens, keys and values from the tokens alone
 
 WHERE = {  # the blocks, the attention in a block, the names in it (query, key, value, output)
@@ -515,13 +520,15 @@ def _auto(name: str, directory: Path, base: Any) -> Any:
 def test_save_and_load(name: str, tmp_path: Path) -> None:
     model, batch = vqt(name, pooling="weighted"), batch_of(name)
     _train(model, batch)
-    expected = model(**batch).logits
+    expected = logits(model, batch)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     again = PeftModel.from_pretrained(tiny(name), tmp_path)
-    assert torch.equal(again(**batch).logits, expected)
+    assert torch.equal(logits(again, batch), expected)
     assert not any(p.requires_grad for p in again.parameters())
-    assert torch.equal(_auto(name, tmp_path, tiny(name)).eval()(**batch).logits, expected)
+    # the weights lie elsewhere in memory there, and the kernels' last bits depend on that
+    found = logits(_auto(name, tmp_path, tiny(name)).eval(), batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     trainable = PeftModel.from_pretrained(tiny(name), tmp_path, is_trainable=True)
     trainable(**batch).loss.backward()
     assert len(gradients(trainable)) == 4
@@ -567,7 +574,7 @@ def test_two_adapters_with_different_heads(tmp_path: Path) -> None:
         model.delete_adapter("default")
     assert torch.equal(model(**batch).logits, second.logits)
     model.delete_adapter("other")
-    assert torch.equal(model(**batch).logits, stock("vit", batch)) and base.num_labels == 3
+    assert torch.equal(base(**batch).logits, stock("vit", batch)) and base.num_labels == 3
     assert not any("vqt_" in key for key in model.state_dict())
 
 
@@ -599,14 +606,14 @@ def test_sequence_classification_task(name: str, tmp_path: Path) -> None:
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
     assert trained and all("vqt_" in key for key in trained)
     _train(model, batch)
-    expected = model(**batch).logits
+    expected = logits(model, batch)
     model.save_pretrained(tmp_path)
     tiny(name).save_pretrained(tmp_path / "base")
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
     assert config["modules_to_save"] is None
     file.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "base")}))
-    assert torch.equal(peft_ext.load(tmp_path).eval()(**batch).logits, expected)
+    assert torch.equal(logits(peft_ext.load(tmp_path).eval(), batch), expected)
     model.add_adapter("other", VQTConfig(num_queries=1, task_type="SEQ_CLS"))
     model.set_adapter("other")
     model(**batch)
@@ -654,7 +661,13 @@ class Samples(torch.utils.data.Dataset):
 
 
 def _arguments(directory: Path, **fields: Any) -> TrainingArguments:
-    common = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.05, "report_to": [], "use_cpu": True}
+    common = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 0.05,
+        "report_to": [],
+        "use_cpu": True,
+    }
     common |= {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "seed": 0}
     return TrainingArguments(output_dir=str(directory), **{**common, **fields})
 
@@ -680,26 +693,20 @@ def test_trainer(name: str, checkpointing: bool, tmp_path: Path) -> None:
     assert torch.equal(again(**samples.rows).logits, after.logits)
 
     resumed = vqt(name)
-    Trainer(
-        resumed, _arguments(tmp_path, gradient_checkpointing=checkpointing), train_dataset=samples
-    ).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    Trainer(resumed, _arguments(tmp_path, gradient_checkpointing=checkpointing), train_dataset=samples).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )
     torch.testing.assert_close(resumed.eval()(**samples.rows).logits, after.logits)
 
 
 # On top of other adapters
 
 
-def _other(kind: str) -> Any:
-    if kind == "ssf":
-        return SSFConfig(modules_to_save=["classifier"])
-    return LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
-
-
 @pytest.mark.parametrize("kind", ["lora", "ssf"])
 @pytest.mark.parametrize("vqt_first", [False, True])
 def test_joint_training_reaches_the_other_adapter(kind: str, vqt_first: bool) -> None:
     batch = batch_of("vit", torch.float64)
-    other = LoraConfig(**vars_of_lora()) if kind == "lora" else SSFConfig(layers_to_transform=[0, 1], target_modules=["k_proj", "v_proj"])  # fmt: skip
+    other: Any = LoraConfig(**vars_of_lora()) if kind == "lora" else SSFConfig(layers_to_transform=[0, 1], target_modules=["k_proj", "v_proj"])  # fmt: skip
     configs = {kind: other, "vqt": VQTConfig(num_queries=2, dropout=0.0)}
     order = ["vqt", kind] if vqt_first else [kind, "vqt"]
     torch.manual_seed(0)
@@ -765,42 +772,85 @@ def test_joint_training_with_gradient_checkpointing(use_reentrant: bool) -> None
         torch.testing.assert_close(found[key], grad, rtol=0, atol=1e-10)
 
 
+def _trained(kind: str, directory: Path, batch: dict[str, Any], **fields: Any) -> torch.Tensor:
+    """Trains and saves an adapter; returns its logits."""
+    torch.manual_seed(0)
+    config = SSFConfig(**fields) if kind == "ssf" else LoraConfig(**vars_of_lora(), **fields)
+    with _ignoring_frozen_head():
+        model = get_peft_model(tiny("vit"), config)
+    _train(model, batch)
+    model.save_pretrained(directory)
+    return logits(model, batch)
+
+
 @pytest.mark.parametrize("kind", ["lora", "ssf"])
 def test_on_top_of_a_trained_adapter(kind: str, tmp_path: Path) -> None:
     batch = batch_of("vit")
-    torch.manual_seed(0)
-    first = tiny("vit")
-    config = SSFConfig(modules_to_save=["classifier"]) if kind == "ssf" else LoraConfig(**vars_of_lora(), modules_to_save=["classifier"])  # fmt: skip
-    trained = get_peft_model(first, config)
-    _train(trained, batch)
-    alone = trained(**batch).logits
-    trained.save_pretrained(tmp_path / kind)
+    alone = _trained(kind, tmp_path / kind, batch, modules_to_save=["classifier"])
 
+    model = peft_ext.PeftMixedModel.from_pretrained(tiny("vit"), tmp_path / kind, adapter_name=kind)
+    model.add_adapter("vqt", VQTConfig(num_queries=2, dropout=0.0))
+    model.set_adapter([kind, "vqt"])
+    model.set_requires_grad(kind, False)
+    assert all("vqt_" in name for name, p in model.named_parameters() if p.requires_grad)
+    seen: list[bool] = []
+    handle = model.base_model.model.vit.register_forward_hook(
+        lambda m, a, output: seen.append(output.last_hidden_state.requires_grad)
+    )
+    _train(model, batch)
+    handle.remove()
+    assert seen and not any(seen)  # the adapter is part of the frozen pass
+    both = logits(model, batch)
+    model.set_adapter([kind])
+    torch.testing.assert_close(logits(model, batch), alone)
+
+    model.save_pretrained(tmp_path / "both")  # as two adapters, each usable without the other
+    again = peft_ext.PeftMixedModel.from_pretrained(tiny("vit"), tmp_path / "both" / "vqt", adapter_name="vqt")
+    again.load_adapter(str(tmp_path / "both" / kind), kind)
+    again.set_adapter([kind, "vqt"])
+    torch.testing.assert_close(logits(again.eval(), batch), both)
+    only = PeftModel.from_pretrained(tiny("vit"), tmp_path / "both" / kind)
+    torch.testing.assert_close(logits(only, batch), alone)
+    only = PeftModel.from_pretrained(tiny("vit"), tmp_path / "both" / "vqt")
+    assert logits(only, batch).shape == alone.shape
+
+
+@pytest.mark.parametrize("kind", ["lora", "ssf"])
+@pytest.mark.parametrize("vqt_first", [False, True])
+def test_beside_another_adapter_through_transformers(kind: str, vqt_first: bool, tmp_path: Path) -> None:
+    batch = batch_of("vit")
+    alone = _trained(kind, tmp_path / kind, batch)
     model = tiny("vit")
     model.load_adapter(tmp_path / kind, kind)  # frozen
-    assert torch.equal(model.eval()(**batch).logits, alone)
     model.add_adapter(VQTConfig(num_queries=2, dropout=0.0), "vqt")
     model.set_adapter([kind, "vqt"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vqt_" in name)
-    seen: list[bool] = []
-    model.vit.register_forward_hook(lambda m, a, output: seen.append(output.last_hidden_state.requires_grad))
     _train(model, batch)
-    assert not any(seen)  # the adapter is part of the frozen pass
-    both = model(**batch).logits
-    model.set_adapter([kind])
-    assert torch.equal(model(**batch).logits, alone)
-
-    for name in (kind, "vqt"):  # saved as two adapters, each usable without the other
+    both = logits(model, batch)
+    for name in (kind, "vqt"):
         model.set_adapter([name])
         model.save_pretrained(tmp_path / "both" / name)
+    model.set_adapter([kind])
+    torch.testing.assert_close(logits(model, batch), alone)
     again = tiny("vit")
-    again.load_adapter(tmp_path / "both" / "vqt", "vqt")
-    again.load_adapter(tmp_path / "both" / kind, kind)
+    for name in ("vqt", kind) if vqt_first else (kind, "vqt"):
+        again.load_adapter(tmp_path / "both" / name, name)
     again.set_adapter([kind, "vqt"])
-    torch.testing.assert_close(again.eval()(**batch).logits, both)
-    only = PeftModel.from_pretrained(tiny("vit"), tmp_path / "both" / kind)
-    torch.testing.assert_close(only.eval()(**batch).logits, alone)
+    torch.testing.assert_close(logits(again.eval(), batch), both)
+
+
+def test_a_mixed_model_saves_nothing_that_would_not_load(tmp_path: Path) -> None:
+    with _ignoring_frozen_head():
+        model = peft_ext.PeftMixedModel(tiny("vit"), LoraConfig(**vars_of_lora()), adapter_name="lora")
+        model.add_adapter("ssf", SSFConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'lora' cannot be saved apart"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="there are"):
+        model.save_pretrained(tmp_path, selected_adapters=["none"])
+    with pytest.raises(ValueError, match="safetensors"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
 
 
 def test_all_linear_of_another_method_leaves_the_head_alone() -> None:
