@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,22 @@ CHILD = "vqt"  # the name of the layer in the model; PEFT skips names that conta
 # What is trained
 
 
+@dataclass
+class QueryRows:
+    """The query rows `(B, T, D)` of one layer, and which of their elements are dropped.
+
+    The dropout is applied where the rows are used, so that for the backward one byte an element is kept and not eight.
+    """
+
+    rows: torch.Tensor
+    dropped: torch.Tensor | None = None
+    probability: float = 0.0
+
+    def __call__(self) -> torch.Tensor:
+        """The rows after the dropout."""
+        return self.rows if self.dropped is None else self.rows.masked_fill(self.dropped, 0.0) / (1 - self.probability)
+
+
 class QueryTokens(nn.Module):
     """The queries of all layers, `weight` `(L, T, D)`."""
 
@@ -65,13 +81,16 @@ class QueryTokens(nn.Module):
         self.weight = nn.Parameter(torch.empty(layers, queries, width))
         self.dropout = dropout
 
-    def forward(self, batch: int) -> tuple[torch.Tensor, ...]:
-        """The rows `(B, T, D)` of each layer."""
+    def forward(self, batch: int) -> list[QueryRows]:
+        """The rows of each layer for `batch` samples."""
         layers, queries, width = self.weight.shape
         rows = self.weight.unsqueeze(1).expand(layers, batch, queries, width)
-        if self.training and self.dropout > 0:
-            rows = F.dropout(rows, self.dropout)
-        return rows.unbind(0)
+        if not (self.training and self.dropout > 0):
+            return [QueryRows(one) for one in rows.unbind(0)]
+        dropped = torch.rand(rows.shape, device=rows.device) < self.dropout
+        return [
+            QueryRows(one, mask, self.dropout) for one, mask in zip(rows.unbind(0), dropped.unbind(0), strict=True)
+        ]
 
     def extra_repr(self) -> str:
         return f"{', '.join(map(str, self.weight.shape))}, dropout={self.dropout}"
@@ -165,7 +184,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 @contextmanager
@@ -179,7 +198,7 @@ def _without_checkpointing(block: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        block.gradient_checkpointing = enabled
+        block.gradient_checkpointing = enabled  # type: ignore[assignment]
 
 
 def query_mask(mask: Any, keys: int, device: torch.device) -> torch.Tensor | None:
@@ -320,7 +339,7 @@ class _Rerun(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, replay: Callable[..., Any], layers: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """tensors: the query rows of each layer, their outputs, and the tensors that the backbone was called with."""
+        """tensors: the query rows of each layer, their outputs, and whatever else `replay` needs."""
         ctx.replay, ctx.layers = replay, layers
         rows, outputs, inputs = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
         ctx.save_for_backward(*rows, *inputs)
@@ -344,7 +363,7 @@ class _Reading:
     adapter: str
     stack: ExitStack
     grad: bool = False  # whether autograd was on when the backbone was called
-    rows: tuple[torch.Tensor, ...] = ()
+    rows: list[QueryRows] = field(default_factory=list)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     class_token: torch.Tensor | None = None
 
@@ -553,7 +572,7 @@ class VQTLayer(ExtLayer):
                 frozen, reading.class_token, stub = hit
                 reading.rows = self._rows(reading.adapter, len(reading.class_token))
                 for place, (index, block) in enumerate(blocks.items()):
-                    reading.outputs[index] = run_block(family, block, frozen[place], reading.rows[place])
+                    reading.outputs[index] = run_block(family, block, frozen[place], reading.rows[place]())
                 return stub
         trains_backbone = any(parameter.requires_grad for parameter in backbone.parameters())
         if trains_backbone:
@@ -570,19 +589,19 @@ class VQTLayer(ExtLayer):
                 with torch.set_grad_enabled(reading.grad):
                     reading.rows = self._rows(reading.adapter, len(frozen.keys))
             with torch.set_grad_enabled(reading.grad and not rerun):
-                reading.outputs[index] = run_block(family, blocks[index], frozen, reading.rows[places[index]])
+                reading.outputs[index] = run_block(family, blocks[index], frozen, reading.rows[places[index]]())
 
         # a block that is run on queries while transformers records hidden states would be recorded too
         on_block = (lambda *found: later.append(found)) if _records_outputs(backbone, kwargs) else read
         with torch.set_grad_enabled(reading.grad and trains_backbone), _Capture(family, blocks, on_block):
             output = forward(*args, **kwargs)
-        for index, frozen in later:
-            read(index, frozen)
+        for found in later:
+            read(*found)
         if rerun:
             self._make_rerunnable(reading, blocks, args, kwargs)
         return output
 
-    def _rows(self, adapter: str, batch: int) -> tuple[torch.Tensor, ...]:
+    def _rows(self, adapter: str, batch: int) -> list[QueryRows]:
         return self.vqt_queries[adapter](batch)
 
     def _make_rerunnable(
@@ -593,16 +612,19 @@ class VQTLayer(ExtLayer):
         at = [index for index, value in enumerate(call) if isinstance(value, torch.Tensor)]
         inputs = [call[index] for index in at]
         rest = [None if isinstance(value, torch.Tensor) else value for value in call]  # the tensors autograd keeps
-        device = reading.rows[0].device.type
+        device = reading.rows[0].rows.device.type
         autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         family, backbone = self.family, self.backbone
         places = {index: place for place, index in enumerate(blocks)}
+        masks = [one.dropped for one in reading.rows if one.dropped is not None]
+        probability = reading.rows[0].probability
 
         def replay(
             rows: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
         ) -> list[torch.Tensor]:
             again = list(rest)
-            for index, tensor in zip(at, tensors, strict=True):
+            dropped = tensors[len(at) :]
+            for index, tensor in zip(at, tensors, strict=False):
                 again[index] = tensor
             row_grads: dict[int, torch.Tensor] = {}
 
@@ -610,7 +632,8 @@ class VQTLayer(ExtLayer):
                 place = places[index]
                 with torch.enable_grad():
                     leaf = rows[place].detach().requires_grad_()
-                    output = run_block(family, blocks[index], frozen, leaf)
+                    queries = QueryRows(leaf, dropped[place] if dropped else None, probability)
+                    output = run_block(family, blocks[index], frozen, queries())
                 (row_grads[place],) = torch.autograd.grad(output, leaf, grads[place])
 
             if backbone.training:
@@ -624,8 +647,8 @@ class VQTLayer(ExtLayer):
                 backbone(*again[: len(args)], **named)
             return [row_grads[place] for place in range(len(rows))]
 
-        rows, outputs = reading.rows, list(reading.outputs.values())
-        reading.outputs = dict(zip(blocks, _Rerun.apply(replay, len(rows), *rows, *outputs, *inputs), strict=True))
+        tensors = [*(one.rows for one in reading.rows), *reading.outputs.values(), *inputs, *masks]
+        reading.outputs = dict(zip(blocks, _Rerun.apply(replay, len(reading.rows), *tensors), strict=True))
 
     def _take_class_token(self, reading: _Reading, module: nn.Module, args: tuple[Any, ...]) -> None:
         if reading.class_token is None:
@@ -654,7 +677,8 @@ class VQTLayer(ExtLayer):
         weight = self.configs[reading.adapter].group_lasso
         if weight == 0 or not (self.training and torch.is_grad_enabled()):
             return None
-        penalty = weight * self.vqt_head[reading.adapter].group_lasso()
+        head: Any = self.vqt_head[reading.adapter]
+        penalty = weight * head.group_lasso()
         if isinstance(output, tuple) and kwargs.get("labels") is not None:
             output = (output[0] + penalty, *output[1:])
         elif not isinstance(output, tuple) and output.get("loss") is not None:
@@ -754,7 +778,6 @@ class VQTModel(ExtModel):
 
     prefix = "vqt_"
     tuner_layer_cls = VQTLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     @classmethod
     def default_targets(cls, config: Any, model_config: dict[str, Any], *_: Any) -> Any:
@@ -782,7 +805,7 @@ class VQTModel(ExtModel):
         cls, tuner: BaseTuner, config: Any, adapter_name: str, target: nn.Module, name: str
     ) -> ExtLayer | None:
         model: Any = tuner.model
-        layer = getattr(model, CHILD, None)
+        layer: Any = getattr(model, CHILD, None)
         is_new = layer is None
         if is_new:
             layer = VQTLayer(model, family_of(model.config.model_type))
