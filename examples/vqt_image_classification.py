@@ -51,10 +51,11 @@ SETS = {
 GRID = {
     "linear probe": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "Head2Toe-style": (1e-2, 3e-2, 1e-1, 3e-1),
-    "LoRA": (1e-3, 3e-3),
-    "SSF": (3e-3, 1e-2),
-    "VQT": (1e-2, 3e-2, 1e-1),
+    "LoRA": (5e-3,),
+    "SSF": (1e-2,),
+    "VQT": (3e-2, 1e-1),
 }
+METHODS = ["probe", "head2toe", "vqt", "LoRA", "SSF", "on-top"]
 
 
 @dataclass
@@ -168,6 +169,7 @@ class Comparison:
         self.classes = int(train.labels.max()) + 1
         self.runs: list[Run] = []
         self.shares: dict[str, dict[str, float]] = {}
+        self.rate = GRID["VQT"][0]
         self.scratch = Path(tempfile.mkdtemp(prefix="vqt-"))
 
     def probe(self, method: str, groups: int | None) -> None:
@@ -182,7 +184,8 @@ class Comparison:
             fit(head, data, rate, self.args.epochs, seed)
             return head
 
-        rate = max(GRID[method.split(",")[0]], key=lambda rate: accuracy(trained(rest, rate, 0), validation))
+        grid = GRID[method.split(",")[0]]
+        rate = max(grid, key=lambda rate: accuracy(trained(rest, rate, 0), validation))
         for seed in range(self.args.seeds):
             start = time.perf_counter()
             head = trained(train, rate, seed)
@@ -199,7 +202,7 @@ class Comparison:
             fit(model, data, rate, self.args.adapter_epochs, seed, size=32)
             return model
 
-        rate = max(GRID[method], key=lambda rate: accuracy(trained(self.rest, rate, 0), self.validation))
+        rate = self.choose(GRID[method], trained)
         for seed in range(self.args.seeds):
             start = time.perf_counter()
             model = trained(self.train, rate, seed)
@@ -239,8 +242,7 @@ class Comparison:
             return model
 
         if below is None:
-            rate = max(GRID["VQT"], key=lambda rate: accuracy(trained(self.rest, rate, 0), self.validation))
-            self.rate = rate
+            rate = self.rate = self.choose(GRID["VQT"], trained)
         else:
             rate = self.rate  # the adapter below has seen the validation images, so they cannot choose another
         for seed in range(self.args.seeds):
@@ -249,6 +251,12 @@ class Comparison:
             self.note(method, seed, rate, accuracy(model, self.test), time.perf_counter() - start, model)
         self.shares[method] = layer_shares(model)
         return model
+
+    def choose(self, rates: tuple[float, ...], trained: Callable[[Data, float, int], nn.Module]) -> float:
+        """The learning rate that is best on the validation images."""
+        if len(rates) == 1:
+            return rates[0]
+        return max(rates, key=lambda rate: accuracy(trained(self.rest, rate, 0), self.validation))
 
     def note(self, method: str, seed: int, rate: float, score: float, seconds: float, model: nn.Module) -> None:
         sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -277,12 +285,12 @@ def main() -> None:
     parser.add_argument("--train-file", help="parquet with columns image and label")
     parser.add_argument("--test-file")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), help="sets of ../shared/data")
-    parser.add_argument("--methods", nargs="+", default=["probe", "head2toe", "LoRA", "SSF", "vqt"])
-    parser.add_argument("--queries", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--queries", type=int, default=4)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=40, help="of the probes and VQT")
-    parser.add_argument("--adapter-epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=30, help="of the probes and VQT")
+    parser.add_argument("--adapter-epochs", type=int, default=8)
     parser.add_argument("--max-train", type=int, default=1000)
     parser.add_argument("--max-test", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("runs/vqt/results.json"))
@@ -329,7 +337,7 @@ def main() -> None:
             figure.savefig(args.output.with_name(f"attention-{name}.png"), dpi=120)
         for method in adapters:
             comparison.adapter(method)
-            if "vqt" in args.methods:
+            if "on-top" in args.methods:
                 comparison.vqt(args.queries, below=method)
         runs += comparison.runs
         shares[name] = comparison.shares
