@@ -53,8 +53,8 @@ GRID = {
     "Head2Toe-style": (1e-2, 3e-2, 1e-1, 3e-1),
     "LoRA": (5e-3,),
     "SSF": (1e-2,),
-    "VQT": (3e-2, 1e-1),
 }
+VQT_GRID = ((3e-2, 0.1), (1e-1, 0.3))  # learning rate and dropout
 METHODS = ["probe", "head2toe", "vqt", "LoRA", "SSF", "on-top"]
 
 
@@ -169,7 +169,7 @@ class Comparison:
         self.classes = int(train.labels.max()) + 1
         self.runs: list[Run] = []
         self.shares: dict[str, dict[str, float]] = {}
-        self.rate = GRID["VQT"][0]
+        self.chosen = VQT_GRID[0]
         self.scratch = Path(tempfile.mkdtemp(prefix="vqt-"))
 
     def probe(self, method: str, groups: int | None) -> None:
@@ -214,9 +214,9 @@ class Comparison:
         method = f"VQT, {queries} queries" if queries > 1 else "VQT, 1 query"
         method += "" if below is None else f", on {below}"
 
-        def fresh(seed: int) -> Any:
+        def fresh(seed: int, dropout: float) -> Any:
             set_seed(seed)
-            config = VQTConfig(num_queries=queries, dropout=self.args.dropout)
+            config = VQTConfig(num_queries=queries, dropout=dropout)
             if below is None:
                 return get_peft_model(self.base(), config)
             saved = self.scratch / f"{below}-{seed}"
@@ -226,8 +226,9 @@ class Comparison:
             model.set_requires_grad("below", False)
             return model
 
-        def trained(data: Data, rate: float, seed: int) -> Any:
-            model = fresh(seed)
+        def trained(data: Data, setting: tuple[float, float], seed: int) -> Any:
+            rate, dropout = setting
+            model = fresh(seed, dropout)
             where = self.scratch / f"cache-{below}-{seed if below else 0}"
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -242,21 +243,20 @@ class Comparison:
             return model
 
         if below is None:
-            rate = self.rate = self.choose(GRID["VQT"], trained)
-        else:
-            rate = self.rate  # the adapter below has seen the validation images, so they cannot choose another
+            self.chosen = self.choose(VQT_GRID, trained)
+        # an adapter below has seen the validation images, so on top of it they cannot choose another setting
         for seed in range(self.args.seeds):
             start = time.perf_counter()
-            model = trained(self.train, rate, seed)
-            self.note(method, seed, rate, accuracy(model, self.test), time.perf_counter() - start, model)
+            model = trained(self.train, self.chosen, seed)
+            self.note(method, seed, self.chosen[0], accuracy(model, self.test), time.perf_counter() - start, model)
         self.shares[method] = layer_shares(model)
         return model
 
-    def choose(self, rates: tuple[float, ...], trained: Callable[[Data, float, int], nn.Module]) -> float:
-        """The learning rate that is best on the validation images."""
-        if len(rates) == 1:
-            return rates[0]
-        return max(rates, key=lambda rate: accuracy(trained(self.rest, rate, 0), self.validation))
+    def choose(self, settings: tuple[Any, ...], trained: Callable[[Data, Any, int], nn.Module]) -> Any:
+        """The setting (learning rate, ...) that is best on the validation images."""
+        if len(settings) == 1:
+            return settings[0]
+        return max(settings, key=lambda setting: accuracy(trained(self.rest, setting, 0), self.validation))
 
     def note(self, method: str, seed: int, rate: float, score: float, seconds: float, model: nn.Module) -> None:
         sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -287,7 +287,6 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), help="sets of ../shared/data")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--queries", type=int, default=4)
-    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30, help="of the probes and VQT")
     parser.add_argument("--adapter-epochs", type=int, default=8)

@@ -73,11 +73,11 @@ def plot_attention(
     pixels = inputs["pixel_values"][sample].float().cpu().movedim(0, -1)
     pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-6)
     figure, axes = pyplot.subplots(1, len(maps) + 1, figsize=(1.6 * (len(maps) + 1), 1.9), layout="constrained")
-    axes[0].imshow(pixels)
+    axes[0].imshow(pixels.numpy())
     axes[0].set_title("image")
     for axis, (index, weights) in zip(axes[1:], maps.items(), strict=True):
         chosen = weights[sample].mean(0)  # (T, N)
-        axis.imshow(token_grid(chosen.mean(0) if query is None else chosen[query]), cmap="viridis")
+        axis.imshow(token_grid(chosen.mean(0) if query is None else chosen[query]).numpy(), cmap="viridis")
         axis.set_title(f"layer {index}")
     for axis in axes:
         axis.set_axis_off()

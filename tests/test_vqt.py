@@ -1078,3 +1078,54 @@ def test_a_head_for_other_features_is_refused(tmp_path: Path) -> None:
     layer: VQTLayer = layer_of(vqt("vit"))
     with pytest.raises(ValueError, match=r"112 features and got 20"):
         layer.vqt_head["default"](torch.randn(2, 20))
+
+
+# Figures
+
+
+def test_figures(tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from peft_ext.plots import layer_shares, plot_attention, plot_layers, token_grid
+
+    model, batch = vqt("vit"), batch_of("vit")
+    head = layer_of(model).vqt_head["default"].weight
+    with torch.no_grad():
+        head.zero_()
+        head[:, 16 + 48 :] = 1.0  # reads the second layer alone
+        head[:, :16] = 1.0
+    shares = layer_shares(model)
+    assert shares == pytest.approx({"class_token": 0.25, "layer_0": 0.0, "layer_1": 0.75})
+    plot_layers(model).savefig(tmp_path / "layers.png")
+    plot_attention(model, query=1, pixel_values=batch["pixel_values"]).savefig(tmp_path / "attention.png")
+    assert (tmp_path / "attention.png").stat().st_size > 1000
+    maps = attention_maps(model, pixel_values=batch["pixel_values"])
+    assert {index: tuple(weights.shape) for index, weights in maps.items()} == {0: (2, 2, 3, 5), 1: (2, 2, 3, 5)}
+    assert torch.equal(token_grid(torch.arange(5.0)), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    with pytest.raises(ValueError, match="square grid"):
+        token_grid(torch.arange(35.0))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_attention_maps_are_those_of_the_forward(name: str) -> None:
+    model, batch = vqt(name), batch_of(name)
+    layer = layer_of(model)
+    maps = attention_maps(model, **{key: value for key, value in batch.items() if key != "labels"})
+    found, _, _ = layer.frozen_pass("default", {key: value for key, value in batch.items() if key != "labels"})
+    outputs = _outputs(model, **batch)
+    from peft_ext.tuners.vqt.model import run_block
+
+    for index, block in layer.blocks("default").items():
+        values, weights = found[index].values, maps[index]
+
+        def by_the_map(
+            family: Any, attention: nn.Module, frozen: Any, hidden_states: torch.Tensor, *_: Any, **__: Any
+        ) -> tuple[torch.Tensor, None]:
+            heads = values.unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)  # noqa: B023
+            output = (weights @ heads).transpose(1, 2).flatten(2)  # noqa: B023
+            return output if family.names.out is None else getattr(attention, family.names.out)(output), None
+
+        rows = layer.vqt_queries["default"].weight[index].expand(len(values), -1, -1)
+        z = run_block(layer.family, block, found[index], rows, by_the_map)
+        torch.testing.assert_close(z, outputs[index], rtol=0, atol=1e-5)
