@@ -4,9 +4,23 @@ from .base import ExtConfig, PeftMixedModel
 from .loading import load
 from .register import register_method
 from .tuners.ssf import SSFConfig, SSFModel
+from .tuners.vqt import FrozenPassCache, VQTConfig, VQTModel, attention_maps, select_features
 from .version import __version__
 
 
-__all__ = ["ExtConfig", "PeftMixedModel", "SSFConfig", "SSFModel", "__version__", "load"]
+__all__ = [
+    "ExtConfig",
+    "FrozenPassCache",
+    "PeftMixedModel",
+    "SSFConfig",
+    "SSFModel",
+    "VQTConfig",
+    "VQTModel",
+    "__version__",
+    "attention_maps",
+    "load",
+    "select_features",
+]
 
 register_method("ssf", SSFConfig, SSFModel)
+register_method("vqt", VQTConfig, VQTModel)

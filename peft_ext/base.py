@@ -10,6 +10,8 @@ A method subclasses the three classes here and writes only its own part:
 
 from __future__ import annotations
 
+import copy
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -37,9 +39,15 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
     onload_layer,
 )
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    get_peft_model_state_dict,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from peft.utils.constants import DUMMY_MODEL_CONFIG, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -262,6 +270,9 @@ class ExtLayer(nn.Module, BaseTunerLayer):
             ValueError: The base layer cannot carry the adapter; the message gives the reason.
         """
         raise NotImplementedError
+
+    def leave(self, model: nn.Module) -> None:
+        """Called before the layers are taken out of `model`: a layer undoes what it did outside its own module."""
 
     # Forward
 
@@ -588,6 +599,7 @@ class ExtModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             check_merges(self.model, safe_merge, adapter_names)
+        _announce_unloading(self.model)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             self.finish_merge(self.model)
@@ -654,6 +666,7 @@ class _MixedModel(MixedModel):
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
         methods = {_tuner_of(config) for config in self.peft_config.values() if isinstance(config, ExtConfig)}
+        _announce_unloading(self.model)
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if merge:
             for method in methods:
@@ -711,6 +724,41 @@ class PeftMixedModel(_PeftMixedModel):
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self.set_modules_to_save(peft_config, adapter_name)
 
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes each adapter into a folder of its own name, which loads like any adapter, alone or with the others.
+
+        Raises:
+            ValueError: An adapter sits on a module that an earlier one adapts too, so that it would not load alone.
+        """
+        if not safe_serialization or kwargs:
+            raise ValueError("A mixed model is saved as safetensors, with no other options.")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        if unknown := set(names) - set(self.peft_config):
+            raise ValueError(f"There are no adapters {sorted(unknown)}; there are {sorted(self.peft_config)}.")
+        states = {name: get_peft_model_state_dict(self, adapter_name=name) for name in names}
+        for name, state in states.items():
+            inner = [key for key in state if ".base_layer." in key]
+            if inner:
+                raise ValueError(
+                    f"Adapter {name!r} cannot be saved apart from the others: at {inner[0]!r} it sits inside another "
+                    "adapter's layer. Give the adapters modules of their own, or train and save one after the other."
+                )
+        for name, state in states.items():
+            directory = os.path.join(save_directory, name)
+            os.makedirs(directory, exist_ok=True)
+            tensors = {key: value.contiguous() for key, value in state.items()}
+            save_file(tensors, os.path.join(directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+            config = copy.copy(self.peft_config[name])
+            config.base_model_name_or_path = getattr(self.base_model.model, "name_or_path", None) or None
+            config.inference_mode = True
+            config.save_pretrained(directory)
+
 
 def _tuner_of(config: ExtConfig) -> type[ExtModel]:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.METHOD)]
@@ -730,6 +778,11 @@ def _create_and_replace(
     layer = _tuner_of(config).inject_layer(tuner, config, adapter_name, target, current_key)
     if layer is not None:
         tuner._replace_module(parent, target_name, layer, target)
+
+
+def _announce_unloading(model: nn.Module) -> None:
+    for layer in [module for module in model.modules() if isinstance(module, ExtLayer)]:
+        layer.leave(model)
 
 
 def linear_out_features(base_layer: nn.Module) -> int | None:

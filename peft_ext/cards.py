@@ -58,6 +58,22 @@ METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
         mergeable=True,
         limits=("A shift on a module that cannot have a bias, such as an RMSNorm, works only while not merged.",),
     ),
+    "VQT": Method(
+        name="VQT",
+        idea="trains query tokens that read the keys and values of every layer of the frozen model, and a linear head "
+        "on what they read; the model's own output stays as it is.",
+        arxiv="2212.03220",
+        bibtex=r"""@inproceedings{tu2023visual,
+  title = {Visual Query Tuning: Towards Effective Usage of Intermediate Representations for Parameter and Memory
+           Efficient Transfer Learning},
+  author = {Tu, Cheng-Hao and Mai, Zheda and Chao, Wei-Lun},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year = {2023},
+  url = {https://arxiv.org/abs/2212.03220}
+}""",
+        mergeable=False,
+        limits=("It classifies only, with a head of its own, and cannot be merged into the weights.",),
+    ),
 }
 
 AUTO_CLASSES = {

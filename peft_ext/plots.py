@@ -1,0 +1,93 @@
+"""Figures of what an adapter has learnt. Needs matplotlib: `pip install "peft-ext[plots]"`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .tuners.vqt.model import QueryHead, active_adapter_of, attention_maps, layer_of
+from .tuners.vqt.selection import feature_sources
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: `pip install "peft-ext[plots]"`.') from error
+    return pyplot
+
+
+def layer_shares(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
+    """How much of the head's squared weight reads the class token (`"class_token"`) and each layer (`"layer_0"`).
+
+    The features of each source have unit length together, so the weights can be compared.
+    """
+    layer = layer_of(model)
+    adapter = active_adapter_of(layer, adapter_name)
+    head = layer.vqt_head[adapter]
+    assert isinstance(head, QueryHead)
+    squares = head.weight.detach().float().square().sum(0).cpu()
+    columns = torch.arange(len(squares)) if head.columns is None else head.columns.cpu()
+    total = squares.sum().item()
+    return {
+        name: squares[(columns >= start) & (columns < end)].sum().item() / total
+        for name, (start, end) in feature_sources(layer, adapter).items()
+    }
+
+
+def plot_layers(model: nn.Module, adapter_name: str | None = None) -> Figure:
+    """A bar for the class token and for each layer: the part of the head's squared weight that reads it."""
+    pyplot = _pyplot()
+    shares = layer_shares(model, adapter_name)
+    figure, axes = pyplot.subplots(figsize=(1.5 + 0.5 * len(shares), 3), layout="constrained")
+    axes.bar(["class" if name == "class_token" else name.removeprefix("layer_") for name in shares], shares.values())
+    axes.set_xlabel("class token, and queries of layer")
+    axes.set_ylabel("share of the head's squared weight")
+    return figure
+
+
+def plot_attention(
+    model: nn.Module, adapter_name: str | None = None, sample: int = 0, query: int | None = None, **inputs: Any
+) -> Figure:
+    """Where the queries of each layer look in one image, mean over heads, beside the image.
+
+    Args:
+        model: The model with the VQT adapter; its tokens must form a square grid behind any class or register tokens.
+        adapter_name: The adapter; `None`: the active one.
+        sample: Which image of the batch.
+        query: Which query; `None`: the mean over all.
+        inputs: Keyword arguments of the model's `forward`, with `pixel_values`.
+
+    Raises:
+        ValueError: The tokens form no square grid.
+    """
+    pyplot = _pyplot()
+    maps = attention_maps(model, adapter_name, **inputs)
+    pixels = inputs["pixel_values"][sample].float().cpu().movedim(0, -1)
+    pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-6)
+    figure, axes = pyplot.subplots(1, len(maps) + 1, figsize=(1.6 * (len(maps) + 1), 1.9), layout="constrained")
+    axes[0].imshow(pixels.numpy())
+    axes[0].set_title("image")
+    for axis, (index, weights) in zip(axes[1:], maps.items(), strict=True):
+        chosen = weights[sample].mean(0)  # (T, N)
+        axis.imshow(token_grid(chosen.mean(0) if query is None else chosen[query]).numpy(), cmap="viridis")
+        axis.set_title(f"layer {index}")
+    for axis in axes:
+        axis.set_axis_off()
+    return figure
+
+
+def token_grid(weights: torch.Tensor) -> torch.Tensor:
+    """The weights `(N,)` of the patch tokens as a square, without the class and register tokens before them."""
+    side = math.isqrt(len(weights))
+    extra = len(weights) - side * side
+    if extra > 8:  # a class token, a distillation token, a few registers
+        raise ValueError(f"{len(weights)} tokens form no square grid; plot the maps of `attention_maps` yourself.")
+    return weights[extra:].float().cpu().reshape(side, side)

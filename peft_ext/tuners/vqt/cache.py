@@ -1,0 +1,342 @@
+"""The frozen pass on disk: what VQT needs of a sample is made once, and later epochs never run the backbone.
+
+A sample is known by its content: the key of its entry is a hash of the tensors that the backbone is called with, so
+the data set, its order and its collator stay what they are. An input that changes from epoch to epoch, as random
+augmentation makes it, is found nowhere and refused in training; in evaluation the backbone is simply run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+if TYPE_CHECKING:
+    from .model import Frozen, VQTLayer
+
+
+_SHARD = "frozen_pass.arrow"
+_META = "frozen_pass.json"
+
+
+class FrozenPassCache:
+    """Keys, values and class tokens of a data set's samples, memory-mapped from disk.
+
+    ```py
+    cache = FrozenPassCache.write(model, DataLoader(train_set, 32, collate_fn=collate), "cache/flowers")
+    with cache.use(model):
+        Trainer(model, args, train_dataset=train_set, data_collator=collate).train()
+    ```
+
+    An existing cache is opened with `FrozenPassCache("cache/flowers")`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        from datasets import Dataset
+
+        self.directory = Path(directory)
+        if not (self.directory / _META).is_file():
+            raise ValueError(f"{str(directory)!r} holds no frozen pass; write one with `FrozenPassCache.write`.")
+        self.meta: dict[str, Any] = json.loads((self.directory / _META).read_text())
+        table = Dataset.from_file(str(self.directory / _SHARD)).data
+        self._columns = {name: table.column(name) for name in ("states", "class_token", "mask")}
+        self._tokens = table.column("tokens").to_pylist()
+        self._rows = {key: row for row, key in enumerate(table.column("key").to_pylist())}
+        self._state: tuple[Any, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    # Writing
+
+    @classmethod
+    def write(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
+        directory: str | os.PathLike[str],
+        num_samples: int | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_name: str | None = None,
+    ) -> FrozenPassCache:
+        """Runs the frozen pass over `batches` and writes it; prints its size before the first byte is written.
+
+        Args:
+            model: The model with the VQT adapter.
+            batches: Batches of the model's keyword arguments, for example a `DataLoader`. Labels are not looked at.
+            directory: Where to write; must not hold a cache yet.
+            num_samples: How many samples there are, if `batches` is no `DataLoader` that knows it.
+            dtype: Precision on disk, for example `torch.float16`; `None`: that of the model.
+            adapter_name: The adapter whose layers are kept; `None`: the active one.
+
+        Raises:
+            ValueError: The backbone holds trainable parameters, the directory holds a cache, or the disk is too small.
+        """
+        from datasets import Features, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        from .model import active_adapter_of, layer_of
+
+        layer = layer_of(model)
+        adapter = active_adapter_of(layer, adapter_name)
+        _refuse_trained_backbone(layer)
+        target = Path(directory)
+        if (target / _META).exists():
+            raise ValueError(f"{str(target)!r} holds a frozen pass already; open it with `FrozenPassCache(...)`.")
+        target.mkdir(parents=True, exist_ok=True)
+        if num_samples is None:
+            num_samples = _count(batches)
+        binary = Value("large_binary")
+        features = Features(
+            {"key": Value("binary"), "tokens": Value("int32"), "states": binary, "class_token": binary, "mask": binary}
+        )
+        meta: dict[str, Any] | None = None
+        seen: set[bytes] = set()
+        with ArrowWriter(features=features, path=str(target / (_SHARD + ".part")), writer_batch_size=64) as writer:
+            for batch in batches:
+                inputs = {key: value for key, value in batch.items() if not key.startswith("label")}
+                frozen, class_token, call = layer.frozen_pass(adapter, inputs)
+                kept = dtype or class_token.dtype
+                if meta is None:
+                    meta = _describe(layer, adapter, frozen, class_token, kept)
+                    _announce(target, _bytes_per_sample(frozen, class_token, kept), num_samples)
+                states = torch.stack([part for one in frozen for part in (one.keys, one.values)], dim=1)
+                masks = _masks(frozen, len(class_token))
+                for row, key in enumerate(sample_keys(*call)):
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    writer.write(
+                        {
+                            "key": key,
+                            "tokens": states.shape[2],
+                            "states": _raw(states[row].to(kept)),
+                            "class_token": _raw(class_token[row].to(kept)),
+                            "mask": b"" if masks is None else _raw(masks[row]),
+                        }
+                    )
+            if meta is None:
+                raise ValueError("`batches` is empty, so there is nothing to cache.")
+            writer.finalize()
+        (target / (_SHARD + ".part")).rename(target / _SHARD)
+        (target / _META).write_text(json.dumps(meta, indent=1))  # last: its presence says that the cache is whole
+        return cls(target)
+
+    # Using
+
+    @contextmanager
+    def use(self, model: nn.Module, adapter_name: str | None = None) -> Iterator[FrozenPassCache]:
+        """Inside, the model reads the samples of this cache from it.
+
+        Raises:
+            ValueError: The cache was made with another backbone, or for other layers.
+        """
+        from .model import active_adapter_of, layer_of
+
+        layer = layer_of(model)
+        adapter = active_adapter_of(layer, adapter_name)
+        _refuse_trained_backbone(layer)
+        if fingerprint(layer, adapter) != self.meta["fingerprint"]:
+            raise ValueError(
+                f"The frozen pass in {str(self.directory)!r} was made with another backbone (weights, active adapters, "
+                "layers or precision); write one for this model with `FrozenPassCache.write`."
+            )
+        self._state = _state(layer)
+        layer.cache = self
+        try:
+            yield self
+        finally:
+            layer.cache = None
+
+    def look_up(
+        self, layer: VQTLayer, adapter: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Frozen], torch.Tensor, BaseModelOutputWithPooling] | None:
+        """What the frozen pass would leave behind for these arguments of the backbone, and a stand-in for its output.
+
+        `None`, in evaluation, if a sample is not in the cache.
+        """
+        if _state(layer) != self._state:
+            raise ValueError(
+                "The backbone has changed while its cached pass was in use; leave `cache.use(...)` first."
+            )
+        rows = [self._rows.get(key) for key in sample_keys(args, kwargs)]
+        missing = sum(row is None for row in rows)
+        if missing and layer.training:
+            raise ValueError(
+                f"{missing} of {len(rows)} samples are not in the frozen pass {str(self.directory)!r}. Inputs must be "
+                "the same in each epoch: no random augmentation (or draw it once and keep the result), and padding to "
+                "one length for text."
+            )
+        if missing:
+            return None
+        return self._assemble(layer, [row for row in rows if row is not None])
+
+    def _assemble(
+        self, layer: VQTLayer, rows: list[int]
+    ) -> tuple[list[Frozen], torch.Tensor, BaseModelOutputWithPooling]:
+        from .model import Frozen
+
+        meta, device = self.meta, next(layer.backbone.parameters()).device
+        tokens = {self._tokens[row] for row in rows}
+        if len(tokens) > 1:
+            raise ValueError(f"One batch holds samples of {sorted(tokens)} tokens; pad all to one length.")
+        (count,) = tokens
+        layers, width = len(meta["calls"]), meta["width"]
+        kept, dtype = getattr(torch, meta["kept"]), getattr(torch, meta["dtype"])
+        states = self._gather("states", rows, (2 * layers, count, width), kept).to(device).to(dtype)
+        class_token = self._gather("class_token", rows, (meta["class_features"],), kept).to(device).to(dtype)
+        masks = None
+        if meta["mask_heads"] is not None:
+            shape = (layers, meta["mask_heads"], 1, count)
+            masks = self._gather("mask", rows, shape, getattr(torch, meta["mask_dtype"])).to(device)
+        frozen = [
+            Frozen(
+                keys=states[:, 2 * place],
+                values=states[:, 2 * place + 1],
+                mask=None if masks is None else masks[:, place],
+                args=tuple(call["args"]),
+                kwargs=dict(call["kwargs"]),
+                dtype=dtype,
+            )
+            for place, call in enumerate(meta["calls"])
+        ]
+        # only its shape matters: the head's own input is replaced by the class token
+        nothing = class_token.new_zeros(())
+        stub = BaseModelOutputWithPooling(
+            last_hidden_state=nothing.expand(len(rows), count, layer.width),
+            pooler_output=nothing.expand(len(rows), layer.width),
+        )
+        return frozen, class_token, stub
+
+    def _gather(self, name: str, rows: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The entries of `rows` as one tensor `(B, *shape)`, copied once from the memory map."""
+        batch = torch.empty(len(rows), *shape, dtype=dtype)
+        flat = batch.view(torch.uint8).numpy().reshape(len(rows), -1)
+        for target, row in zip(flat, rows, strict=True):
+            target[:] = np.frombuffer(self._columns[name][row].as_buffer(), dtype=np.uint8)
+        return batch
+
+
+def sample_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[bytes]:
+    """A hash of each sample's part of the arguments that the backbone is called with."""
+    named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor) and value.ndim}
+    batch = len(next(iter(tensors.values())))
+    common = blake2b(digest_size=16)
+    for name, value in sorted(named.items()):
+        if name not in tensors and value is not None and value is not False and name != "num_items_in_batch":
+            common.update(f"{name}={value!r};".encode())
+    hashes = [common.copy() for _ in range(batch)]
+    for name, value in sorted(tensors.items()):
+        described = f"{name}:{value.dtype}:{tuple(value.shape[1:])}".encode()
+        rows = value.detach().cpu().contiguous().view(batch, -1).view(torch.uint8).numpy()
+        for one, row in zip(hashes, rows, strict=True):
+            one.update(described)
+            one.update(row)
+    return [one.digest() for one in hashes]
+
+
+def fingerprint(layer: VQTLayer, adapter: str) -> str:
+    """A hash of all that the frozen pass depends on besides the sample."""
+    whole = blake2b(digest_size=16)
+    whole.update(repr((layer.family, list(layer.blocks(adapter)), _adapters(layer.backbone))).encode())
+    for name, tensor in sorted(layer.backbone.state_dict().items()):
+        whole.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
+def _adapters(backbone: nn.Module) -> list[tuple[str, bool, list[str]]]:
+    """Which adapters act in the backbone."""
+    return [
+        (name, module.disable_adapters, list(module.active_adapters))
+        for name, module in backbone.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+
+
+def _state(layer: VQTLayer) -> tuple[Any, ...]:
+    """Something cheap that changes when the backbone does."""
+    versions = tuple((parameter.data_ptr(), parameter._version) for parameter in layer.backbone.parameters())
+    return versions, tuple((name, off, tuple(on)) for name, off, on in _adapters(layer.backbone))
+
+
+def _refuse_trained_backbone(layer: VQTLayer) -> None:
+    for name, parameter in layer.backbone.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(
+                f"The backbone is being trained ({name!r} requires gradients), so its pass cannot be cached. Train the "
+                "other adapter first and freeze it, for example by loading it with `is_trainable=False`."
+            )
+
+
+def _count(batches: Iterable[Any]) -> int | None:
+    dataset = getattr(batches, "dataset", None)
+    return len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
+
+
+def _masks(frozen: list[Frozen], batch: int) -> torch.Tensor | None:
+    """`(B, L, heads or 1, 1, N)`."""
+    if frozen[0].mask is None:
+        return None
+    return torch.stack([one.mask.expand(batch, -1, -1, -1) for one in frozen if one.mask is not None], dim=1)
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _describe(
+    layer: VQTLayer, adapter: str, frozen: list[Frozen], class_token: torch.Tensor, kept: torch.dtype
+) -> dict[str, Any]:
+    mask = frozen[0].mask
+    return {
+        "fingerprint": fingerprint(layer, adapter),
+        "dtype": str(frozen[0].dtype).removeprefix("torch."),
+        "kept": str(kept).removeprefix("torch."),
+        "width": frozen[0].keys.shape[-1],
+        "class_features": class_token.shape[-1],
+        "mask_heads": None if mask is None else mask.shape[1],
+        "mask_dtype": None if mask is None else str(mask.dtype).removeprefix("torch."),
+        "calls": [
+            {"args": [_plain(value) for value in one.args], "kwargs": {k: _plain(v) for k, v in one.kwargs.items()}}
+            for one in frozen
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """`value` if JSON can hold it (a tuple becomes a list), else `None`, as for tensors: queries need no other."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def _bytes_per_sample(frozen: list[Frozen], class_token: torch.Tensor, kept: torch.dtype) -> int:
+    numbers = class_token[0].numel() + sum(one.keys[0].numel() + one.values[0].numel() for one in frozen)
+    masks = sum(one.mask[0].numel() * one.mask.element_size() for one in frozen if one.mask is not None)
+    return numbers * kept.itemsize + masks
+
+
+def _announce(directory: Path, per_sample: int, num_samples: int | None) -> None:
+    total = None if num_samples is None else per_sample * num_samples
+    size = "" if total is None else f", {total / 2**20:.1f} MiB for {num_samples} samples"
+    print(f"Frozen pass in {directory}: {per_sample / 2**20:.3f} MiB a sample{size}.")
+    free = shutil.disk_usage(directory).free
+    if total is not None and total > free:
+        raise ValueError(
+            f"The frozen pass needs {total / 2**30:.1f} GiB and {str(directory)!r} has {free / 2**30:.1f} GiB left. Use "
+            "`dtype=torch.float16`, fewer layers (`layers_to_transform`) or another disk."
+        )
