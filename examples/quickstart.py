@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a text")
     parser.add_argument("--lr-probe", type=float, default=1e-2, dest="linear probe", help="default: %(default)s")
-    parser.add_argument("--lr-ssf", type=float, default=1e-2, dest="SSF", help="default: %(default)s")
+    parser.add_argument("--lr-ssf", type=float, default=2e-3, dest="SSF", help="default: %(default)s")
     parser.add_argument("--lr-lora", type=float, default=1e-3, dest="LoRA r=8", help="default: %(default)s")
     parser.add_argument("--identity", action="store_true", help="start SSF from the base model's own output")
     parser.add_argument("--grid", action="store_true", help="only compare learning rates, on the validation split")

@@ -188,7 +188,7 @@ def _edited(saved: Path, target: Path, **fields: Any) -> Path:
     return target
 
 
-def test_shapes_of_another_model(saved: Path) -> None:
+def test_shapes_of_another_model(saved: Path, tmp_path: Path) -> None:
     patterns = [r"size mismatch for \S+input_layernorm\S+: \(16,\) in the adapter, \(32,\) in the model", "base model"]
     for trainable in (False, True):
         model = tiny("llama", hidden_size=32)
@@ -209,6 +209,11 @@ def test_shapes_of_another_model(saved: Path) -> None:
     with refused(model, *patterns, error=RuntimeError):  # over one that was there: it stays
         model.load_adapter(saved, "default")
     assert torch.equal(logits(model, inputs("llama")), output)
+
+    model.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny("llama"), saved)
+    with refused(model, "size mismatch", error=RuntimeError):  # nor one that was loaded before
+        model.load_adapter(tmp_path, "default")
 
 
 def test_adapter_of_another_architecture(saved: Path) -> None:

@@ -241,6 +241,19 @@ def test_scale_gradient_in_single_precision(scale: float, shift: float) -> None:
     assert ((actual - reference).abs() / size).max() < 1e-3
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1e-3, 1e-2, 4e-2, 6e-2, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.1)])
+def test_scale_gradient_in_half_precision(dtype: torch.dtype, tolerance: float, scale: float) -> None:
+    """What is recovered from rounded features is off by their rounding over the scale: kept within a tenth."""
+    features, weights = torch.randn(200, 3).to(dtype), torch.randn(200, 3).to(dtype)
+    gamma = torch.full((3,), scale, requires_grad=True)
+    output = ScaleShift.apply(features, gamma, torch.full((3,), 0.5))
+    actual = torch.autograd.grad((output * weights).sum(), gamma)[0]
+    reference = (features.double() * weights.double()).sum(0)
+    size = (features * weights).double().square().sum(0).sqrt()
+    assert ((actual - reference).abs() / size).max() < tolerance
+
+
 @pytest.mark.parametrize("name", ["linear", "linear_no_bias", "conv2d_groups", "layer_norm", "rms_norm_gemma"])
 def test_only_some_gradients_are_asked_for(name: str) -> None:
     op, x, _ = make(name)
@@ -607,6 +620,17 @@ def test_bytes_saved_for_backward() -> None:
     assert plain > 1.3 * frozen  # the measure sees the difference
 
 
+@pytest.mark.parametrize("few", [False, True])
+def test_frozen_vectors_keep_nothing(few: bool) -> None:
+    """An adapter that is not trained, under something that is: gradients pass through, at no cost in memory."""
+    op = nn.Linear(16, 64)
+    x = torch.randn(8 if few else 32, 16, requires_grad=True)
+    model = adapt(op, torch.float32).requires_grad_(False)
+    scale, _ = layer_of(model).vectors(["default"])
+    assert saved_bytes(lambda: model(x), model) <= 4 * 64 * 2 + 8  # the vectors themselves
+    assert_close(torch.autograd.grad(model(x).sum(), x)[0], (scale.unsqueeze(1) * op.weight).sum(0).expand_as(x), 1e-5)
+
+
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "llama", "bart", "swin"])
 def test_input_kept_by_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The projection after a fused attention keeps its input, which the attention keeps too; gradients are the same."""
@@ -780,7 +804,8 @@ def test_merged_model_loads_in_the_stock_class(name: str, shift: bool | None, tm
         assert_close(models.logits(merged, batch), unmerged, 1e-5)
         assert {flag for flag in flags if getattr(merged.config, flag)} == (to_set if shift is None else set())
         merged.save_pretrained(tmp_path)
-        reloaded = type(merged).from_pretrained(tmp_path).eval()
+        reloaded, report = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
         assert_close(models.logits(reloaded, batch), unmerged, 1e-5)
         assert models.logits(reloaded, batch).std() > 0.1
 
@@ -794,7 +819,9 @@ def test_one_shifted_projection_gives_its_neighbours_a_bias_of_zero(tmp_path: An
     merged = model.merge_and_unload()
     assert merged.config.attention_bias and not merged.config.mlp_bias
     merged.save_pretrained(tmp_path)
-    assert_close(models.logits(type(merged).from_pretrained(tmp_path), batch), unmerged, 1e-5)
+    reloaded, report = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert_close(models.logits(reloaded, batch), unmerged, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "whisper"])

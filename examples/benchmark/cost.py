@@ -126,11 +126,16 @@ class Workload:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def _vit_6x384() -> nn.Module:
-    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+    shape: dict[str, Any] = {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "intermediate_size": 1536,
+    }
     return AutoModelForImageClassification.from_config(ViTConfig(**shape, num_labels=10, **NO_DROPOUT))
 
 
@@ -156,7 +161,12 @@ def _smollm2() -> nn.Module:
 
 
 def _minilm() -> nn.Module:
-    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    shape: dict[str, Any] = {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    }
     return AutoModelForSequenceClassification.from_config(BertConfig(**shape, num_labels=2, **NO_DROPOUT))
 
 
@@ -188,7 +198,9 @@ def hub_workload(name: str, kind: str | None, batch: int, length: int, image_siz
     if image_size is None:
         image_size = getattr(config, "image_size", 224)
     label = re.sub(r"[^\w.-]+", "-", name).strip("-")
-    return Workload(label, lambda: auto.from_pretrained(name), kind, batch, length, int(image_size), name)
+    return Workload(
+        label, lambda: auto.from_pretrained(name, dtype=torch.float32), kind, batch, length, int(image_size), name
+    )
 
 
 # The methods
@@ -501,9 +513,11 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def log(message: str) -> None:
-    print(f"\r\033[K{message}" if sys.stderr.isatty() else message, file=sys.stderr, end="", flush=True)
-    print(end="\n" if not sys.stderr.isatty() else "", file=sys.stderr, flush=True)
+def log(message: str, passing: bool = False) -> None:
+    """Prints to stderr; a `passing` message is overwritten by the next where stderr is a terminal."""
+    is_terminal = sys.stderr.isatty()
+    start, end = ("\r\033[K", "" if passing else "\n") if is_terminal else ("", "\n")
+    print(f"{start}{message}", file=sys.stderr, end=end, flush=True)
 
 
 @no_foreign_warnings()
@@ -512,7 +526,11 @@ def measure(
 ) -> dict[str, Any]:
     """Runs `methods` on `workload`; returns what the JSON holds. The two that ratios refer to are always run."""
     settings = settings or Settings()
-    report = (lambda message: None) if quiet else log
+
+    def report(message: str) -> None:
+        if not quiet:
+            log(message, passing=True)
+
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     gc.freeze()  # what is there already is not looked at by each collection
@@ -657,7 +675,7 @@ def table(results: Mapping[str, Any]) -> str:
                 _spread(found["step_ratio"]),
                 _spread(found.get("unmerged_ratio")),
                 _spread(found.get("merged_ratio")),
-                _size(row["file_bytes"]),
+                _size(row["file_bytes"]) if row["trainable_with_head"] else "",
             ]
         )
     return "\n".join([caption(results), "", *(f"| {' | '.join(cells)} |" for cells in lines)])
@@ -734,7 +752,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workload = replace(workload, **{key: value for key, value in sizes.items() if value is not None})
         results = measure(workload, args.methods, settings)
         for method, reason in results["skipped"].items():
-            log(f"{workload.name}: without {method}: {reason}\n")
+            log(f"{workload.name}: without {method}: {reason}")
         if args.json:
             path = args.json / f"cost-{workload.name}-{args.device}.json" if not args.json.suffix else args.json
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -742,7 +760,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.table:
             print(f"\n{table(results)}\n")
     for file in args.write:
-        log(f"{file}: {', '.join(write_tables(file))}\n")
+        log(f"{file}: {', '.join(write_tables(file))}")
 
 
 if __name__ == "__main__":

@@ -418,12 +418,15 @@ class ScaledLinear(torch.autograd.Function):
                 (scale.unsqueeze(1) * weight).to(ctx.dtype),
                 None if scaled_bias is None else scaled_bias.to(ctx.dtype),
             )
-            near_zero = features = None
-            if not keep_input:
+            kept = near_zero = features = None
+            if keep_input:
+                kept = x
+            elif any(ctx.needs_input_grad[3:5]):
+                kept = output
                 near_zero = _near_zero(scale, shift, ctx.dtype)
                 part = None if bias is None else bias[near_zero].to(ctx.dtype)
                 features = F.linear(x.to(ctx.dtype), weight[near_zero].to(ctx.dtype), part)
-        ctx.save_for_backward(x if keep_input else output, weight, bias, scale, shift, near_zero, features)
+        ctx.save_for_backward(kept, weight, bias, scale, shift, near_zero, features)
         return output
 
     @staticmethod
@@ -610,7 +613,7 @@ class SSFLinear(SSFLayer):
             return super().adapted_forward(adapters, *args, **kwargs)
         (x,) = args
         weight = base.weight if self.site.weight_dim == 0 else base.weight.T
-        keep_input = _kept_by_attention(x) or not torch.is_grad_enabled()  # then nothing is kept at all
+        keep_input = _kept_by_attention(x) or not torch.is_grad_enabled()  # in which case nothing is kept at all
         output = ScaledLinear.apply(x.reshape(-1, x.shape[-1]), weight, base.bias, scale, shift, keep_input)
         return output.view(*x.shape[:-1], self.site.channels)
 
