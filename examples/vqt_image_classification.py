@@ -49,12 +49,12 @@ SETS = {
     "clothing10": ("clothing10_train", "clothing10_test"),
 }
 GRID = {
-    "linear probe": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "Head2Toe-style": (1e-2, 3e-2, 1e-1, 3e-1),
+    "linear probe": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "Head2Toe-style": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "LoRA": (5e-3,),
     "SSF": (1e-2,),
 }
-VQT_GRID = ((3e-2, 0.1), (1e-1, 0.3))  # learning rate and dropout
+VQT_GRID = ((3e-3, 0.1), (1e-2, 0.1), (3e-2, 0.1), (1e-1, 0.3))  # learning rate and dropout
 METHODS = ["probe", "head2toe", "vqt", "LoRA", "SSF", "on-top"]
 
 

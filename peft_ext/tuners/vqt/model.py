@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -270,40 +270,55 @@ def run_block(
     return output[0] if isinstance(output, tuple) else output
 
 
+class _AllFound(Exception):
+    """The keys and values of the last block are known, so the rest of the frozen pass would be for nothing."""
+
+
 class _Capture:
-    """While open, each block that the backbone runs is handed over, with its keys and values, to `on_block`."""
+    """While open, each block that the backbone runs is handed over, with its keys and values, to `on_block`.
+
+    With `cut_short`, the pass ends in `_AllFound` inside the last block, which `finish` then hands over.
+    """
 
     def __init__(
-        self, family: Family, blocks: Mapping[int, nn.Module], on_block: Callable[[int, Frozen], None]
+        self,
+        family: Family,
+        blocks: Mapping[int, nn.Module],
+        on_block: Callable[[int, Frozen], None],
+        cut_short: bool = False,
     ) -> None:
         self.family = family
         self.blocks = blocks
         self.on_block = on_block
         self.found: dict[str, Any] = {}
+        self.index = -1
+        self.last = max(blocks) if cut_short else None
         self.is_reading = False  # the block is being run on query rows, which is not to be captured
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         names = self.family.names
         self.handles: list[RemovableHandle] = []
         for index, block in self.blocks.items():
             attention: Any = block.get_submodule(self.family.attention)
             self.handles += [
-                block.register_forward_pre_hook(self._enter_block, with_kwargs=True),
+                block.register_forward_pre_hook(partial(self._enter_block, index), with_kwargs=True),
                 attention.register_forward_pre_hook(self._enter_attention, with_kwargs=True),
                 # looked up anew each time: an adapter may have been put around them
                 getattr(attention, names.k).register_forward_hook(partial(self._keep, "keys")),
                 getattr(attention, names.v).register_forward_hook(partial(self._keep, "values")),
                 block.register_forward_hook(partial(self._leave_block, index)),
             ]
+        return self
 
     def __exit__(self, *exc: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_block(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_reading:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
+        self.index = index
         self.found = {
             "args": tuple(None if isinstance(value, torch.Tensor) else value for value in args[1:]),
             "kwargs": {
@@ -319,17 +334,23 @@ class _Capture:
             self.found["mask"] = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
 
     def _keep(self, name: str, projection: nn.Module, args: Any, output: torch.Tensor) -> None:
-        if not self.is_reading:
-            self.found[name] = output
-
-    def _leave_block(self, index: int, block: nn.Module, args: Any, output: Any) -> None:
         if self.is_reading:
             return
+        self.found[name] = output
+        if self.index == self.last and {"keys", "values"} <= self.found.keys():
+            raise _AllFound
+
+    def _leave_block(self, index: int, block: nn.Module, args: Any, output: Any) -> None:
+        if not self.is_reading:
+            self.finish()
+
+    def finish(self) -> None:
+        """Hands over the block whose keys and values were found last."""
         found, self.found = self.found, {}
         found["mask"] = query_mask(found["mask"], found["keys"].shape[1], found["keys"].device)
         self.is_reading = True
         try:
-            self.on_block(index, Frozen(**found))
+            self.on_block(self.index, Frozen(**found))
         finally:
             self.is_reading = False
 
@@ -642,9 +663,12 @@ class VQTLayer(ExtLayer):
             with (
                 torch.no_grad(),
                 torch.autocast(device, enabled=autocast[0], dtype=autocast[1]),
-                _Capture(family, blocks, read),
+                _Capture(family, blocks, read, cut_short=_may_be_cut_short(backbone)) as capture,
             ):
-                backbone(*again[: len(args)], **named)
+                try:
+                    backbone(*again[: len(args)], **named)
+                except _AllFound:
+                    capture.finish()
             return [row_grads[place] for place in range(len(rows))]
 
         tensors = [*(one.rows for one in reading.rows), *reading.outputs.values(), *inputs, *masks]
@@ -751,6 +775,15 @@ class VQTLayer(ExtLayer):
             rows = queries.weight[place].expand(len(frozen.keys), -1, -1)
             run_block(self.family, block, frozen, rows, look)
         return maps
+
+
+def _may_be_cut_short(backbone: nn.Module) -> bool:
+    """Whether nothing has to be tidied up after each module: FSDP frees the shards then, accelerate offloads."""
+    return not any(
+        hasattr(module, "_hf_hook")
+        or any(cls.__name__.startswith(("FSDP", "FullySharded")) for cls in type(module).__mro__)
+        for module in backbone.modules()
+    )
 
 
 def _records_outputs(backbone: nn.Module, kwargs: Mapping[str, Any]) -> bool:
