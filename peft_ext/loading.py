@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+
 FOR_THE_ADAPTER = ("adapter_name", "is_trainable", "revision", "subfolder", "autocast_adapter_dtype", "torch_device")
 FOR_BOTH = ("token", "cache_dir", "local_files_only")
 
