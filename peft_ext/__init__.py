@@ -8,7 +8,10 @@ from .tuners.vqt import FrozenPassCache, VQTConfig, VQTModel, attention_maps, se
 from .version import __version__
 
 
+METHODS = ("SSF", "VQT")  # the peft types that importing this package adds
+
 __all__ = [
+    "METHODS",
     "ExtConfig",
     "FrozenPassCache",
     "PeftMixedModel",

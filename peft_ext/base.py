@@ -440,6 +440,7 @@ class ExtModel(BaseTuner):
     # regular expressions that go with the default targets, by class name or model type
     default_exclusions: ClassVar[dict[str, str]] = {}
     supports_target_parameters: ClassVar[bool] = False
+    trains_own_head: ClassVar[bool] = False
 
     # To be overridden by the method
 
@@ -563,7 +564,8 @@ class ExtModel(BaseTuner):
             # tags into the card of each adapter
             config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
             model.add_model_tags(["peft-ext", config.METHOD.lower().replace("_", "-")])
-        if not config.inference_mode and config.task_type not in TASKS_WITH_TRAINED_HEAD:
+        head_is_trained = self.trains_own_head or config.task_type in TASKS_WITH_TRAINED_HEAD
+        if not (config.inference_mode or head_is_trained):
             _warn_of_fresh_head(model)
 
     # Samples of one batch on several adapters

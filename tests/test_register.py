@@ -195,8 +195,8 @@ assert "SSF" not in names
 warnings.simplefilter("error")
 import peft_ext
 for table, old in zip(tables, before, strict=True):
-    assert {key: value for key, value in table.items() if key != "SSF"} == old
-assert [member.name for member in peft.PeftType] == [*names, "SSF"]
+    assert {key: value for key, value in table.items() if key not in peft_ext.METHODS} == old
+assert [member.name for member in peft.PeftType] == [*names, *peft_ext.METHODS]
 """
 
 # as notebooks with autoreload do

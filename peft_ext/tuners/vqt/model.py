@@ -811,6 +811,7 @@ class VQTModel(ExtModel):
 
     prefix = "vqt_"
     tuner_layer_cls = VQTLayer
+    trains_own_head = True
 
     @classmethod
     def default_targets(cls, config: Any, model_config: dict[str, Any], *_: Any) -> Any:
@@ -851,9 +852,6 @@ class VQTModel(ExtModel):
                 if adapter_name in getattr(layer, leaves):
                     getattr(layer, leaves)[adapter_name].requires_grad_(False)
         return None
-
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        """No warning that the stock head stays frozen: VQT trains one of its own."""
 
 
 def layer_of(model: nn.Module) -> VQTLayer:
