@@ -27,8 +27,8 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import SSFConfig
-from peft_ext.tuners import ssf
-from peft_ext.tuners.ssf import DEFAULT_SITES, ScaledLinear, ScaleShift, SSFLayer
+from peft_ext.tuners.ssf import DEFAULT_SITES, ScaledLinear, ScaleShift, SSFLayer, functional
+from peft_ext.tuners.ssf.model import bias_flags
 
 
 class Net(nn.Module):
@@ -636,13 +636,13 @@ def test_input_kept_by_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     """The projection after a fused attention keeps its input, which the attention keeps too; gradients are the same."""
     batch = models.inputs(name, batch=8)  # enough rows for the scale to be folded into the weight
     taken: list[bool] = []
-    decide = ssf._kept_by_attention
+    decide = functional.kept_by_attention
 
     def spy(x: torch.Tensor) -> bool:
         taken.append(decide(x))
         return taken[-1]
 
-    monkeypatch.setattr(ssf, "_kept_by_attention", spy)
+    monkeypatch.setattr(functional, "kept_by_attention", spy)
 
     def run(attention: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         taken.clear()
@@ -661,7 +661,7 @@ def test_input_kept_by_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     half = run("sdpa", torch.bfloat16)
     assert sum(taken) == attentions
-    monkeypatch.setattr(ssf, "_kept_by_attention", lambda x: False)
+    monkeypatch.setattr(functional, "kept_by_attention", lambda x: False)
     plain = run("sdpa", torch.bfloat16)
     size = torch.cat([grad.flatten() for grad in sdpa.values()]).norm()
     for key, grad in half.items():
@@ -855,7 +855,7 @@ def test_asking_the_architecture_for_its_flags_draws_no_random_numbers() -> None
     expected_numbers = torch.rand(3)
     base = tiny("llama")
     torch.manual_seed(5)
-    ssf.bias_flags(base)
+    bias_flags(base)
     assert torch.equal(torch.rand(3), expected_numbers)
 
 

@@ -1,0 +1,115 @@
+"""SSF on a whole model: its targets, and which biases a merged model can carry."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...base import ExtLayer, ExtModel, linear_out_features
+from .config import DEFAULT_EXCLUSIONS, DEFAULT_SITES, SSFConfig
+from .layer import SSFLayer, SSFLinear
+from .sites import site_of
+
+
+# config flags with which a transformers class gives a bias to modules that have none by default
+BIAS_FLAGS = ("attention_bias", "mlp_bias")
+
+
+class SSFModel(ExtModel):
+    """Puts scale and shift on the targets of a model; used through `get_peft_model(model, SSFConfig(...))`."""
+
+    prefix = "ssf_"
+    tuner_layer_cls = SSFLayer
+    target_module_mapping = DEFAULT_SITES
+    default_exclusions = DEFAULT_EXCLUSIONS
+
+    @classmethod
+    def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
+        """`SSFLinear` for dense layers, `SSFLayer` for the rest; `TypeError` for what SSF cannot adapt."""
+        site_of(base_layer)
+        is_linear = isinstance(base_layer, Conv1D) or linear_out_features(base_layer) is not None
+        return SSFLinear if is_linear else SSFLayer
+
+    @classmethod
+    def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: SSFConfig) -> dict[str, Any]:
+        """Whether this site gets a shift, and what, if anything, stands in the way of merging it."""
+        flags = tuner.__dict__.setdefault("_ssf_bias_flags", None)
+        if flags is None:
+            flags = tuner.__dict__["_ssf_bias_flags"] = bias_flags(tuner.model)
+        bias_key = site_of(base_layer).bias_key
+        carries = bias_key == "weight" or getattr(base_layer, "bias", None) is not None
+        carries = carries or (bias_key == "bias" and name in flags)
+        shift = carries if config.shift is None else config.shift
+        return {"shift": shift, "obstacle": cls._obstacle(tuner.model, name, base_layer, shift and not carries)}
+
+    @staticmethod
+    def _obstacle(model: nn.Module, name: str, base_layer: nn.Module, shift_is_lost: bool) -> str | None:
+        kind = type(base_layer).__name__
+        remedy = "Train with `shift=None`, which shifts only where a merged model can carry it, or:"
+        if shift_is_lost and site_of(base_layer).bias_key is None:
+            return f"it shifts {name!r}, and a {kind} has no place for a shift. {remedy}"
+        if not isinstance(model, PreTrainedModel):
+            return None  # whoever writes the class can load what merging adds
+        if shift_is_lost:
+            return (
+                f"it shifts {name!r}, a {kind} without bias, and {type(model).__name__} has no config flag that "
+                f"gives it one, so loading the merged model would drop the shift without an error. {remedy}"
+            )
+        if getattr(base_layer, "weight", True) is None:
+            return (
+                f"{name!r} is a {kind} without affine parameters, so loading the merged model would drop the scale "
+                "without an error."
+            )
+        return None
+
+    @classmethod
+    def finish_merge(cls, model: nn.Module) -> None:
+        """Sets the config flags of the biases that the merge has added, so that the stock class loads them."""
+        set_bias_flags(model)
+
+
+def _configs(config: Any) -> list[PreTrainedConfig]:
+    return [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]
+
+
+def bias_flags(model: nn.Module) -> dict[str, str]:
+    """Which config flag, now off, would give which module a bias: `{"model.layers.0.self_attn.q_proj": "attention_bias"}`.
+
+    The architecture itself is asked: its class is built without memory, once as it is and once with each flag.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {}
+
+    def biased(flag: str | None) -> set[str]:
+        config = copy.deepcopy(model.config)
+        for part in _configs(config):
+            if flag is not None and getattr(part, flag, None) is False:
+                setattr(part, flag, True)
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            twin = type(model)(config)
+        return {name for name, module in twin.named_modules() if getattr(module, "bias", None) is not None}
+
+    off = [flag for flag in BIAS_FLAGS if any(getattr(part, flag, None) is False for part in _configs(model.config))]
+    if not off:
+        return {}
+    without = biased(None)
+    return {name: flag for flag in off for name in biased(flag) - without}
+
+
+def set_bias_flags(model: nn.Module) -> None:
+    """Turns on the config flags of modules that have got a bias; the others under the same flag get a zero bias."""
+    flags = bias_flags(model)
+    governed = {name: model.get_submodule(name) for name in flags}
+    needed = {flags[name] for name, module in governed.items() if module.bias is not None}
+    for flag in needed:
+        for part in _configs(model.config):
+            if getattr(part, flag, None) is False:
+                setattr(part, flag, True)
+    for name, module in governed.items():
+        if flags[name] in needed and module.bias is None:
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=False)
