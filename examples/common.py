@@ -419,6 +419,25 @@ def print_runs(title: str, runs: Sequence[Run], score: str = "test accuracy") ->
     console.print(table)
 
 
+def write_runs(file: Path, caption: str, runs: Sequence[Run]) -> None:
+    """Writes the table of `print_runs` between `<!-- quickstart -->` and `<!-- /quickstart -->` of a Markdown file."""
+    names = ("method", "test accuracy", "trainable, without head", "adapter file, bytes", "merged logits differ by")
+    lines = [f"| {' | '.join(names)} |", "| --- |" + " ---: |" * (len(names) - 1)]
+    for method in dict.fromkeys(run.method for run in runs):
+        group = [run for run in runs if run.method == method]
+        scores = [run.accuracy for run in group]
+        spread = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
+        size = group[0].adapter_bytes
+        error = max(run.merged_difference or 0.0 for run in group)
+        cells = [method, f"{mean(scores):.3f}{spread}", f"{group[0].trainable:,}"]
+        cells += ["", ""] if size is None else [f"{size:,}", f"{error:.0e}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    start, end = "<!-- quickstart -->", "<!-- /quickstart -->"
+    before, _, rest = file.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    file.write_text("\n\n".join([before + start, caption, "\n".join(lines), end + after]))
+
+
 class _Bar(TrainerCallback):
     def __init__(self, progress: Progress, task: TaskID, name: str) -> None:
         self.progress, self.task, self.name = progress, task, name

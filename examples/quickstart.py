@@ -28,6 +28,7 @@ from common import (
     quiet,
     resolve_model,
     train,
+    write_runs,
 )
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -90,6 +91,15 @@ def make_trainer(
     )
 
 
+def caption(args: argparse.Namespace, train_size: int, test_size: int) -> str:
+    """What the table in the README was made with."""
+    return (
+        f"`{args.model}` on `{args.dataset}`: {train_size:,} training and {test_size:,} test texts, {args.epochs} epochs, "
+        f"{args.seeds} seeds (mean and standard deviation), the best learning rate of each method on the validation "
+        f"split. Made by `make demo`; the single runs stand in `examples/benchmark/results/quickstart.json`."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="minilm", help="minilm, or any encoder on the Hub")
@@ -105,6 +115,7 @@ def main() -> None:
     parser.add_argument("--identity", action="store_true", help="start SSF from the base model's own output")
     parser.add_argument("--grid", action="store_true", help="only compare learning rates, on the validation split")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--write", type=Path, help="write the table into this Markdown file")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
     args = parser.parse_args()
     quiet()
@@ -140,6 +151,8 @@ def main() -> None:
             if method == "SSF":
                 ssf = model
     print_runs(f"{len(data['train']):,} training texts, {args.seeds} seeds", runs, f"{split} accuracy")
+    if args.write:
+        write_runs(args.write, caption(args, len(data["train"]), len(data["test"])), runs)
     trip = None
     if "SSF" in args.methods and not args.grid:
         directory = args.output_dir / "SSF"
