@@ -114,7 +114,7 @@ def _dense_smollm2() -> Path:
     return target
 
 
-def movie_reviews(train: int = 1000, validation: int = 500, test: int = 1000, seed: int = 0) -> DatasetDict:
+def movie_reviews(train: int = 900, validation: int = 500, test: int = 600, seed: int = 0) -> DatasetDict:
     """Sentences of film reviews, 0 = rotten and 1 = fresh. No film and no text is in two of the splits."""
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
