@@ -9,6 +9,8 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from .version import __version__
+
 
 FOR_THE_ADAPTER = ("adapter_name", "is_trainable", "revision", "subfolder", "autocast_adapter_dtype", "torch_device")
 FOR_BOTH = ("token", "cache_dir", "local_files_only")
@@ -27,14 +29,21 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
             the rest (`num_labels`, `dtype`, `device_map`, ...) to the base model's.
 
     Raises:
-        ValueError: `base_model` is left out, but the adapter does not name a model of transformers.
+        ValueError: The method is unknown, or `base_model` is left out, but the adapter does not name a model of
+            transformers.
     """
     path = os.fspath(adapter)
     both = {key: kwargs.pop(key) for key in FOR_BOTH if key in kwargs}
     ours = {key: kwargs.pop(key) for key in FOR_THE_ADAPTER if key in kwargs}
-    if base_model is None:
-        where = {key: ours[key] for key in ("revision", "subfolder") if key in ours}
+    where = {key: ours[key] for key in ("revision", "subfolder") if key in ours}
+    try:
         config = PeftConfig.from_pretrained(path, **where, **both)
+    except KeyError as error:
+        raise ValueError(
+            f"The adapter {path!r} is of the method {error.args[0]!r}, which neither the installed peft nor peft_ext "
+            f"{__version__} has; run `pip install -U peft peft-ext`."
+        ) from None
+    if base_model is None:
         mapping = config.auto_mapping or {}
         library = mapping.get("parent_library", "")
         if not (library.startswith("transformers.") and config.base_model_name_or_path):
