@@ -393,6 +393,11 @@ class ExtModel(BaseTuner):
     def finish_merge(cls, model: nn.Module) -> None:
         """Called once all layers of `model` are merged and unloaded."""
 
+    @classmethod
+    def stored_tensors(cls, config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is written to disk of an adapter's tensors."""
+        return tensors
+
     # Injection
 
     @classmethod
@@ -454,27 +459,24 @@ class ExtModel(BaseTuner):
         """
         takes_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
         _maybe_include_all_linear_layers(config, model)
-        inside: tuple[str, ...] = ()
-        for name, module in model.named_modules():
-            if not name or name.startswith(inside or ("\0",)):
-                continue
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                inside += (name + ".",)
-            if check_target_module_exists(config, name):
-                base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-                try:
-                    cls.layer_class(base_layer)
-                except TypeError as error:
-                    raise TypeError(
-                        f"Target module {name!r}: {error} Leave it out of `target_modules`, or list it in "
-                        "`exclude_modules`."
-                    ) from None
+        for name, base_layer in matched_targets(config, model):
+            try:
+                cls.layer_class(base_layer)
+            except TypeError as error:
+                raise TypeError(
+                    f"Target module {name!r}: {error} Leave it out of `target_modules`, or list it in "
+                    "`exclude_modules`."
+                ) from None
         if takes_all_linear and not cls.supports_target_parameters:
             _warn_of_experts(config, model)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         if not config.inference_mode and config.task_type not in TASKS_WITH_TRAINED_HEAD:
             _warn_of_fresh_head(model)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return cls.stored_tensors(config, super()._get_adapter_state_dict(model, config, *args, **kwargs))
 
     # Samples of one batch on several adapters
 
@@ -661,14 +663,33 @@ def _create_and_replace(
         tuner._replace_module(parent, target_name, layer, target)
 
 
-def linear_out_features(base_layer: nn.Module) -> int | None:
-    """Output features of a dense or quantised linear layer, `None` if it is neither."""
+def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of `model` that the config's names or expressions match, without adapters that are on them."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (name + ".",)
+        if check_target_module_exists(config, name):
+            yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def linear_features(base_layer: nn.Module) -> tuple[int, int] | None:
+    """Input and output features of a dense or quantised linear layer, `None` if it is neither."""
     if isinstance(base_layer, nn.Linear):
-        return base_layer.out_features
+        return base_layer.in_features, base_layer.out_features
     backend = resolve_quantization_backend(base_layer)
     if backend is None or backend.layer_type != "linear":
         return None
-    return _get_in_out_features(base_layer)[1]
+    inputs, outputs = _get_in_out_features(base_layer)
+    return None if inputs is None or outputs is None else (inputs, outputs)
+
+
+def linear_out_features(base_layer: nn.Module) -> int | None:
+    """Output features of a dense or quantised linear layer, `None` if it is neither."""
+    features = linear_features(base_layer)
+    return None if features is None else features[1]
 
 
 def refuse_tied_weights(model: nn.Module) -> None:

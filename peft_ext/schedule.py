@@ -10,17 +10,39 @@ the parameters themselves; what is promised here does not reach them.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import MutableSet
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 
+class StepListener(Protocol):
+    """A module with a parameter `weight` that wants to know of the optimizer steps that concern it.
+
+    A step concerns it if its weight is in the optimizer's groups. Listeners are called in the order of those groups,
+    which is the same in every process, so that they may talk to their twins in other processes.
+    """
+
+    weight: Any
+
+    def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
+        """The gradients are complete; `closure`: they are not, the step itself will compute them."""
+
+    def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
+        """The step was made, or, if not `taken`, skipped because a scaled gradient had overflowed."""
+
+    def foreign_step(self, optimizer: Optimizer) -> None:
+        """An optimizer that does not own the weight makes a step."""
+
+
 _undecayed: MutableSet[nn.Module] = weakref.WeakSet()
+_listeners: MutableSet[Any] = weakref.WeakSet()
 _users_groups: weakref.WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
 _handles: list[RemovableHandle] = []
 
@@ -33,14 +55,72 @@ def exempt_from_weight_decay(module: nn.Module) -> None:
     the one the optimizer makes with `weight_decay=0`, bit for bit.
     """
     _undecayed.add(module)
-    weakref.finalize(module, _remove_hooks_if_unused)
+    _install_hooks(module)
+
+
+def listen_to_steps(listener: StepListener) -> None:
+    """From now on `listener` is told of every optimizer step, for as long as it lives; it is held weakly."""
+    _listeners.add(listener)
+    _install_hooks(listener)
+
+
+def optimizer_of(parameter: torch.Tensor) -> Optimizer | None:
+    """The optimizer that owns `parameter`, if there is one.
+
+    Torch tells nobody when an optimizer is made or its state is loaded, so all live objects are looked through, which
+    takes about 0.1 s: for the first backward of a run, which may be a resumed one, not for every step.
+    """
+    for candidate in gc.get_objects():
+        # the type is asked, since `isinstance` runs code of proxies and lazy modules
+        if issubclass(type(candidate), Optimizer) and any(
+            parameter is owned for group in candidate.param_groups for owned in group["params"]
+        ):
+            return candidate
+    return None
+
+
+def _install_hooks(user: object) -> None:
+    weakref.finalize(user, _remove_hooks_if_unused)
     if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(_split_groups))
-        _handles.append(register_optimizer_step_post_hook(_restore_groups))
+        _handles.append(register_optimizer_step_pre_hook(_before_step))
+        _handles.append(register_optimizer_step_post_hook(_after_step))
 
 
-def _split_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _restore_groups(optimizer, args, kwargs)  # a step that raised has left its split behind
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _restore_groups(optimizer)  # a step that raised has left its split behind
+    if len(_listeners):
+        closure = (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
+        owned = _owned_listeners(optimizer)
+        for listener, group in owned:
+            listener.before_step(optimizer, group, closure)
+        mine = {id(listener) for listener, _ in owned}
+        for listener in list(_listeners):
+            if id(listener) not in mine:
+                listener.foreign_step(optimizer)
+    _split_groups(optimizer)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _restore_groups(optimizer)
+    if len(_listeners) and (owned := _owned_listeners(optimizer)):
+        # a fused optimizer under a GradScaler is called, and calls its hooks, on skipped steps too
+        overflow = getattr(optimizer, "found_inf", None)
+        taken = overflow is None or not bool(overflow)
+        for listener, group in owned:
+            listener.after_step(optimizer, group, taken)
+
+
+def _owned_listeners(optimizer: Optimizer) -> list[tuple[Any, dict[str, Any]]]:
+    by_weight = {id(listener.weight): listener for listener in _listeners}
+    return [
+        (by_weight[id(parameter)], group)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in by_weight
+    ]
+
+
+def _split_groups(optimizer: Optimizer) -> None:
     exempt = {id(parameter) for module in _undecayed for parameter in module.parameters(recurse=False)}
     stepped: list[dict[str, Any]] = []  # one per group of the user's, in the same order
     added: list[dict[str, Any]] = []
@@ -58,7 +138,7 @@ def _split_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         optimizer.param_groups = stepped + added
 
 
-def _restore_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _restore_groups(optimizer: Optimizer) -> None:
     users_groups = _users_groups.pop(optimizer, None)
     if users_groups is None:
         return
@@ -69,6 +149,6 @@ def _restore_groups(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _remove_hooks_if_unused() -> None:
-    if not any(True for _ in _undecayed):
+    if not any(True for _ in (*_undecayed, *_listeners)):
         while _handles:
             _handles.pop().remove()
