@@ -394,7 +394,9 @@ class ExtModel(BaseTuner):
         """Called once all layers of `model` are merged and unloaded."""
 
     @classmethod
-    def stored_tensors(cls, config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def stored_tensors(
+        cls, model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """What is written to disk of an adapter's tensors."""
         return tensors
 
@@ -475,8 +477,11 @@ class ExtModel(BaseTuner):
             _warn_of_fresh_head(model)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return cls.stored_tensors(config, super()._get_adapter_state_dict(model, config, *args, **kwargs))
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
+        return cls.stored_tensors(model, config, adapter_name, tensors)
 
     # Samples of one batch on several adapters
 
@@ -673,6 +678,23 @@ def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, 
             inside += (name + ".",)
         if check_target_module_exists(config, name):
             yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The parameters of the model without its adapters; quantised weights count what they stand for."""
+    added = set()
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            kept = "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
+            added |= {id(p) for name, child in module.named_children() if name != kept for p in child.parameters()}
+    counted: dict[int, int] = {}
+    for module in model.modules():
+        features = linear_features(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            size = features[0] * features[1] if name == "weight" and features is not None else parameter.numel()
+            if id(parameter) not in added:
+                counted[id(parameter)] = size
+    return sum(counted.values())
 
 
 def linear_features(base_layer: nn.Module) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ the parameters themselves; what is promised here does not reach them.
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import MutableSet
 from typing import Any, Protocol
@@ -44,6 +45,8 @@ class StepListener(Protocol):
 _undecayed: MutableSet[nn.Module] = weakref.WeakSet()
 _listeners: MutableSet[Any] = weakref.WeakSet()
 _users_groups: weakref.WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # by `optimizer_of`
+_last_search = float("-inf")
 _handles: list[RemovableHandle] = []
 
 
@@ -65,17 +68,24 @@ def listen_to_steps(listener: StepListener) -> None:
 
 
 def optimizer_of(parameter: torch.Tensor) -> Optimizer | None:
-    """The optimizer that owns `parameter`, if there is one.
+    """The optimizer that owns `parameter`, if there is one yet.
 
     Torch tells nobody when an optimizer is made or its state is loaded, so all live objects are looked through, which
     takes about 0.1 s: for the first backward of a run, which may be a resumed one, not for every step.
     """
-    for candidate in gc.get_objects():
-        # the type is asked, since `isinstance` runs code of proxies and lazy modules
-        if issubclass(type(candidate), Optimizer) and any(
-            parameter is owned for group in candidate.param_groups for owned in group["params"]
-        ):
-            return candidate
+    global _last_search
+    if (owner := _owner_among(_found, parameter)) is not None or time.monotonic() - _last_search < 1.0:
+        return owner
+    # the type is asked, since `isinstance` runs code of proxies and lazy modules
+    _found.update(candidate for candidate in gc.get_objects() if issubclass(type(candidate), Optimizer))
+    _last_search = time.monotonic()
+    return _owner_among(_found, parameter)
+
+
+def _owner_among(optimizers: MutableSet[Optimizer], parameter: torch.Tensor) -> Optimizer | None:
+    for optimizer in optimizers:
+        if any(parameter is owned for group in optimizer.param_groups for owned in group["params"]):
+            return optimizer
     return None
 
 

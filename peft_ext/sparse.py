@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 HALF = (torch.float16, torch.bfloat16)
+LARGEST_KEY = 0x7F7FFFFF  # the bits of the largest finite float
 CHUNK = 1 << 20  # entries that are looked at together where a whole weight is gone through
 
 
@@ -135,12 +136,15 @@ def random_indices(k: int, n: int, generator: torch.Generator) -> torch.Tensor:
     return drawn[torch.randperm(len(drawn), generator=generator)[:k]].sort().values
 
 
-def top_indices(scores: Callable[[int, int], torch.Tensor], n: int, k: int) -> torch.Tensor:
+def top_indices(
+    scores: Callable[[int, int], torch.Tensor], n: int, k: int, smallest: bool = False
+) -> torch.Tensor:
     """The flat places `(k,)` of the k largest of n scores, sorted; among equal scores the first places win.
 
     Args:
         scores: Gives the scores of the places `start` to `stop`; a negative score takes its place out. They are
             asked for in pieces, more than once, so that nothing of n entries is made here.
+        smallest: Take the k smallest instead.
 
     Returns fewer than k places if fewer are in. Scores are compared in fp32.
     """
@@ -150,7 +154,8 @@ def top_indices(scores: Callable[[int, int], torch.Tensor], n: int, k: int) -> t
             piece = scores(start, min(n, start + CHUNK)).float().contiguous()
             # the bits of non-negative floats sort like the floats; NaN, which must not win, and -0 are made plain
             keys = torch.nan_to_num(piece, nan=-1.0, posinf=torch.finfo(torch.float32).max).add_(0.0)
-            yield start, keys.view(torch.int32)
+            keys = keys.view(torch.int32)
+            yield start, torch.where(keys < 0, keys, LARGEST_KEY - keys) if smallest else keys
 
     # radix selection: first the upper half of the bits of the k-th largest key, then the lower one
     upper = sum(_histogram(keys[keys >= 0] >> 16) for _, keys in pieces())

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import peft_ext
-from peft_ext import ExtConfig, SSFConfig
+from peft_ext import ExtConfig, SparseFTConfig, SSFConfig
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,16 @@ METHODS = {
         # (and a batch norm subtracts the shift of the convolution before it)
         unmixable=("deberta-v2",),
         inert=r".*(\.k_proj|\.key|\.key_proj|\.conv1)\.ssf_shift\..*",
+    ),
+    "sparse_ft": Method(
+        prefix="sparse_ft_",
+        config=partial(SparseFTConfig, selection="random", density=0.1),
+        models=(
+            *("mlp", "conv1d_embedding"),
+            *("llama", "gemma2", "gpt2", "opt", "t5", "bart", "bert", "roberta", "deberta-v2"),
+            *("vit", "swin", "convnext"),
+        ),
+        mixes_batches=False,
     ),
 }
 CASES = [(method, model) for method, row in METHODS.items() for model in row.models]
