@@ -3,12 +3,12 @@
 from .base import ExtConfig, PeftMixedModel
 from .loading import load
 from .register import register_method
-from .tuners.sparse_ft import SparseFTConfig, SparseFTModel
+from .tuners.sparse_ft import SparseFTCallback, SparseFTConfig, SparseFTModel
 from .tuners.ssf import SSFConfig, SSFModel
 from .version import __version__
 
 
-__all__ = ["ExtConfig", "PeftMixedModel", "SSFConfig", "SSFModel", "SparseFTConfig", "SparseFTModel", "__version__", "load"]
+__all__ = ["ExtConfig", "PeftMixedModel", "SSFConfig", "SSFModel", "SparseFTCallback", "SparseFTConfig", "SparseFTModel", "__version__", "load"]
 
 register_method("ssf", SSFConfig, SSFModel)
 register_method("sparse_ft", SparseFTConfig, SparseFTModel)

@@ -470,7 +470,7 @@ class ExtModel(BaseTuner):
                     "`exclude_modules`."
                 ) from None
         if takes_all_linear and not cls.supports_target_parameters:
-            _warn_of_experts(config, model)
+            warn_of_experts(config, model)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         if not config.inference_mode and config.task_type not in TASKS_WITH_TRAINED_HEAD:
@@ -668,16 +668,20 @@ def _create_and_replace(
         tuner._replace_module(parent, target_name, layer, target)
 
 
-def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of `model` that the config's names or expressions match, without adapters that are on them."""
+def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of `model` by name, without adapters that are on them, and without what adapters consist of."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name or name.startswith(inside or ("\0",)):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside += (name + ".",)
-        if check_target_module_exists(config, name):
-            yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those of `unadapted_modules` that the config's names or expressions match."""
+    return ((name, module) for name, module in unadapted_modules(model) if check_target_module_exists(config, name))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -779,7 +783,7 @@ def mixed_batch(
             handle.remove()
 
 
-def _warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
+def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
     for name, module in model.named_modules():
         is_conv = isinstance(module, nn.modules.conv._ConvNd)
         for key, parameter in module.named_parameters(recurse=False):

@@ -11,7 +11,7 @@ the parameters themselves; what is promised here does not reach them.
 from __future__ import annotations
 
 import gc
-import time
+import sys
 import weakref
 from collections.abc import MutableSet
 from typing import Any, Protocol
@@ -46,7 +46,8 @@ _undecayed: MutableSet[nn.Module] = weakref.WeakSet()
 _listeners: MutableSet[Any] = weakref.WeakSet()
 _users_groups: weakref.WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
 _found: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # by `optimizer_of`
-_last_search = float("-inf")
+_last_search = -1  # the backward in which it last looked
+_hooked_step = Optimizer.profile_hook_step(lambda self: None).__code__  # the frame around every step
 _handles: list[RemovableHandle] = []
 
 
@@ -71,14 +72,15 @@ def optimizer_of(parameter: torch.Tensor) -> Optimizer | None:
     """The optimizer that owns `parameter`, if there is one yet.
 
     Torch tells nobody when an optimizer is made or its state is loaded, so all live objects are looked through, which
-    takes about 0.1 s: for the first backward of a run, which may be a resumed one, not for every step.
+    takes about 0.1 s, once in a backward at most: for the first backward of a run, which may be a resumed one.
     """
     global _last_search
-    if (owner := _owner_among(_found, parameter)) is not None or time.monotonic() - _last_search < 1.0:
+    backward = torch._C._current_graph_task_id()  # -1 outside of one
+    if (owner := _owner_among(_found, parameter)) is not None or (backward == _last_search != -1):
         return owner
     # the type is asked, since `isinstance` runs code of proxies and lazy modules
     _found.update(candidate for candidate in gc.get_objects() if issubclass(type(candidate), Optimizer))
-    _last_search = time.monotonic()
+    _last_search = backward
     return _owner_among(_found, parameter)
 
 
@@ -96,7 +98,19 @@ def _install_hooks(user: object) -> None:
         _handles.append(register_optimizer_step_post_hook(_after_step))
 
 
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether this is the step of a parent class, called by a class whose own step is under way."""
+    calls = 0
+    frame = sys._getframe(2)
+    while frame is not None and calls < 2:
+        calls += frame.f_code is _hooked_step and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls == 2
+
+
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _is_nested(optimizer):
+        return
     _restore_groups(optimizer)  # a step that raised has left its split behind
     if len(_listeners):
         closure = (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
@@ -111,6 +125,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _is_nested(optimizer):
+        return
     _restore_groups(optimizer)
     if len(_listeners) and (owned := _owned_listeners(optimizer)):
         # a fused optimizer under a GradScaler is called, and calls its hooks, on skipped steps too

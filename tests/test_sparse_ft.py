@@ -266,3 +266,285 @@ def test_schedule() -> None:
     assert gathering[:17] == [*range(1, 6), *range(20, 26), *range(40, 46)]
     assert gathering[-1] == 85
     assert [round(tracker.rate_at(step), 4) for step in (5, 25, 85, 105)] == [1.0, 0.15, 0.03, 0.0]
+
+
+# It drives itself
+
+
+def run_steps(model: nn.Module, optimizer: Any, steps: range, micro_steps: int = 1) -> None:
+    for step in steps:
+        for micro in range(micro_steps):
+            backward_of(model, scripted_gradient(step, micro) / micro_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True, foreach=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),
+    "radam": lambda p: torch.optim.RAdam(p, lr=1e-2),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, centered=True, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "torch adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "transformers adafactor": lambda p: _transformers_adafactor(p),
+}
+
+
+def _transformers_adafactor(parameters: Any) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, lr=1e-2, relative_step=False, scale_parameter=False)
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str, selection: str) -> None:
+    model, leaf = one(selection, reselection_rate=0.5)
+    start = set(support_of(leaf))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    run_steps(model, optimizer, range(26))
+    assert len(leaf.tracker.reselections) == 2
+    assert set(support_of(leaf)) != start
+    assert torch.isfinite(leaf.weight).all() and (leaf.weight != 0).any()
+
+
+def test_seeds_are_the_unbiased_means() -> None:
+    """What has just grown is where Adam would be, had it seen the mean gradient and the mean square so far."""
+    model, leaf = one("spiel-ag")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.8, 0.99))
+    start = set(support_of(leaf))
+    gradients = [scripted_gradient(step).flatten() for step in range(5)]
+    run_steps(model, optimizer, range(5))
+    state = optimizer.state[leaf.weight]
+    mean, square = sum(gradients) / 5, sum(g**2 for g in gradients) / 5
+    new = torch.tensor([i not in start for i in leaf.indices().tolist()])
+    places = leaf.indices()[new]
+    assert len(places) > 3
+    torch.testing.assert_close(state["exp_avg"][new] / (1 - 0.8**5), mean[places])
+    torch.testing.assert_close(state["exp_avg_sq"][new] / (1 - 0.99**5), square[places])
+
+
+def test_clipping_applies_to_the_seeds() -> None:
+    model, leaf = one("spiel-ag")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    start = set(support_of(leaf))
+    scaled = []
+    for step in range(5):
+        backward_of(model, scripted_gradient(step))
+        before = leaf.weight.grad.norm()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaled.append(scripted_gradient(step).flatten() * (0.1 / before))
+        optimizer.step()
+        optimizer.zero_grad()
+    new = torch.tensor([i not in start for i in leaf.indices().tolist()])
+    mean = sum(scaled) / 5
+    found = optimizer.state[leaf.weight]["exp_avg"][new] / (1 - 0.9**5)
+    torch.testing.assert_close(found, mean[leaf.indices()[new]], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_scaling_and_skipped_steps(selection: str, fused: bool) -> None:
+    """Scaled and unscaled runs agree, and a step that overflows counts for nothing, fused or not."""
+    results = []
+    for scaled in (False, True):
+        model, leaf = one(selection, reselection_rate=0.5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000, enabled=scaled)
+        step = 0
+        for attempt in range(28):
+            overflows = scaled and attempt in (0, 7, 22)
+            if not scaled and attempt >= 25:
+                break
+            gradient = scaler.scale(scripted_gradient(step))
+            backward_of(model, gradient * torch.inf if overflows else gradient)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += not overflows
+        assert leaf.tracker.step == 25
+        results.append(support_of(leaf))
+    assert set(results[0]) == set(results[1])
+    torch.testing.assert_close(torch.tensor(list(results[0].values())), torch.tensor(list(results[1].values())))
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize("at", [3, 5, 12, 22])
+def test_resuming_changes_nothing(selection: str, at: int) -> None:
+    """Adapter tensors and optimizer state through files are all it takes, also in the middle of a phase."""
+    model, leaf = one(selection, reselection_rate=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run_steps(model, optimizer, range(30), micro_steps=2)
+
+    first, first_leaf = one(selection, reselection_rate=0.5)
+    first_optimizer = torch.optim.AdamW(first.parameters(), lr=1e-2)
+    run_steps(first, first_optimizer, range(at), micro_steps=2)
+    tensors = {key: tensor.clone() for key, tensor in first.state_dict().items() if "sparse_ft" in key}
+    state = pickle.loads(pickle.dumps(first_optimizer.state_dict()))
+    assert not any("candidates" in key or "sums" in key for key in tensors)
+
+    second, second_leaf = one(selection, reselection_rate=0.5, seed=5)
+    second.load_state_dict(tensors, strict=False)
+    second_optimizer = torch.optim.AdamW(second.parameters(), lr=1e-2)
+    second_optimizer.load_state_dict(state)
+    run_steps(second, second_optimizer, range(at, 30), micro_steps=2)
+    assert support_of(second_leaf) == support_of(leaf)
+    assert second_leaf.tracker.reselections == leaf.tracker.reselections
+
+
+def test_a_second_run_keeps_what_the_first_has_learnt() -> None:
+    model, leaf = one("spiel-ag")
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(30))
+    learnt = support_of(leaf)
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=0.0), range(30, 36))
+    assert leaf.tracker.step == 6
+    kept = set(learnt) & set(support_of(leaf))
+    assert len(kept) >= K - 2
+    assert all(learnt[i] == support_of(leaf)[i] for i in kept)
+
+
+def test_one_warning_without_total_steps() -> None:
+    model, leaf = one("spiel-ag", total_steps=None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.warns(UserWarning, match="total_steps is not set") as caught:
+        run_steps(model, optimizer, range(26))
+    assert len(caught) == 1
+    assert leaf.tracker.rate_at(65) == 0.2
+
+
+def test_a_schedule_that_never_moved_says_so(tmp_path: Path) -> None:
+    model, _ = one("spiel-ag")
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(3))
+    with pytest.warns(UserWarning, match="has not moved since it was drawn at random: 3 steps were taken"):
+        model.save_pretrained(tmp_path)
+    model, leaf = one("spiel-ag")
+    backward_of(model, scripted_gradient(0))
+    with torch.no_grad():
+        leaf.weight -= leaf.weight.grad  # an update that no torch optimizer makes
+    with pytest.warns(UserWarning, match="no step of an optimizer that owns its values was seen"):
+        model.save_pretrained(tmp_path)
+
+
+def test_values_cast_to_bfloat16_are_put_back() -> None:
+    model, leaf = one("spiel-ag")
+    values = torch.randn(K) * 1e-2
+    leaf.weight.data = values.clone()
+    leaf.train()
+    for parameter in model.parameters():  # what TRL does on a quantised base
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.train()
+    assert torch.equal(leaf.weight, values)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    run_steps(model, optimizer, range(3))
+    assert (leaf.weight != values).all()
+    leaf.weight.data = leaf.weight.data.to(torch.bfloat16)  # behind everybody's back
+    leaf.weight.grad = None
+    backward_of(model, scripted_gradient(0))
+    with pytest.raises(ValueError, match=r"in torch.bfloat16, where small updates are lost"):
+        optimizer.step()
+
+
+def test_casting_the_model_leaves_the_values_in_fp32() -> None:
+    model, leaf = one("random")
+    leaf.weight.data = torch.randn(K)
+    values = leaf.weight.detach().clone()
+    model.to(torch.bfloat16)
+    assert model.base_model.model.fc.base_layer.weight.dtype == torch.bfloat16
+    assert torch.equal(leaf.weight, values)
+
+
+def test_an_optimizer_that_does_not_own_the_values() -> None:
+    torch.manual_seed(0)
+    base = One()
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-2)
+    config = SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], total_steps=9)
+    model = get_peft_model(base, config)
+    backward_of(model, scripted_gradient(0))
+    with pytest.raises(ValueError, match="does not own the values of the sparse adapter"):
+        optimizer.step()
+
+
+class OddOptimizer(torch.optim.AdamW):
+    """Keeps state in a form of its own."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["sketch"] = torch.zeros(3)
+
+
+def test_an_optimizer_whose_state_cannot_be_moved() -> None:
+    model, leaf = one("spiel-ag")
+    optimizer = OddOptimizer(model.parameters(), lr=1e-2)
+    backward_of(model, scripted_gradient(0))
+    start = set(support_of(leaf))
+    with pytest.raises(ValueError, match=r"OddOptimizer keeps 'sketch' of \(3,\).*adamw_torch"):
+        optimizer.step()
+    assert set(support_of(leaf)) == start
+
+
+def test_ma_refuses_a_closure() -> None:
+    model, _ = one("spiel-ma")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.raises(ValueError, match="does not work with `optimizer.step"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_ag_with_a_closure() -> None:
+    results = []
+    for with_closure in (False, True):
+        model, leaf = one("spiel-ag", reselection_rate=0.5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(26):
+            def closure(step: int = step, model: nn.Module = model, optimizer: Any = optimizer) -> float:
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    backward_of(model, scripted_gradient(step))
+                return 0.0
+
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        results.append(support_of(leaf))
+    assert results[0] == results[1]
+
+
+def test_two_adapters_train_apart() -> None:
+    model, _ = one("spiel-ag")
+    model.add_adapter("other", SparseFTConfig(num_tunable_weights=6, target_modules=["fc"], total_steps=40, seed=1))
+    leaves = {name: next(deltas(model, name))[1] for name in ("default", "other")}
+    optimizer = torch.optim.AdamW([leaf.weight for leaf in leaves.values()], lr=1e-2)
+    before = support_of(leaves["other"])
+    run_steps(model, optimizer, range(6))
+    assert support_of(leaves["other"]) == before and leaves["other"].tracker.step == 0
+    model.set_adapter("other")
+    before = support_of(leaves["default"])
+    run_steps(model, optimizer, range(6, 14))
+    assert support_of(leaves["default"]) == before
+    assert leaves["other"].tracker.reselections == [(5, leaves["other"].tracker.reselections[0][1])]
+
+
+def test_copies_go_their_own_way_and_nothing_is_kept_alive() -> None:
+    from peft_ext import schedule
+
+    model, leaf = one("spiel-ag")
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(3))
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    (_, twin_leaf) = next(deltas(twin, "default"))
+    assert support_of(twin_leaf) == support_of(leaf)
+    run_steps(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2), range(6))
+    assert twin_leaf.tracker.reselections and not leaf.tracker.reselections
+    import gc
+
+    del model, leaf, twin, twin_leaf
+    gc.collect()
+    assert not len(schedule._listeners)

@@ -330,6 +330,10 @@ class SparseFTLayer(ExtLayer):
         return merged
 
 
+class SparseFTLinear(SparseFTLayer):
+    """The same on a linear module; PEFT's "all-linear" finds adapted modules by this word in their class's name."""
+
+
 class _Watch:
     """Passes the gradient of a weight on to the leaf's tracker."""
 

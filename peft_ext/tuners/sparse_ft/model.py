@@ -13,11 +13,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ...base import ExtConfig, ExtLayer, ExtModel, count_parameters, matched_targets
-from ...sparse import top_indices
+from ...base import (
+    ExtConfig,
+    ExtLayer,
+    ExtModel,
+    count_parameters,
+    linear_features,
+    matched_targets,
+    unadapted_modules,
+    warn_of_experts,
+)
+from ...sparse import LinearOperation, top_indices
 from .config import GIVEN, SAVE_DTYPES, SPIEL, WHERE_FROM, SparseFTConfig
-from .layer import SparseDelta, SparseFTLayer, layer_operation
+from .layer import SparseDelta, SparseFTLayer, SparseFTLinear, layer_operation
 from .spiel import warn_once
 
 
@@ -36,16 +47,20 @@ class SparseFTModel(ExtModel):
 
     @classmethod
     def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
-        """All Linear modules, whatever the architecture; the heads are taken out where the model is known."""
-        if config.target_modules is None:
-            config.target_modules = "all-linear"
+        """All Linear modules of the backbone, whatever the architecture."""
+        targets = config.target_modules
+        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            warn_of_experts(config, model)
+            names = backbone_linears(model)
+            if config.layers_to_transform is not None:  # which full names would take no notice of
+                names = {name.split(".")[-1] for name in names}
+            config.target_modules = names
         return config
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
-        """The one layer class; `TypeError` for what it cannot adapt."""
-        layer_operation(base_layer)
-        return SparseFTLayer
+        """`TypeError` for what the method cannot adapt."""
+        return SparseFTLinear if isinstance(layer_operation(base_layer), LinearOperation) else SparseFTLayer
 
     @classmethod
     def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
@@ -60,10 +75,7 @@ class SparseFTModel(ExtModel):
             ValueError: The budget or the support does not fit the model, or the support is still missing.
         """
         assert isinstance(config, SparseFTConfig)
-        takes_all = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
         super().check_targets(config, model)
-        if takes_all and isinstance(config.target_modules, set):
-            config.target_modules = {name for name in config.target_modules if name.split(".")[-1] not in HEADS}
         targets = {name: base_layer for name, base_layer in matched_targets(config, model)}
         if targets:  # PEFT itself says so if nothing matches
             settle_budget(config, model, targets)
@@ -118,6 +130,21 @@ class SparseFTModel(ExtModel):
         from .compose import add_weighted_adapter
 
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+
+
+def backbone_linears(model: nn.Module) -> set[str]:
+    """The names of all Linear modules (and GPT-2's Conv1D) that are no head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    prefix = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return {
+        name
+        for name, module in unadapted_modules(model)
+        if (linear_features(module) is not None or isinstance(module, Conv1D))
+        and name.startswith(prefix)
+        and module is not output
+        and not set(name.split(".")).intersection(HEADS)
+    }
 
 
 def deltas(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseDelta]]:

@@ -242,6 +242,7 @@ class AgTracker(Tracker):
         self._pending: torch.Tensor | None = None  # g of the candidates, summed over this step's micro-batches
         self._raw: torch.Tensor | None = None  # the same for the values in the support
         self._measured: torch.Tensor | None = None
+        self._backward = -1  # the last one seen; a shared module is seen more than once in the same
         if self.count == 0:
             self.candidates = None
 
@@ -251,6 +252,13 @@ class AgTracker(Tracker):
         k = leaf.weight.numel()
         if not self.is_gathering(k):
             return
+        backward = torch._C._current_graph_task_id()
+        if self._pending is not None and backward != self._backward:
+            # a step that a gradient scaler (or the user) skipped never got here, but its gradient was thrown away
+            grad = leaf.weight.grad
+            if grad is None or (not grad.any() and bool(self._raw.any())):  # type: ignore[union-attr]
+                self._discard_step()
+        self._backward = backward
         if self.candidates is None:
             dense = gradient.dense()
             self.candidates = top_indices(lambda start, stop: dense[start:stop].abs(), len(dense), k)
@@ -403,6 +411,8 @@ class MaTracker(Tracker):
         if self.step == due and number:
             self._reselect(leaf, optimizer, number)
         self._store(leaf, optimizer, rows=self.rows, columns=self.columns)
+        # Adam and its kin look for it when their state is loaded; they themselves never step these values
+        optimizer.state[leaf.weight].setdefault("step", torch.zeros(()))
 
     def _clear(self) -> None:
         self.rows: torch.Tensor | None = None
