@@ -548,3 +548,326 @@ def test_copies_go_their_own_way_and_nothing_is_kept_alive() -> None:
     del model, leaf, twin, twin_leaf
     gc.collect()
     assert not len(schedule._listeners)
+
+
+# Under the Trainer
+
+
+class Rows(torch.utils.data.Dataset):
+    """Random rows for `MLP`, or for a tiny language model."""
+
+    def __init__(self, size: int = 24) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(size, 6, generator=generator)
+        self.labels = torch.randint(3, (size,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[index], "labels": self.labels[index]}
+
+
+class Classifier(MLP):
+    """`MLP` with the loss inside, as the Trainer wants it."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        output = {"logits": super().forward(x)}
+        if labels is not None:
+            output["loss"] = nn.functional.cross_entropy(output["logits"], labels)
+        return output
+
+
+def trainer_for(model: nn.Module, path: Path, callbacks: list[Any] | None = None, **fields: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    settings: dict[str, Any] = {
+        **{"per_device_train_batch_size": 4, "max_steps": 30, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+        **{"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"},
+        **{"weight_decay": 0.0, "dataloader_pin_memory": False, **fields},
+    }
+    return Trainer(
+        model=model, args=TrainingArguments(str(path), **settings), train_dataset=Rows(), callbacks=callbacks
+    )
+
+
+def classifier(selection: str = "spiel-ag", **fields: Any) -> PeftModel:
+    torch.manual_seed(1)
+    fields = {"num_tunable_weights": 40, "target_modules": ["fc1", "fc2"], "total_steps": 60, **fields}
+    fields.setdefault("reselection_rate", 0.5)
+    return get_peft_model(Classifier(), SparseFTConfig(selection=selection, **fields))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+def test_under_the_trainer(selection: str, optim: str, tmp_path: Path) -> None:
+    model = classifier(selection)
+    trainer_for(model, tmp_path, optim=optim, gradient_accumulation_steps=2, max_grad_norm=0.1, weight_decay=0.1).train()
+    for _, leaf in deltas(model, "default"):
+        assert leaf.tracker.step == 30
+        assert [step for step, _ in leaf.tracker.reselections] == [5, 25]
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+def test_resuming_under_the_trainer(selection: str, tmp_path: Path) -> None:
+    whole = classifier(selection)
+    trainer_for(whole, tmp_path / "whole").train()
+    half = classifier(selection)
+    trainer_for(half, tmp_path / "half", max_steps=22, save_strategy="steps", save_steps=22).train()
+    resumed = classifier(selection)
+    trainer = trainer_for(resumed, tmp_path / "half")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "half/checkpoint-22"))
+    for (_, ours), (_, theirs) in zip(deltas(resumed, "default"), deltas(whole, "default"), strict=True):
+        assert support_of(ours) == support_of(theirs)
+    published = load_file(tmp_path / "half/checkpoint-22/adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in published} == {"weight", "index"}
+
+
+def test_the_callback_takes_the_number_of_steps(tmp_path: Path) -> None:
+    model = classifier(total_steps=None)
+    trainer_for(model, tmp_path, callbacks=[peft_ext.SparseFTCallback()]).train()
+    assert all(leaf.tracker.config.total_steps == 30 for _, leaf in deltas(model, "default"))
+    model = classifier(total_steps=None)
+    with pytest.warns(UserWarning, match="3 steps were taken"):
+        trainer_for(model, tmp_path, callbacks=[peft_ext.SparseFTCallback()], max_steps=3).train()
+
+
+def test_resuming_with_another_density_is_refused(tmp_path: Path) -> None:
+    model = classifier("random")
+    model.save_pretrained(tmp_path)
+    other = classifier("random", num_tunable_weights=60)
+    with pytest.raises(ValueError, match="made with another `density`"):
+        other.load_adapter(tmp_path, "default")
+
+
+# LT-SFT
+
+
+def test_lt_sft_phase_two_equals_masked_dense_training(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base = Classifier()
+    start = copy.deepcopy(base)
+    config = SparseFTConfig(selection="lt-sft", num_tunable_weights=40, target_modules=["fc1", "fc2"])
+    after_phase_one = []
+
+    def make_trainer(model: nn.Module) -> Any:
+        trainer = trainer_for(model, tmp_path, max_steps=12, weight_decay=0.2)
+        if not isinstance(model, PeftModel):
+            train = trainer.train
+
+            def train_and_keep() -> None:
+                train()
+                after_phase_one.append(copy.deepcopy(model))
+
+            trainer.train = train_and_keep
+        return trainer
+
+    model = peft_ext.lt_sft(base, config, make_trainer)
+    # the mask: the 40 weights that moved most in phase one, of both modules together
+    (dense,) = after_phase_one
+    moved = {key: (getattr(dense, key).weight - getattr(start, key).weight).abs().flatten() for key in ("fc1", "fc2")}
+    threshold = torch.cat(list(moved.values())).topk(40).values[-1]
+    masks = {key: value >= threshold for key, value in moved.items()}
+    support = {name: leaf.indices().tolist() for name, leaf in deltas(model, "default")}
+    assert {key: mask.nonzero().squeeze(1).tolist() for key, mask in masks.items()} == support
+
+    # phase two, densely, with masked gradients
+    reference = copy.deepcopy(start)
+    for key, parameter in reference.named_parameters():
+        name = key.removesuffix(".weight")
+        parameter.requires_grad_(name in masks)
+        if name in masks:
+            mask = masks[name].view(parameter.shape)
+            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+    trainer_for(reference, tmp_path, max_steps=12).train()
+    merged = copy.deepcopy(model).merge_and_unload()
+    for (key, ours), theirs in zip(merged.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        mask = masks.get(key.removesuffix(".weight"))
+        if mask is not None:
+            assert torch.equal(ours.flatten()[~mask], start.get_parameter(key).flatten()[~mask])
+        else:
+            assert torch.equal(ours, start.get_parameter(key))
+
+
+def test_lt_sft_l1_and_biases(tmp_path: Path) -> None:
+    sizes = []
+    for l1 in (0.0, 1e5):
+        torch.manual_seed(1)
+        config = SparseFTConfig(selection="lt-sft", num_tunable_weights=60, target_modules=["fc1", "fc2"])
+
+        def make_trainer(model: nn.Module) -> Any:
+            return trainer_for(model, tmp_path, max_steps=12, optim="sgd", learning_rate=1e-4)
+
+        model = peft_ext.lt_sft(Classifier(), config, make_trainer, train_biases=True, l1=l1)
+        leaves = dict(deltas(model, "default"))
+        assert "fc1.bias" in leaves and sum(leaf.weight.numel() for leaf in leaves.values()) == 60
+        sizes.append(sum(float(leaf.weight.detach().abs().sum()) for leaf in leaves.values()))
+    assert sizes[1] > 5 * sizes[0]  # a step of 1e5 / 400 times the sign, to and fro, outweighs every gradient
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model, config: model.requires_grad_(False), "'fc1' is frozen"),
+        (lambda model, config: setattr(config, "selection", "random"), "needs a config with `selection='lt-sft'`"),
+        (lambda model, config: setattr(config, "num_tunable_weights", 10**6), "does not fit"),
+    ],
+)
+def test_lt_sft_refuses(change: Any, message: str) -> None:
+    model, config = Classifier(), SparseFTConfig(selection="lt-sft", num_tunable_weights=4, target_modules=["fc1"])
+    change(model, config)
+    with pytest.raises(ValueError, match=message):
+        peft_ext.lt_sft(model, config, lambda model: None)
+    assert not any("sparse_ft" in key for key, _ in model.named_parameters())
+
+
+# Composition
+
+
+def random_values(model: PeftModel, *names: str, seed: int = 0) -> None:
+    for number, name in enumerate(names):
+        for place, (_, leaf) in enumerate(deltas(model, name)):
+            generator = torch.Generator().manual_seed(100 * seed + 10 * number + place)
+            leaf.weight.data = torch.randn(leaf.weight.shape, generator=generator)
+
+
+def two_adapters() -> PeftModel:
+    model = classifier("random", num_tunable_weights=90)
+    config = SparseFTConfig(num_tunable_weights=70, selection="random", target_modules=["fc1", "fc2"], seed=1)
+    model.add_adapter("other", config)
+    random_values(model, "default", "other")
+    return model.eval()
+
+
+def dense_delta(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros(leaf.size).index_add(0, leaf.indices(), leaf.weight.detach())
+        for name, leaf in deltas(model, adapter)
+    }
+
+
+def test_several_active_adapters_are_their_weighted_sum(tmp_path: Path) -> None:
+    model = two_adapters()
+    x = torch.randn(5, 6)
+    model.base_model.set_adapter(["default", "other"])
+    both = model(x)["logits"]
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x)["logits"], both)
+    model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "difference")
+    first, second = dense_delta(model, "default"), dense_delta(model, "other")
+    for name, delta in dense_delta(model, "difference").items():
+        torch.testing.assert_close(delta, 0.5 * first[name] - 2.0 * second[name])
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(Classifier(), tmp_path / "sum")
+    torch.manual_seed(1)
+    loaded = PeftModel.from_pretrained(Classifier(), tmp_path / "sum")
+    torch.testing.assert_close(loaded(x)["logits"], both)
+
+
+def test_ties_elects_signs() -> None:
+    from peft_ext.tuners.sparse_ft.compose import combine
+
+    first = (torch.tensor([1, 4, 6]), torch.tensor([1.0, 2.0, -3.0]))
+    second = (torch.tensor([1, 5, 6]), torch.tensor([-0.5, 4.0, -1.0]))
+    places, values = combine([first, second], [1.0, 1.0], "ties")
+    assert places.tolist() == [1, 4, 5, 6]
+    assert values.tolist() == [1.0, 2.0, 4.0, -2.0]
+
+
+def test_overlap() -> None:
+    model = two_adapters()
+    found = peft_ext.overlap(model, "default", "other")
+    first = {(name, i) for name, leaf in deltas(model, "default") for i in leaf.indices().tolist()}
+    second = {(name, i) for name, leaf in deltas(model, "other") for i in leaf.indices().tolist()}
+    assert (found[""].first, found[""].second, found[""].shared) == (90, 70, len(first & second))
+    assert found[""].jaccard == len(first & second) / len(first | second)
+    one_, other = dense_delta(model, "default"), dense_delta(model, "other")
+    assert found[""].same_sign == sum(int((one_[name] * other[name] > 0).sum()) for name in one_)
+    assert found["fc1"].shared + found["fc2"].shared == found[""].shared
+    with pytest.raises(ValueError, match="no sparse adapter named 'third'"):
+        peft_ext.overlap(model, "default", "third")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["default"], [1.0, 2.0], "new"), "give one weight per adapter"),
+        ((["default", "third"], [1.0, 2.0], "new"), "no sparse adapter named 'third'"),
+        ((["default"], [1.0], "other"), "named 'other' exists"),
+        ((["default"], [1.0], "new", "svd"), "'linear' or 'ties'"),
+    ],
+)
+def test_add_weighted_adapter_refuses(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        two_adapters().add_weighted_adapter(*arguments)
+
+
+def test_grafting_the_difference_of_two_checkpoints() -> None:
+    torch.manual_seed(1)
+    base, tuned = Classifier(), Classifier()
+    tuned.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        tuned.fc1.weight[3, 2] += 0.5
+        tuned.fc2.weight.view(-1)[::50] -= 0.25
+        tuned.fc1.bias[1] += 1.0
+    x = torch.randn(5, 6)
+    expected = tuned(x)["logits"]
+    config = SparseFTConfig(selection="given", target_modules=["fc1", "fc2"])
+    model = peft_ext.graft(copy.deepcopy(base), tuned, config)
+    assert {name: leaf.weight.numel() for name, leaf in deltas(model, "default")} == {"fc1": 1, "fc1.bias": 1, "fc2": 6}
+    torch.testing.assert_close(model(x)["logits"], expected)
+    torch.testing.assert_close(model.merge_and_unload()(x)["logits"], expected)
+    config = SparseFTConfig(selection="given", num_tunable_weights=2, target_modules=["fc1", "fc2"])
+    model = peft_ext.graft(copy.deepcopy(base), tuned.state_dict(), config)
+    kept = {name: round(leaf.weight.item(), 5) for name, leaf in deltas(model, "default")}
+    assert kept == {"fc1": 0.5, "fc1.bias": 1.0}
+    with pytest.raises(ValueError, match="do not differ"):
+        config = SparseFTConfig(selection="given", target_modules=["fc1"])
+        peft_ext.graft(copy.deepcopy(base), base, config)
+
+
+def lt_sft_file(path: Path, base: nn.Module, tuned: nn.Module, head: str) -> None:
+    """Writes what the published code writes: column-major flat places, as steps, with numpy numbers among them."""
+    import numpy
+
+    diffs = {}
+    for key, parameter in base.named_parameters():
+        delta = (tuned.get_parameter(key) - parameter).detach()
+        if key.startswith(head):
+            continue
+        flat = delta.permute(*range(delta.ndim - 1, -1, -1)).reshape(-1)  # the first dimension runs fastest
+        places = flat.nonzero().squeeze(1).numpy()
+        steps = numpy.diff(places, prepend=0)
+        diffs[key] = {"size": delta.shape, "index_steps": list(steps), "values": flat[places]}
+    whole = {key: p.detach() for key, p in tuned.named_parameters() if key.startswith(head)}
+    torch.save({"diffs": diffs, "abs": whole}, path)
+
+
+def test_importing_a_published_lt_sft_file(tmp_path: Path) -> None:
+    base, tuned = tiny("bert"), tiny("bert")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in tuned.named_parameters():
+            mask = torch.rand(parameter.shape, generator=generator) < (1.0 if "classifier" in key else 0.05)
+            parameter += mask * torch.randn(parameter.shape, generator=generator)
+    lt_sft_file(tmp_path / "pytorch_diff.bin", base, tuned, "classifier")
+    batch = inputs("bert")
+    model = peft_ext.import_lt_sft(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits(model, batch), logits(tuned, batch), rtol=1e-4, atol=1e-5)
+    without = peft_ext.import_lt_sft(copy.deepcopy(base), tmp_path / "pytorch_diff.bin", with_abs=False)
+    assert torch.equal(without.get_base_model().classifier.weight, base.classifier.weight)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/adapter_model.safetensors").exists()
+
+
+def test_a_hostile_file_is_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"diffs": {}, "abs": Bomb()}, tmp_path / "pytorch_diff.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        peft_ext.import_lt_sft(Classifier(), tmp_path)
+    assert not (tmp_path / "ran").exists()

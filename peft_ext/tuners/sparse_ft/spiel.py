@@ -131,7 +131,8 @@ class Tracker:
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """An optimizer that owns the values is about to step."""
         self._foreign = 0
-        if self._optimizer is None or self._optimizer() is not optimizer:
+        known = self._optimizer() if self._optimizer is not None else None
+        if known is None or known.state is not optimizer.state:  # accelerate's wrapper shares the state of the real one
             self._resume(leaf, optimizer)
         if self.config.total_steps is None:
             warn_once(
