@@ -871,3 +871,334 @@ def test_a_hostile_file_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError):
         peft_ext.import_lt_sft(Classifier(), tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+# Several processes
+
+
+def _train_in_parallel(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for selection in ("spiel-ag", "spiel-ma"):
+        torch.manual_seed(rank)  # what differs between processes must not matter
+        config = SparseFTConfig(
+            **{"num_tunable_weights": 60, "selection": selection, "target_modules": ["fc1", "fc2"]},
+            **{"total_steps": 60, "reselection_rate": 0.5, "seed": rank},
+        )
+        model = get_peft_model(Classifier(), config)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-2)
+        for step in range(26):
+            for micro in range(2):
+                generator = torch.Generator().manual_seed(10 * step + 2 * rank + micro)
+                x = torch.randn(8, 6, generator=generator)
+                labels = torch.randint(3, (8,), generator=generator)
+                (parallel(x, labels=labels)["loss"] / 2).backward()
+            torch.nn.utils.clip_grad_norm_(parallel.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, leaf in deltas(model, "default"):
+            key = f"{selection} {name}"
+            found[f"{key} indices"], found[f"{key} index"] = leaf.indices().long(), leaf.index
+            found[f"{key} values"] = leaf.weight.detach()
+            found[f"{key} reselections"] = torch.tensor(leaf.tracker.reselections)
+            for vector in ("exp_avg", "exp_avg_sq") if selection == "spiel-ag" else ():
+                found[f"{key} {vector}"] = optimizer.state[leaf.weight][vector]
+    save_file({key: tensor.contiguous() for key, tensor in found.items()}, f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_all_processes_hold_the_same(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_train_in_parallel, (str(tmp_path),), nprocs=2)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert all(len(first[f"{selection} fc1 reselections"]) == 2 for selection in ("spiel-ag", "spiel-ma"))
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+
+
+# Configs and loading
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "The budget is missing"),
+        ({"density": 0.1, "num_tunable_weights": 3}, "give one of them"),
+        ({"density": 0.0}, r"`density` must be in \(0, 1\]"),
+        ({"density": 1.5}, r"`density` must be in \(0, 1\]"),
+        ({"num_tunable_weights": 0}, "`num_tunable_weights` must be a positive integer"),
+        ({"density": 0.1, "selection": "best"}, "`selection` must be one of"),
+        ({"density": 0.1, "selection": "nonzero"}, "`density` has no effect"),
+        ({"density": 0.1, "reselection_steps": 5}, "must be below `reselection_steps`"),
+        ({"density": 0.1, "reselection_rate": 0.0}, "`reselection_rate` must be in"),
+        ({"density": 0.1, "reselection_policy": "step"}, "must be 'linear' or 'cosine'"),
+        ({"density": 0.1, "total_steps": 0}, "`total_steps` must be a positive integer"),
+        ({"density": 0.1, "save_dtype": "int8"}, "`save_dtype` must be one of"),
+        ({"density": 0.1, "init_weights": False}, "`init_weights` must be True"),
+        ({"num_weights_per_module": {"fc": -1}}, "must map module names to numbers"),
+    ],
+)
+def test_config_refuses(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseFTConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_tunable_weights": 1, "target_modules": ["fc1", "fc2"]}, "leaves 'fc1' .of 96 weights. without any"),
+        ({"num_tunable_weights": 97, "target_modules": ["fc1"]}, "asks for 97 tuned weights, the target modules have 96"),
+        ({"density": 0.9, "target_modules": ["fc1"]}, "`density` asks for"),
+        ({"density": 0.1, "target_modules": ["norm", "fc2"]}, "'norm' is a norm"),
+        ({"density": 0.1, "selection": "lt-sft"}, "peft_ext.lt_sft"),
+        ({"density": 0.1, "selection": "sensitivity"}, "config.use_scores"),
+        ({"selection": "given"}, "config.use_support"),
+        ({"num_weights_per_module": {"fc7": 3}}, "'fc7', which is not among the target modules"),
+        ({"num_weights_per_module": {"fc1": 97}}, "97 weights of 'fc1', which has 96"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_unchanged(fields: dict[str, Any], message: str) -> None:
+    model = MLP()
+    before = list(model.state_dict())
+    fields = {"target_modules": ["fc1", "fc2"], **fields}
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, SparseFTConfig(**fields))
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        ({"fc1": torch.tensor([0.5])}, "must be a vector of integers"),
+        ({"fc1": torch.tensor([1, 1])}, "must be distinct places"),
+        ({"fc1": torch.tensor([-1])}, "must be distinct places"),
+        ({"fc1": torch.tensor([96])}, "place 96 of 'fc1', which has 96 weights"),
+        ({"fc9": torch.tensor([1])}, "'fc9', which is not among the target modules"),
+    ],
+)
+def test_a_support_that_does_not_fit(support: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config = SparseFTConfig(selection="given", target_modules=["fc1"]).use_support(support)
+        get_peft_model(MLP(), config)
+
+
+def test_a_support_from_a_file(tmp_path: Path) -> None:
+    support = {"fc1": torch.tensor([5, 3, 95]), "fc1.bias": torch.tensor([2])}
+    first = SparseFTConfig(selection="given", target_modules=["fc1"]).use_support(support)
+    first.save_support(tmp_path / "support.safetensors")
+    config = SparseFTConfig(selection="given", target_modules=["fc1"]).use_support(tmp_path / "support.safetensors")
+    model = get_peft_model(MLP(), config)
+    assert {name: leaf.indices().tolist() for name, leaf in deltas(model, "default")} == {
+        "fc1": [3, 5, 95],
+        "fc1.bias": [2],
+    }
+    with pytest.raises(ValueError, match="needs `selection='given'`"):
+        SparseFTConfig(density=0.1).use_support(support)
+
+
+def test_a_config_without_its_adapter_is_not_trained(tmp_path: Path) -> None:
+    config = SparseFTConfig(selection="given", target_modules=["fc"]).use_support({"fc": torch.tensor([1, 7])})
+    get_peft_model(One(), config).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(One(), tmp_path, is_trainable=True)
+    run_steps(loaded, torch.optim.SGD(loaded.parameters(), lr=0.1), range(2))
+    assert set(support_of(next(deltas(loaded, "default"))[1])) == {1, 7}
+    config = SparseFTConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    fresh = get_peft_model(One(), config)
+    with pytest.raises(ValueError, match="no saved adapter was loaded"):
+        run_steps(fresh, torch.optim.SGD(fresh.parameters(), lr=0.1), range(1))
+
+
+@pytest.mark.parametrize("selection", ["smallest", "largest", "nonzero", "random", "sensitivity"])
+def test_fixed_supports(selection: str) -> None:
+    torch.manual_seed(0)
+    base = MLP()
+    with torch.no_grad():
+        base.fc2.weight.mul_(torch.rand(16, 16) < 0.3)
+    budget = {} if selection == "nonzero" else {"num_tunable_weights": 44}
+    config = SparseFTConfig(selection=selection, target_modules=["fc1", "fc2"], **budget)
+    scores = {name: torch.rand(getattr(base, name).weight.shape) for name in ("fc1", "fc2")}
+    if selection == "sensitivity":
+        config.use_scores(scores)
+    model = get_peft_model(copy.deepcopy(base), config)
+    found = {name: leaf.indices().tolist() for name, leaf in deltas(model, "default")}
+    for name in ("fc1", "fc2"):
+        weight = getattr(base, name).weight.detach().flatten()
+        k = {"fc1": 12, "fc2": 32}[name]
+        order = weight.abs().argsort(stable=True)
+        if selection == "smallest":
+            assert found[name] == order[:k].sort().values.tolist()
+        elif selection == "largest":
+            assert found[name] == order[-k:].sort().values.tolist()
+        elif selection == "nonzero":
+            assert found[name] == weight.nonzero().squeeze(1).tolist()
+        elif selection == "random":
+            assert len(found[name]) == k
+    if selection == "sensitivity":
+        together = torch.cat([scores["fc1"].flatten(), scores["fc2"].flatten()])
+        best = set(together.topk(44).indices.tolist())
+        assert {*found["fc1"], *(i + 96 for i in found["fc2"])} == best
+    if selection == "nonzero":
+        random_values(model, "default")
+        merged = model.merge_and_unload()
+        assert torch.equal(merged.fc2.weight == 0, base.fc2.weight == 0)
+
+
+def test_budget_is_spread_without_loss() -> None:
+    sizes = {"a": 7, "b": 100, "c": 33}
+    for budget in range(1, 140):
+        counts = proportional(budget, sizes)
+        assert sum(counts.values()) == budget
+        assert all(abs(counts[name] - budget * size / 140) < 1 for name, size in sizes.items())
+
+
+def test_density_counts_all_parameters_of_the_model() -> None:
+    base = tiny("llama")
+    total = sum(p.numel() for p in base.parameters())
+    model = get_peft_model(base, SparseFTConfig(density=0.03))
+    names = {name for name, _ in deltas(model, "default")}
+    assert sum(leaf.weight.numel() for _, leaf in deltas(model, "default")) == int(0.03 * total)
+    assert len(names) == 14 and not any("lm_head" in name or "embed" in name for name in names)
+
+
+@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
+def test_values_on_disk(save_dtype: str, tmp_path: Path) -> None:
+    model = classifier("random", save_dtype=save_dtype)
+    random_values(model, "default")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {str(t.dtype) for key, t in stored.items() if key.endswith("weight")} == {f"torch.{save_dtype}"}
+    loaded = PeftModel.from_pretrained(Classifier(), tmp_path)
+    for (_, leaf), (_, other) in zip(deltas(model, "default"), deltas(loaded, "default"), strict=True):
+        assert torch.equal(leaf.indices(), other.indices())
+        assert other.weight.dtype == torch.float32
+        expected = leaf.weight.to(getattr(torch, save_dtype)).float()
+        assert torch.equal(other.weight, expected)
+
+
+def test_unmerging_is_exact_and_merging_rounds_once() -> None:
+    model = classifier("random")
+    random_values(model, "default")
+    model.to(torch.bfloat16)
+    layer = model.base_model.model.fc1
+    before = layer.base_layer.weight.clone()
+    leaf = layer.sparse_ft_delta["default"]
+    exact = before.float().flatten().index_add(0, leaf.indices(), leaf.weight.detach())
+    model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight.flatten(), exact.to(torch.bfloat16))
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_figure(tmp_path: Path) -> None:
+    plots = pytest.importorskip("peft_ext.plots")
+    pytest.importorskip("matplotlib")
+    model = get_peft_model(tiny("llama"), SparseFTConfig(density=0.05, total_steps=60, reselection_rate=0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(6):
+        model(**inputs("llama")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    figure = plots.sparse_support(model)
+    figure.savefig(tmp_path / "figure.png")
+    left, right = figure.axes[:2]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["0", "1"]
+    assert list(right.lines[0].get_xdata()) == [5]
+    with pytest.raises(ValueError, match="no sparse adapter named 'other'"):
+        plots.sparse_support(model, "other")
+
+
+def test_4_bit_base(tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4"), nn.Linear(32, 3))
+    model = model.to("cpu")
+    x = torch.randn(4, 64)
+    model(x)  # quantises
+    config = SparseFTConfig(density=0.02, target_modules=["0"], total_steps=60, reselection_rate=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, config)
+        (_, leaf) = next(deltas(adapted, "default"))
+        assert (leaf.size, leaf.weight.numel()) == (64 * 32, int(0.02 * (64 * 32 + 32 + 99)))
+        optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+        for _ in range(6):
+            adapted(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert leaf.tracker.reselections and leaf.weight.dtype == torch.float32
+        with pytest.raises(ValueError, match="Cannot merge adapter 'default' into quantised weights.*dequantize"):
+            adapted.merge_and_unload()
+
+
+def test_ag_under_gradient_checkpointing_and_shared_modules() -> None:
+    torch.manual_seed(0)
+    results = []
+    for checkpointing in (False, True):
+        model = get_peft_model(
+            tiny("llama"), SparseFTConfig(density=0.05, total_steps=60, reselection_rate=0.5), autocast_adapter_dtype=True
+        )
+        if checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(6):
+            model(**inputs("llama")).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append({name: set(support_of(leaf)) for name, leaf in deltas(model, "default")})
+    assert results[0] == results[1]
+
+    class Twice(One):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) + self.fc(2 * x)
+
+    model = get_peft_model(Twice(), SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], total_steps=40))
+    (_, leaf) = next(deltas(model, "default"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(4):
+        backward_of(model, scripted_gradient(step))
+        torch.testing.assert_close(leaf.tracker._raw, leaf.weight.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    total = 3 * sum(scripted_gradient(step) for step in range(4)).flatten()
+    torch.testing.assert_close(leaf.tracker.sums, total[leaf.tracker.candidates])
+
+
+@pytest.mark.parametrize("size", [1000, 6000])  # below 4,096 values the state is kept in fp32
+def test_8_bit_adam(size: int) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 100))
+    config = SparseFTConfig(num_tunable_weights=size, target_modules=["0"], total_steps=60, reselection_rate=0.5)
+    model = get_peft_model(model, config)
+    (_, leaf) = next(deltas(model, "default"))
+    optimizer = bnb.optim.AdamW8bit([leaf.weight], lr=1e-2)
+    moments: list[dict[int, float]] = []
+    move = spiel.Tracker._move
+
+    def watched(self: Any, leaf: SparseDelta, *args: Any) -> None:
+        def first_moment() -> dict[int, float]:
+            state = optimizer.state[leaf.weight]
+            vector = state["state1"] if size < 4096 else spiel._from_8_bit(state, "state1")
+            return on_support(leaf, vector)
+
+        moments.append(first_moment())
+        move(self, leaf, *args)
+        moments.append(first_moment())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spiel.Tracker, "_move", watched)
+        for step in range(25):
+            x = torch.randn(16, 128, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(leaf.tracker.reselections) == 2
+    survivors = set(moments[2]) & set(moments[3])
+    before, after = (torch.tensor([moment[i] for i in sorted(survivors)]) for moment in moments[2:])
+    assert (before - after).norm() <= (0.0 if size < 4096 else 0.05) * before.norm()

@@ -217,9 +217,12 @@ class Tracker:
         state = optimizer.state.get(weight, {})
         vectors |= {key: state[key] for key in movable_state(optimizer, state, weight)}
         for key, vector in vectors.items():
-            moved = vector.clone()
+            moved = vector.clone() if vector.is_floating_point() else _from_8_bit(state, key)
             moved[dropped] = seeds[key].to(moved.dtype) if key in seeds else 0
-            vector.copy_(moved[order])
+            if vector.is_floating_point():
+                vector.copy_(moved[order])
+            else:
+                _to_8_bit(state, key, moved[order])
         leaf.set_indices(indices[order])
         self.reselections.append((self.step, len(grown)))
 
@@ -461,7 +464,26 @@ class MaTracker(Tracker):
 PER_VALUE = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),  # Adam, AdamW, RAdam, NAdam; transformers' Adafactor
     *("momentum_buffer", "square_avg", "grad_avg", "sum", "variance"),  # SGD, RMSprop, Adagrad, torch's Adafactor
+    *("state1", "state2"),  # bitsandbytes' Adam
 }
+BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit state
+
+
+def _from_8_bit(state: dict[str, Any], key: str) -> torch.Tensor:
+    """The state `state1` or `state2` of an 8-bit optimizer of bitsandbytes, in fp32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    absmax, code = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
+    return dequantize_blockwise(state[key], absmax=absmax, code=code, blocksize=BLOCK)
+
+
+def _to_8_bit(state: dict[str, Any], key: str, vector: torch.Tensor) -> None:
+    """Writes it back; a survivor whose neighbours have changed may be rounded once more."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    quantised, scales = quantize_blockwise(vector, code=state[f"qmap{key[-1]}"], blocksize=BLOCK)
+    state[key].copy_(quantised)
+    state[f"absmax{key[-1]}"].copy_(scales.absmax)
 
 
 def movable_state(optimizer: Optimizer, state: dict[str, Any], weight: torch.Tensor) -> list[str]:
@@ -474,7 +496,10 @@ def movable_state(optimizer: Optimizer, state: dict[str, Any], weight: torch.Ten
     for key, value in state.items():
         if key.startswith(STATE) or not isinstance(value, torch.Tensor) or value.ndim == 0:
             continue
-        if key not in PER_VALUE or value.shape != weight.shape or not value.is_floating_point():
+        in_8_bit = "qmap1" in state and key.startswith(("state", "qmap", "absmax"))
+        if in_8_bit and not key.startswith("state"):
+            continue
+        if key not in PER_VALUE or value.shape != weight.shape or not (value.is_floating_point() or in_8_bit):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps {key!r} of {tuple(value.shape)} ({value.dtype}), which cannot be "
                 "moved when the support of a sparse adapter moves. Use AdamW, Adam, SGD, RMSprop, Adagrad or "
@@ -495,11 +520,11 @@ def seeds_of(
         "variance": mean_square,
         "sum": mean_square * float(state.get("step", 0)),
     }
-    if "betas" in group and "exp_avg_sq" in state:
-        beta1, beta2 = group["betas"]
+    if "betas" in group and ("exp_avg_sq" in state or "state2" in state):
+        beta1, beta2 = group["betas"][:2]
         step = float(state["step"])
-        seeds["exp_avg"] = mean * (1 - beta1**step)
-        seeds["exp_avg_sq"] = seeds["max_exp_avg_sq"] = mean_square * (1 - beta2**step)
+        seeds["exp_avg"] = seeds["state1"] = mean * (1 - beta1**step)
+        seeds["exp_avg_sq"] = seeds["max_exp_avg_sq"] = seeds["state2"] = mean_square * (1 - beta2**step)
     else:
         seeds["exp_avg_sq"] = mean_square
     momentum = group.get("momentum") or 0.0
