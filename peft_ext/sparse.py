@@ -136,9 +136,7 @@ def random_indices(k: int, n: int, generator: torch.Generator) -> torch.Tensor:
     return drawn[torch.randperm(len(drawn), generator=generator)[:k]].sort().values
 
 
-def top_indices(
-    scores: Callable[[int, int], torch.Tensor], n: int, k: int, smallest: bool = False
-) -> torch.Tensor:
+def top_indices(scores: Callable[[int, int], torch.Tensor], n: int, k: int, smallest: bool = False) -> torch.Tensor:
     """The flat places `(k,)` of the k largest of n scores, sorted; among equal scores the first places win.
 
     Args:

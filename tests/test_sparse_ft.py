@@ -234,7 +234,9 @@ def test_survivors_are_untouched_bit_for_bit(selection: str, monkeypatch: pytest
     def watched(self: Any, leaf: SparseDelta, optimizer: Any, *args: Any) -> None:
         def everything() -> list[dict[int, float]]:
             vectors = [leaf.weight.detach(), leaf.weight.grad]
-            vectors += [optimizer.state[leaf.weight][key] for key in ("exp_avg", "exp_avg_sq") if selection != "spiel-ma"]
+            vectors += [
+                optimizer.state[leaf.weight][key] for key in ("exp_avg", "exp_avg_sq") if selection != "spiel-ma"
+            ]
             return [on_support(leaf, vector) for vector in vectors]
 
         before = everything()
@@ -256,7 +258,7 @@ def test_survivors_are_untouched_bit_for_bit(selection: str, monkeypatch: pytest
 
 
 def test_schedule() -> None:
-    model, leaf = one("spiel-ag", total_steps=100)
+    _, leaf = one("spiel-ag", total_steps=100)
     tracker = leaf.tracker
     gathering = []
     for step in range(130):
@@ -380,7 +382,7 @@ def test_resuming_changes_nothing(selection: str, at: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     run_steps(model, optimizer, range(30), micro_steps=2)
 
-    first, first_leaf = one(selection, reselection_rate=0.5)
+    first, _ = one(selection, reselection_rate=0.5)
     first_optimizer = torch.optim.AdamW(first.parameters(), lr=1e-2)
     run_steps(first, first_optimizer, range(at), micro_steps=2)
     tensors = {key: tensor.clone() for key, tensor in first.state_dict().items() if "sparse_ft" in key}
@@ -493,7 +495,7 @@ def test_an_optimizer_whose_state_cannot_be_moved() -> None:
 def test_ma_refuses_a_closure() -> None:
     model, _ = one("spiel-ma")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with pytest.raises(ValueError, match="does not work with `optimizer.step"):
+    with pytest.raises(ValueError, match=r"does not work with `optimizer\.step"):
         optimizer.step(lambda: 0.0)
 
 
@@ -503,6 +505,7 @@ def test_ag_with_a_closure() -> None:
         model, leaf = one("spiel-ag", reselection_rate=0.5)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for step in range(26):
+
             def closure(step: int = step, model: nn.Module = model, optimizer: Any = optimizer) -> float:
                 optimizer.zero_grad()
                 with torch.enable_grad():
@@ -582,9 +585,18 @@ def trainer_for(model: nn.Module, path: Path, callbacks: list[Any] | None = None
     from transformers import Trainer, TrainingArguments
 
     settings: dict[str, Any] = {
-        **{"per_device_train_batch_size": 4, "max_steps": 30, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
-        **{"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"},
-        **{"weight_decay": 0.0, "dataloader_pin_memory": False, **fields},
+        "per_device_train_batch_size": 4,
+        "max_steps": 30,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "weight_decay": 0.0,
+        "dataloader_pin_memory": False,
+        **fields,
     }
     return Trainer(
         model=model, args=TrainingArguments(str(path), **settings), train_dataset=Rows(), callbacks=callbacks
@@ -602,7 +614,9 @@ def classifier(selection: str = "spiel-ag", **fields: Any) -> PeftModel:
 @pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
 def test_under_the_trainer(selection: str, optim: str, tmp_path: Path) -> None:
     model = classifier(selection)
-    trainer_for(model, tmp_path, optim=optim, gradient_accumulation_steps=2, max_grad_norm=0.1, weight_decay=0.1).train()
+    trainer_for(
+        model, tmp_path, optim=optim, gradient_accumulation_steps=2, max_grad_norm=0.1, weight_decay=0.1
+    ).train()
     for _, leaf in deltas(model, "default"):
         assert leaf.tracker.step == 30
         assert [step for step, _ in leaf.tracker.reselections] == [5, 25]
@@ -816,7 +830,11 @@ def test_grafting_the_difference_of_two_checkpoints() -> None:
     expected = tuned(x)["logits"]
     config = SparseFTConfig(selection="given", target_modules=["fc1", "fc2"])
     model = peft_ext.graft(copy.deepcopy(base), tuned, config)
-    assert {name: leaf.weight.numel() for name, leaf in deltas(model, "default")} == {"fc1": 1, "fc1.bias": 1, "fc2": 6}
+    assert {name: leaf.weight.numel() for name, leaf in deltas(model, "default")} == {
+        "fc1": 1,
+        "fc1.bias": 1,
+        "fc2": 6,
+    }
     torch.testing.assert_close(model(x)["logits"], expected)
     torch.testing.assert_close(model.merge_and_unload()(x)["logits"], expected)
     config = SparseFTConfig(selection="given", num_tunable_weights=2, target_modules=["fc1", "fc2"])
@@ -883,8 +901,12 @@ def _train_in_parallel(rank: int, folder: str) -> None:
     for selection in ("spiel-ag", "spiel-ma"):
         torch.manual_seed(rank)  # what differs between processes must not matter
         config = SparseFTConfig(
-            **{"num_tunable_weights": 60, "selection": selection, "target_modules": ["fc1", "fc2"]},
-            **{"total_steps": 60, "reselection_rate": 0.5, "seed": rank},
+            num_tunable_weights=60,
+            selection=selection,
+            target_modules=["fc1", "fc2"],
+            total_steps=60,
+            reselection_rate=0.5,
+            seed=rank,
         )
         model = get_peft_model(Classifier(), config)
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -948,7 +970,10 @@ def test_config_refuses(fields: dict[str, Any], message: str) -> None:
     ("fields", "message"),
     [
         ({"num_tunable_weights": 1, "target_modules": ["fc1", "fc2"]}, "leaves 'fc1' .of 96 weights. without any"),
-        ({"num_tunable_weights": 97, "target_modules": ["fc1"]}, "asks for 97 tuned weights, the target modules have 96"),
+        (
+            {"num_tunable_weights": 97, "target_modules": ["fc1"]},
+            "asks for 97 tuned weights, the target modules have 96",
+        ),
         ({"density": 0.9, "target_modules": ["fc1"]}, "`density` asks for"),
         ({"density": 0.1, "target_modules": ["norm", "fc2"]}, "'norm' is a norm"),
         ({"density": 0.1, "selection": "lt-sft"}, "peft_ext.lt_sft"),
@@ -1128,7 +1153,7 @@ def test_4_bit_base(tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
         assert leaf.tracker.reselections and leaf.weight.dtype == torch.float32
-        with pytest.raises(ValueError, match="Cannot merge adapter 'default' into quantised weights.*dequantize"):
+        with pytest.raises(ValueError, match=r"Cannot merge adapter 'default' into quantised weights.*dequantize"):
             adapted.merge_and_unload()
 
 
@@ -1137,7 +1162,9 @@ def test_ag_under_gradient_checkpointing_and_shared_modules() -> None:
     results = []
     for checkpointing in (False, True):
         model = get_peft_model(
-            tiny("llama"), SparseFTConfig(density=0.05, total_steps=60, reselection_rate=0.5), autocast_adapter_dtype=True
+            tiny("llama"),
+            SparseFTConfig(density=0.05, total_steps=60, reselection_rate=0.5),
+            autocast_adapter_dtype=True,
         )
         if checkpointing:
             with warnings.catch_warnings():

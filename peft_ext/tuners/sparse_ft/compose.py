@@ -37,9 +37,9 @@ def add_weighted_adapter(
         raise ValueError(f"Got {len(adapters)} adapters and {len(weights)} weights: give one weight per adapter.")
     if adapter_name in tuner.peft_config:
         raise ValueError(f"An adapter named {adapter_name!r} exists: choose another name, or delete it first.")
-    for name in adapters:
-        if not isinstance(tuner.peft_config.get(name), SparseFTConfig):
-            raise ValueError(f"There is no sparse adapter named {name!r} on this model.")
+    sparse = {name for name, config in tuner.peft_config.items() if isinstance(config, SparseFTConfig)}
+    if missing := [name for name in adapters if name not in sparse]:
+        raise ValueError(f"There is no sparse adapter named {missing[0]!r} on this model.")
     parts = [_tensors(tuner.model, name) for name in adapters]
     combined = {}
     for module in dict.fromkeys(key for part in parts for key in part):
@@ -149,9 +149,7 @@ def overlap(model: nn.Module, first: str, second: str) -> dict[str, Overlap]:
 # Conversion
 
 
-def graft(
-    base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], config: SparseFTConfig
-) -> PeftModel:
+def graft(base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], config: SparseFTConfig) -> PeftModel:
     """The difference of two dense checkpoints, or the largest part of it, as a sparse adapter on the base model.
 
     Args:

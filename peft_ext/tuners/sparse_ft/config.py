@@ -119,7 +119,9 @@ class SparseFTConfig(ExtConfig):
         if len(given) == 2:
             raise ValueError("`density` and `num_tunable_weights` both set the budget: give one of them.")
         if given and self.selection == "nonzero":
-            raise ValueError(f"`{given[0]}` has no effect with `selection='nonzero'`, which takes all non-zero weights.")
+            raise ValueError(
+                f"`{given[0]}` has no effect with `selection='nonzero'`, which takes all non-zero weights."
+            )
         needs_budget = self.selection not in ("nonzero", "given")
         if not given and needs_budget and self.num_weights_per_module is None:
             raise ValueError(
@@ -179,4 +181,3 @@ class SparseFTConfig(ExtConfig):
         if self.support is None:
             raise ValueError("The config has no support of its own; set one with `use_support`.")
         save_file(self.support, os.fspath(path))
-

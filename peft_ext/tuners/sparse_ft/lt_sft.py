@@ -75,13 +75,14 @@ def lt_sft(
 
     Raises:
         ValueError: The config is not for LT-SFT, or the target weights are frozen or quantised.
+        TypeError: The model has an adapter already.
     """
     if config.selection != "lt-sft":
         raise ValueError(f"`lt_sft` needs a config with `selection='lt-sft'`, got {config.selection!r}.")
     if config.support is not None:
         raise ValueError("The config has a support already: call `get_peft_model` with it, or make a new config.")
     if isinstance(model, PeftModel):
-        raise ValueError("`lt_sft` puts the adapter on the model itself: give it the plain model.")
+        raise TypeError("`lt_sft` puts the adapter on the model itself: give it the plain model.")
     config.num_weights_per_module = None
     dense = _dense_targets(model, config, train_biases)
     total = count_parameters(model)

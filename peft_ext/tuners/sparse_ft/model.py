@@ -9,7 +9,7 @@ arXiv:2110.07560) finds it by a dense training first; others fix it by the magni
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ class SparseFTModel(ExtModel):
 
     prefix = "sparse_ft_"
     tuner_layer_cls = SparseFTLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # any architecture will do
 
     @classmethod
     def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
@@ -76,7 +76,7 @@ class SparseFTModel(ExtModel):
         """
         assert isinstance(config, SparseFTConfig)
         super().check_targets(config, model)
-        targets = {name: base_layer for name, base_layer in matched_targets(config, model)}
+        targets = dict(matched_targets(config, model))
         if targets:  # PEFT itself says so if nothing matches
             settle_budget(config, model, targets)
 

@@ -36,7 +36,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as distributed
+from torch import distributed
 from torch.optim import Optimizer
 
 from ...schedule import optimizer_of
@@ -132,7 +132,9 @@ class Tracker:
         """An optimizer that owns the values is about to step."""
         self._foreign = 0
         known = self._optimizer() if self._optimizer is not None else None
-        if known is None or known.state is not optimizer.state:  # accelerate's wrapper shares the state of the real one
+        if (
+            known is None or known.state is not optimizer.state
+        ):  # accelerate's wrapper shares the state of the real one
             self._resume(leaf, optimizer)
         if self.config.total_steps is None:
             warn_once(
@@ -321,7 +323,9 @@ class AgTracker(Tracker):
         if self._measured is None:  # the step computed its gradients itself
             self._measure(leaf, optimizer)
         if self.step == 0:
-            movable_state(optimizer, optimizer.state.get(leaf.weight, {}), leaf.weight)  # or an error, while it is time
+            movable_state(
+                optimizer, optimizer.state.get(leaf.weight, {}), leaf.weight
+            )  # or an error, while it is time
         due = self.next_reselection()
         self.step += 1
         if self._measured is not None:
