@@ -147,9 +147,11 @@ def top_indices(scores: Callable[[int, int], torch.Tensor], n: int, k: int, smal
     Returns fewer than k places if fewer are in. Scores are compared in fp32.
     """
 
+    size = min(CHUNK, max(1 << 15, n // 32))  # several tensors of this size are alive at a time
+
     def pieces() -> Iterable[tuple[int, torch.Tensor]]:
-        for start in range(0, n, CHUNK):
-            piece = scores(start, min(n, start + CHUNK)).float().contiguous()
+        for start in range(0, n, size):
+            piece = scores(start, min(n, start + size)).float().contiguous()
             # the bits of non-negative floats sort like the floats; NaN, which must not win, and -0 are made plain
             keys = torch.nan_to_num(piece, nan=-1.0, posinf=torch.finfo(torch.float32).max).add_(0.0)
             keys = keys.view(torch.int32)

@@ -226,7 +226,7 @@ def test_ma_equals_the_dense_reference(policy: str, optimizer_class: type[torch.
 
 @pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
 def test_survivors_are_untouched_bit_for_bit(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, leaf = one(selection, reselection_rate=0.5)
+    model, _ = one(selection, reselection_rate=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     seen = []
     move = spiel.Tracker._move
