@@ -97,8 +97,8 @@ def caption(args: argparse.Namespace, train_size: int, test_size: int) -> str:
     """What the table in the README was made with."""
     return (
         f"`{args.model}` on `{args.dataset}`: {train_size:,} training and {test_size:,} test texts, {args.epochs} epochs, "
-        f"{args.seeds} seeds (mean and standard deviation), the best learning rate of each method on the validation "
-        f"split. Made by `make demo`; the single runs stand in `examples/benchmark/results/quickstart.json`."
+        f"{args.seeds} seeds (mean and standard deviation), learning rates chosen on the validation split "
+        f"(the probe's was not). Made by `make demo`; the single runs stand in `examples/benchmark/results/quickstart.json`."
     )
 
 
