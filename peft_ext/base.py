@@ -249,6 +249,14 @@ class ExtLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.get_base_layer(), name)
 
+    def activate_only(self, adapter_name: str) -> None:
+        """Names the active adapter of a new layer, before it has any."""
+        self._active_adapter = adapter_name
+
+    def row_scale(self) -> torch.Tensor | None:
+        """The constant by which an embedding multiplies its rows, if it does."""
+        return self._get_embed_scale()
+
     # To be written by the method
 
     def update_layer(self, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -483,7 +491,7 @@ class ExtModel(BaseTuner):
             return None
         layer = cls.layer_class(base_layer)(target, **get_quantization_kwargs(tuner.model))
         layer.like = next((p for p in tuner.model.parameters() if p.is_floating_point()), layer.like).new_empty(0)
-        layer._active_adapter = adapter_name
+        layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config, **kwargs)
         if adapter_name not in tuner.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trained until it is activated

@@ -145,7 +145,7 @@ class SSFLayer(ExtLayer):
         if shift is None:
             return merged
         if site.bias_key == "weight":  # an embedding; some multiply their rows by a constant
-            embed_scale = self._get_embed_scale()
+            embed_scale = self.row_scale()
             merged["weight"] = merged["weight"] + (shift if embed_scale is None else shift / embed_scale)
         else:
             merged["bias"] = merged["bias"] + shift if bias is not None else shift

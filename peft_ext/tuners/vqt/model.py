@@ -843,7 +843,7 @@ class VQTModel(ExtModel):
         is_new = layer is None
         if is_new:
             layer = VQTLayer(model, family_of(model.config.model_type))
-            layer._active_adapter = adapter_name
+            layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config)
         if is_new:
             model.add_module(CHILD, layer)
