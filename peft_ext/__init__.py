@@ -3,12 +3,21 @@
 from .base import ExtConfig, PeftMixedModel
 from .loading import load
 from .register import register_method
+from .tuners.sparse_ft import (
+    SparseFTCallback,
+    SparseFTConfig,
+    SparseFTModel,
+    graft,
+    import_lt_sft,
+    lt_sft,
+    overlap,
+)
 from .tuners.ssf import SSFConfig, SSFModel
 from .tuners.vqt import FrozenPassCache, VQTConfig, VQTModel, attention_maps, select_features
 from .version import __version__
 
 
-METHODS = ("SSF", "VQT")  # the peft types that importing this package adds
+METHODS = ("SSF", "VQT", "SPARSE_FT")  # the peft types that importing this package adds
 
 __all__ = [
     "METHODS",
@@ -17,13 +26,21 @@ __all__ = [
     "PeftMixedModel",
     "SSFConfig",
     "SSFModel",
+    "SparseFTCallback",
+    "SparseFTConfig",
+    "SparseFTModel",
     "VQTConfig",
     "VQTModel",
     "__version__",
     "attention_maps",
+    "graft",
+    "import_lt_sft",
     "load",
+    "lt_sft",
+    "overlap",
     "select_features",
 ]
 
 register_method("ssf", SSFConfig, SSFModel)
 register_method("vqt", VQTConfig, VQTModel)
+register_method("sparse_ft", SparseFTConfig, SparseFTModel)

@@ -445,6 +445,7 @@ class ExtModel(BaseTuner):
 
     tuner_layer_cls: type[ExtLayer]
     target_module_mapping: dict[str, list[str]]
+    misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
     # regular expressions that go with the default targets, by class name or model type
     default_exclusions: ClassVar[dict[str, str]] = {}
     supports_target_parameters: ClassVar[bool] = False
@@ -465,6 +466,13 @@ class ExtModel(BaseTuner):
     @classmethod
     def finish_merge(cls, model: nn.Module) -> None:
         """Called once all layers of `model` are merged and unloaded."""
+
+    @classmethod
+    def stored_tensors(
+        cls, model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What is written to disk of an adapter's tensors."""
+        return tensors
 
     # Injection
 
@@ -548,23 +556,16 @@ class ExtModel(BaseTuner):
         _maybe_include_all_linear_layers(config, model)
         if not (isinstance(config.target_modules, str) or config.inference_mode):
             _refuse_unknown_targets(config.target_modules, model)
-        inside: tuple[str, ...] = ()
-        for name, module in model.named_modules():
-            if not name or name.startswith(inside or ("\0",)):
-                continue
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                inside += (name + ".",)
-            if check_target_module_exists(config, name):
-                base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-                try:
-                    cls.layer_class(base_layer)
-                except TypeError as error:
-                    raise TypeError(
-                        f"Target module {name!r}: {error} Leave it out of `target_modules`, or list it in "
-                        "`exclude_modules`."
-                    ) from None
+        for name, base_layer in matched_targets(config, model):
+            try:
+                cls.layer_class(base_layer)
+            except TypeError as error:
+                raise TypeError(
+                    f"Target module {name!r}: {error} Leave it out of `target_modules`, or list it in "
+                    "`exclude_modules`."
+                ) from None
         if takes_all_linear and not cls.supports_target_parameters:
-            _warn_of_experts(config, model)
+            warn_of_experts(config, model)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         if isinstance(model, PreTrainedModel):
@@ -575,6 +576,13 @@ class ExtModel(BaseTuner):
         head_is_trained = self.trains_own_head or config.task_type in TASKS_WITH_TRAINED_HEAD
         if not (config.inference_mode or head_is_trained):
             _warn_of_fresh_head(model)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
+        return cls.stored_tensors(model, config, adapter_name, tensors)
 
     # Samples of one batch on several adapters
 
@@ -795,14 +803,54 @@ def _announce_unloading(model: nn.Module) -> None:
         layer.leave(model)
 
 
-def linear_out_features(base_layer: nn.Module) -> int | None:
-    """Output features of a dense or quantised linear layer, `None` if it is neither."""
+def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of `model` by name, without adapters that are on them, and without what adapters consist of."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (name + ".",)
+        yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those of `unadapted_modules` that the config's names or expressions match."""
+    return ((name, module) for name, module in unadapted_modules(model) if check_target_module_exists(config, name))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The parameters of the model without its adapters; quantised weights count what they stand for."""
+    added = set()
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            kept = "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
+            added |= {id(p) for name, child in module.named_children() if name != kept for p in child.parameters()}
+    counted: dict[int, int] = {}
+    for module in model.modules():
+        features = linear_features(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            size = features[0] * features[1] if name == "weight" and features is not None else parameter.numel()
+            if id(parameter) not in added:
+                counted[id(parameter)] = size
+    return sum(counted.values())
+
+
+def linear_features(base_layer: nn.Module) -> tuple[int, int] | None:
+    """Input and output features of a dense or quantised linear layer, `None` if it is neither."""
     if isinstance(base_layer, nn.Linear):
-        return base_layer.out_features
+        return base_layer.in_features, base_layer.out_features
     backend = resolve_quantization_backend(base_layer)
     if backend is None or backend.layer_type != "linear":
         return None
-    return _get_in_out_features(base_layer)[1]
+    inputs, outputs = _get_in_out_features(base_layer)
+    return None if inputs is None or outputs is None else (inputs, outputs)
+
+
+def linear_out_features(base_layer: nn.Module) -> int | None:
+    """Output features of a dense or quantised linear layer, `None` if it is neither."""
+    features = linear_features(base_layer)
+    return None if features is None else features[1]
 
 
 def check_merges(model: nn.Module, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -922,13 +970,13 @@ def _refuse_other_shapes(tuner: ExtModel, state_dict: dict[str, torch.Tensor], p
                 f"adapter, {tuple(own[key].shape)} in the model\n"
                 for key in misfits[:5]
             )
-            + f"({len(misfits)} in all.) Load it on the base model that its adapter_config.json names."
+            + f"({len(misfits)} in all.) {tuner.misfit_advice}"
         )
     for name in waiting:
         configs[name].awaits_weights = False
 
 
-def _warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
+def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
     for name, module in model.named_modules():
         is_conv = isinstance(module, nn.modules.conv._ConvNd)
         for key, parameter in module.named_parameters(recurse=False):

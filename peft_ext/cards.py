@@ -74,6 +74,21 @@ METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
         mergeable=False,
         limits=("It classifies only, with a head of its own, and cannot be merged into the weights.",),
     ),
+    "SPARSE_FT": Method(
+        name="Sparse fine-tuning",
+        idea="changes a small share of the weights and leaves the others as they are; which ones is chosen by SpIEL "
+        "while it trains, by LT-SFT, or beforehand.",
+        arxiv="2401.16405",
+        bibtex=r"""@article{ansell2024scaling,
+  title = {Scaling Sparse Fine-Tuning to Large Language Models},
+  author = {Ansell, Alan and Vuli{\'c}, Ivan and Sterz, Hannah and Korhonen, Anna and Ponti, Edoardo M.},
+  journal = {arXiv preprint arXiv:2401.16405},
+  year = {2024},
+  url = {https://arxiv.org/abs/2401.16405}
+}""",
+        mergeable=True,
+        limits=("It is not merged into a quantised base model, whose grid would swallow the small changes.",),
+    ),
 }
 
 AUTO_CLASSES = {

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import peft_ext
-from peft_ext import ExtConfig, SSFConfig
+from peft_ext import ExtConfig, SparseFTConfig, SSFConfig
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Method:
         mixes_batches: Whether it takes `adapter_names`.
         unmixable: Models on which it does not, since an adapted module sees what is not per sample.
         inert: Regular expression of parameters whose gradient is zero by the method's maths.
+        keeps_fp32: Whether the adapter stays in fp32 on a half-precision base, even if PEFT is told not to cast.
     """
 
     prefix: str
@@ -61,6 +63,7 @@ class Method:
     mixes_batches: bool = True
     unmixable: tuple[str, ...] = ()
     inert: str = r"(?!)"
+    keeps_fp32: bool = False
 
 
 METHODS = {
@@ -76,6 +79,17 @@ METHODS = {
         # (and a batch norm subtracts the shift of the convolution before it)
         unmixable=("deberta-v2",),
         inert=r".*(\.k_proj|\.key|\.key_proj|\.conv1)\.ssf_shift\..*",
+    ),
+    "sparse_ft": Method(
+        prefix="sparse_ft_",
+        config=partial(SparseFTConfig, selection="random", num_tunable_weights=256),
+        models=(
+            *("mlp", "conv1d_embedding"),
+            *("llama", "gemma2", "gpt2", "opt", "t5", "bart", "bert", "roberta", "deberta-v2"),
+            *("vit", "swin", "convnext"),
+        ),
+        mixes_batches=False,
+        keeps_fp32=True,
     ),
 }
 CASES = [(method, model) for method, row in METHODS.items() for model in row.models]
@@ -509,7 +523,7 @@ def test_modules_to_save(method: str, name: str, tmp_path: Path) -> None:
 def test_half_precision_base(method: str, name: str, dtype: torch.dtype, autocast_adapter_dtype: bool) -> None:
     base = tiny(name).to(dtype)
     model = get_peft_model(base, config_for(method, name), autocast_adapter_dtype=autocast_adapter_dtype).train()
-    own = torch.float32 if autocast_adapter_dtype else dtype
+    own = torch.float32 if autocast_adapter_dtype or METHODS[method].keeps_fp32 else dtype
     assert all(p.dtype == own for key, p in model.named_parameters() if METHODS[method].prefix in key)
     batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs(name).items()}
     assert logits(model, batch).dtype == dtype

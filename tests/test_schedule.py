@@ -33,7 +33,7 @@ DECAY = 0.3
 
 def _hooks() -> int:
     """How many of our hooks torch has."""
-    ours = {schedule._split_groups, schedule._carry_back}
+    ours = {schedule._before_step, schedule._after_step}
     tables = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
     return sum(hook in ours for table in tables for hook in table.values())
 

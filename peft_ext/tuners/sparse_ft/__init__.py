@@ -1,0 +1,10 @@
+"""Sparse fine-tuning: SpIEL, LT-SFT and fixed supports."""
+
+from .callback import SparseFTCallback
+from .compose import graft, import_lt_sft, overlap
+from .config import SparseFTConfig
+from .lt_sft import lt_sft
+from .model import SparseFTModel
+
+
+__all__ = ["SparseFTCallback", "SparseFTConfig", "SparseFTModel", "graft", "import_lt_sft", "lt_sft", "overlap"]

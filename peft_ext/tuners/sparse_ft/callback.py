@@ -1,0 +1,38 @@
+"""The optional link to transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .layer import SparseDelta
+from .model import warn_if_unmoved
+
+
+class SparseFTCallback(TrainerCallback):
+    """Takes `total_steps` of SpIEL's schedule from the Trainer, and says so at the end if the support never moved.
+
+    Everything else works without it. A `total_steps` that the config sets itself stays.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Fills in the number of optimizer steps that the Trainer has worked out."""
+        for leaf in _deltas(kwargs.get("model")):
+            if leaf.tracker is not None and leaf.tracker.config.total_steps is None:
+                leaf.tracker.config.total_steps = state.max_steps
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warns of a schedule that never moved."""
+        model: Any = kwargs.get("model")
+        for name in getattr(model, "peft_config", {}):
+            warn_if_unmoved(model, name)
+
+
+def _deltas(model: nn.Module | None) -> list[SparseDelta]:
+    return [] if model is None else [module for module in model.modules() if isinstance(module, SparseDelta)]

@@ -1,0 +1,183 @@
+"""The configuration of sparse fine-tuning, and the supports that are handed to it from outside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ...base import ExtConfig
+
+
+SPIEL = ("spiel-ag", "spiel-ma")
+GIVEN = ("given", "lt-sft", "sensitivity")  # the support comes from outside, by `use_support`
+FIXED = ("random", "smallest", "largest", "nonzero")
+SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WHERE_FROM = {
+    "given": "config.use_support({module_name: flat_indices, ...})  # or the path of a safetensors file of them",
+    "lt-sft": "peft_ext.lt_sft(model, config, make_trainer)  # trains densely first to find the support",
+    "sensitivity": "config.use_scores({module_name: scores, ...})  # what a sensitivity pass has measured",
+}
+
+
+@dataclass
+class SparseFTConfig(ExtConfig):
+    """Configuration of sparse fine-tuning; see also the common fields of [`ExtConfig`].
+
+    Exactly one of `density` and `num_tunable_weights` sets the budget, which is spread over the target modules in
+    proportion to the sizes of their weights.
+
+    Args:
+        density: Tuned weights as a fraction of all parameters of the model, those outside the targets included.
+        num_tunable_weights: The same as a number of weights.
+        selection: Which weights are tuned. `"spiel-ag"`: a random support at first, from which the values that moved
+            least are dropped, and where weights of large accumulated gradient grow. `"spiel-ma"`: the same, grown by
+            the momentum-free row and column statistics of SM3, which also makes the updates. `"random"`,
+            `"smallest"`, `"largest"`: a fixed support, drawn or by magnitude of the base's weights. `"nonzero"`: all
+            weights that are not zero in the base, whatever the budget, which keeps a pruned model's zeros; takes no
+            budget. `"lt-sft"`: found by `peft_ext.lt_sft`. `"sensitivity"`: the largest scores of `use_scores`.
+            `"given"`: the support of `use_support`.
+        reselection_steps: SpIEL: optimizer steps between two reselections.
+        accumulation_steps: SpIEL: optimizer steps for which gradients are gathered before a reselection.
+        reselection_rate: SpIEL: fraction of the support that is replaced at a reselection, at the start of training.
+        reselection_policy: SpIEL: how that fraction falls to zero over `total_steps`: `"linear"`, which replaces
+            everything at the first reselection, or `"cosine"`.
+        total_steps: SpIEL: optimizer steps of the whole training. If `None`, the fraction stays at
+            `reselection_rate`, unless `SparseFTCallback` takes the number from the Trainer.
+        seed: Of the random supports; the same in all processes.
+        save_dtype: Type of the values on disk: `"float32"`, which is exact, `"bfloat16"` or `"float16"`. It holds for
+            the checkpoints of a training too.
+        num_weights_per_module: Tuned weights of every target, by module name (`"<module>.bias"` for a bias). Filled in
+            by itself, so that an adapter loads whatever the rest of the model is; given by hand, it replaces the budget.
+
+    Raises:
+        ValueError: A field is out of its range, or both budget fields or none are set; the message names the field.
+    """
+
+    METHOD: ClassVar[str] = "SPARSE_FT"
+
+    density: float | None = field(
+        default=None, metadata={"help": "Tuned weights as a fraction of all parameters of the model."}
+    )
+    num_tunable_weights: int | None = field(default=None, metadata={"help": "Number of tuned weights."})
+    selection: str = field(
+        default="spiel-ag",
+        metadata={"help": f"Which weights are tuned: one of {', '.join((*SPIEL, *FIXED, *GIVEN))}."},
+    )
+    reselection_steps: int = field(default=20, metadata={"help": "Optimizer steps between two reselections."})
+    accumulation_steps: int = field(
+        default=5, metadata={"help": "Optimizer steps over which gradients are gathered before a reselection."}
+    )
+    reselection_rate: float = field(
+        default=0.2, metadata={"help": "Fraction of the support that is replaced at a reselection, at the start."}
+    )
+    reselection_policy: str = field(
+        default="linear", metadata={"help": "How the replaced fraction falls over the training: linear or cosine."}
+    )
+    total_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of the whole training."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random supports."})
+    save_dtype: str = field(
+        default="float32", metadata={"help": f"Type of the values on disk: {', '.join(SAVE_DTYPES)}."}
+    )
+    num_weights_per_module: dict[str, int] | None = field(
+        default=None, metadata={"help": "Tuned weights of every target; filled in by itself."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.support: dict[str, torch.Tensor] | None = None  # not a field: too bulky for JSON
+        self.scores: Mapping[str, torch.Tensor] | None = None
+        if self.selection not in (*SPIEL, *FIXED, *GIVEN):
+            raise ValueError(
+                f"`selection` must be one of {', '.join((*SPIEL, *FIXED, *GIVEN))}, got {self.selection!r}."
+            )
+        self._check_budget()
+        for name in ("reselection_steps", "accumulation_steps", "total_steps"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value > 0) and not (name == "total_steps" and value is None):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.accumulation_steps >= self.reselection_steps:
+            raise ValueError(
+                f"`accumulation_steps` ({self.accumulation_steps}) must be below `reselection_steps` "
+                f"({self.reselection_steps}), for gradients are gathered between two reselections."
+            )
+        if not 0 < self.reselection_rate <= 1:
+            raise ValueError(f"`reselection_rate` must be in (0, 1], got {self.reselection_rate!r}.")
+        if self.reselection_policy not in ("linear", "cosine"):
+            raise ValueError(f"`reselection_policy` must be 'linear' or 'cosine', got {self.reselection_policy!r}.")
+        if self.save_dtype not in SAVE_DTYPES:
+            raise ValueError(f"`save_dtype` must be one of {', '.join(SAVE_DTYPES)}, got {self.save_dtype!r}.")
+        if self.init_weights is not True:
+            raise ValueError(f"`init_weights` must be True for sparse fine-tuning, got {self.init_weights!r}.")
+
+    def _check_budget(self) -> None:
+        given = [name for name in ("density", "num_tunable_weights") if getattr(self, name) is not None]
+        if len(given) == 2:
+            raise ValueError("`density` and `num_tunable_weights` both set the budget: give one of them.")
+        if given and self.selection == "nonzero":
+            raise ValueError(
+                f"`{given[0]}` has no effect with `selection='nonzero'`, which takes all non-zero weights."
+            )
+        needs_budget = self.selection not in ("nonzero", "given")
+        if not given and needs_budget and self.num_weights_per_module is None:
+            raise ValueError(
+                "The budget is missing: give `density` (for example `density=0.01`, 1 % of all parameters of the "
+                "model) or `num_tunable_weights`."
+            )
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"`density` must be in (0, 1], got {self.density!r}.")
+        if self.num_tunable_weights is not None and (
+            not isinstance(self.num_tunable_weights, int) or self.num_tunable_weights < 1
+        ):
+            raise ValueError(f"`num_tunable_weights` must be a positive integer, got {self.num_tunable_weights!r}.")
+        per_module = self.num_weights_per_module
+        if per_module is not None and not all(isinstance(count, int) and count >= 0 for count in per_module.values()):
+            raise ValueError("`num_weights_per_module` must map module names to numbers of weights.")
+
+    def use_support(self, support: Mapping[str, torch.Tensor] | str | os.PathLike[str]) -> SparseFTConfig:
+        """Sets which weights are tuned, and returns the config.
+
+        Args:
+            support: By module name (`"<module>.bias"` for its bias) the flat places in the weight as it is stored,
+                or the path of a safetensors file with the same content (see `save_support`).
+
+        Raises:
+            ValueError: The places are not distinct non-negative integers. Whether they fit the model is checked when
+                the adapter is put on it.
+        """
+        if not isinstance(support, Mapping):
+            support = load_file(os.fspath(support))
+        checked = {}
+        for name, indices in support.items():
+            if indices.is_floating_point() or indices.ndim != 1:
+                raise ValueError(f"The support of {name!r} must be a vector of integers, got {tuple(indices.shape)}.")
+            checked[name] = indices.long().sort().values
+            if len(indices) and (checked[name][0] < 0 or (checked[name].diff() == 0).any()):
+                raise ValueError(f"The support of {name!r} must be distinct places from zero.")
+        if self.selection not in GIVEN:
+            raise ValueError(f"`use_support` needs `selection='given'`, the config says {self.selection!r}.")
+        self.support = checked
+        self.num_weights_per_module = {name: len(indices) for name, indices in checked.items()}
+        return self
+
+    def use_scores(self, scores: Mapping[str, torch.Tensor]) -> SparseFTConfig:
+        """Sets the scores `selection="sensitivity"` goes by, and returns the config.
+
+        Args:
+            scores: By module name a non-negative score for every weight, in the weight's shape. The budget goes to
+                the largest scores of all modules together, not in proportion to the modules' sizes.
+        """
+        if self.selection != "sensitivity":
+            raise ValueError(f"`use_scores` needs `selection='sensitivity'`, the config says {self.selection!r}.")
+        self.scores = scores
+        return self
+
+    def save_support(self, path: str | os.PathLike[str]) -> None:
+        """Writes the support that was set, for `use_support`."""
+        if self.support is None:
+            raise ValueError("The config has no support of its own; set one with `use_support`.")
+        save_file(self.support, os.fspath(path))

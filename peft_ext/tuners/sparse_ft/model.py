@@ -1,0 +1,315 @@
+r"""Sparse fine-tuning: a weight W becomes W + S, where S has k entries that are not zero, trained in place of W.
+
+    y = (W + S) x + b
+
+SpIEL (Ansell et al. 2024, arXiv:2401.16405) moves the support of S while it trains; LT-SFT (Ansell et al. 2022,
+arXiv:2110.07560) finds it by a dense training first; others fix it by the magnitude of W or at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...base import (
+    ExtConfig,
+    ExtLayer,
+    ExtModel,
+    count_parameters,
+    linear_features,
+    matched_targets,
+    unadapted_modules,
+    warn_of_experts,
+)
+from ...sparse import LinearOperation, top_indices
+from .config import GIVEN, SAVE_DTYPES, SPIEL, WHERE_FROM, SparseFTConfig
+from .layer import SparseDelta, SparseFTLayer, SparseFTLinear, layer_operation
+from .spiel import warn_once
+
+
+HEADS = ("lm_head", "score", "classifier", "qa_outputs", "cls", "classification_head")
+
+
+class SparseFTModel(ExtModel):
+    """Puts sparse deltas on the targets of a model; used through `get_peft_model(model, SparseFTConfig(...))`.
+
+    Without `target_modules`, all Linear modules (and GPT-2's Conv1D) but the heads are adapted, as published.
+    """
+
+    prefix = "sparse_ft_"
+    tuner_layer_cls = SparseFTLayer
+    target_module_mapping = dict[str, list[str]]()  # any architecture will do
+    misfit_advice = (
+        "It was made for another base model, or with another `density` (or `num_tunable_weights`). To go on training, "
+        "use the saved adapter's own config: `PeftModel.from_pretrained(base, path, is_trainable=True)`."
+    )
+
+    @classmethod
+    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
+        """All Linear modules of the backbone, whatever the architecture."""
+        targets = config.target_modules
+        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            warn_of_experts(config, model)
+            names = backbone_linears(model)
+            if config.layers_to_transform is not None:  # which full names would take no notice of
+                names = {name.split(".")[-1] for name in names}
+            config.target_modules = names
+        return config
+
+    @classmethod
+    def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
+        """`TypeError` for what the method cannot adapt."""
+        return SparseFTLinear if isinstance(layer_operation(base_layer), LinearOperation) else SparseFTLayer
+
+    @classmethod
+    def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
+        """The name, by which the budgets go."""
+        return {"name": name}
+
+    @classmethod
+    def check_targets(cls, config: ExtConfig, model: nn.Module) -> None:
+        """Also settles how many weights of which module are tuned, while the model is still as it was.
+
+        Raises:
+            ValueError: The budget or the support does not fit the model, or the support is still missing.
+        """
+        assert isinstance(config, SparseFTConfig)
+        super().check_targets(config, model)
+        targets = dict(matched_targets(config, model))
+        if targets:  # PEFT itself says so if nothing matches
+            settle_budget(config, model, targets)
+
+    @classmethod
+    def inject_layer(
+        cls, tuner: Any, config: ExtConfig, adapter_name: str, target: nn.Module, name: str
+    ) -> ExtLayer | None:
+        """As for every method, but modules without a single tuned weight are left alone."""
+        assert isinstance(config, SparseFTConfig)
+        per_module = config.num_weights_per_module or {}
+        if not (per_module.get(name) or per_module.get(f"{name}.bias")):
+            return None
+        return super().inject_layer(tuner, config, adapter_name, target, name)
+
+    @classmethod
+    def stored_tensors(
+        cls, model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The values in `save_dtype`; warns if a schedule should have moved the support and has not."""
+        warn_if_unmoved(model, adapter_name)
+        dtype = SAVE_DTYPES[config.save_dtype]
+        if dtype == torch.float32:
+            return tensors
+        return {
+            key: tensor.to(dtype) if tensor.is_floating_point() and f".{cls.prefix}" in key else tensor
+            for key, tensor in tensors.items()
+        }
+
+    # Composition, see compose.py
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Adds `adapter_name`, the weighted sum of sparse adapters of this model, on the union of their supports.
+
+        Args:
+            adapters: The adapters to add up.
+            weights: One factor for each; a negative one subtracts.
+            adapter_name: The new adapter; it is not active until `set_adapter`.
+            combination_type: `"linear"`, the sum, or `"ties"`: where adapters disagree in sign, the sign of the
+                larger total wins and only the values of that sign are averaged by their weights.
+
+        Raises:
+            ValueError: An adapter is missing or of another method, the numbers do not match, the new name is taken,
+                or `combination_type` is unknown.
+        """
+        from .compose import add_weighted_adapter
+
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+
+
+def backbone_linears(model: nn.Module) -> set[str]:
+    """The names of all Linear modules (and GPT-2's Conv1D) that are no head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    prefix = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return {
+        name
+        for name, module in unadapted_modules(model)
+        if (linear_features(module) is not None or isinstance(module, Conv1D))
+        and name.startswith(prefix)
+        and module is not output
+        and not set(name.split(".")).intersection(HEADS)
+    }
+
+
+def deltas(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseDelta]]:
+    """The deltas of an adapter by the name of the module that they are on (`"<module>.bias"` for a bias's)."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseFTLayer):
+            name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            for container, suffix in ((module.sparse_ft_delta, ""), (module.sparse_ft_bias, ".bias")):
+                if adapter_name in container:
+                    leaf = container[adapter_name]
+                    assert isinstance(leaf, SparseDelta)
+                    yield name + suffix, leaf
+
+
+def warn_if_unmoved(model: nn.Module, adapter_name: str) -> None:
+    """Warns once if an adapter was trained and its schedule never moved the support."""
+    trackers = [leaf.tracker for _, leaf in deltas(model, adapter_name) if leaf.tracker is not None]
+    if not any(tracker.backwards for tracker in trackers) or any(tracker.reselections for tracker in trackers):
+        return
+    tracker = trackers[0]
+    steps = max(tracker.step for tracker in trackers)
+    if steps == 0:
+        reason = (
+            "no step of an optimizer that owns its values was seen (DeepSpeed, FSDP with flattened parameters, or an "
+            "optimizer that is no torch.optim.Optimizer)"
+        )
+    elif steps < tracker.config.accumulation_steps:
+        reason = f"{steps} steps were taken and the first reselection comes after {tracker.config.accumulation_steps}"
+    else:
+        reason = "no reselection fell due, or none would have replaced a single value"
+    warn_once(
+        f"unmoved {reason}",
+        f"The support of the sparse adapter {adapter_name!r} has not moved since it was drawn at random: {reason}. "
+        "It is trained as a fixed random support.",
+    )
+
+
+# The budget
+
+
+def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Fills in `num_weights_per_module`, and the support where it follows from scores."""
+    sizes: dict[str, int] = {}
+    for name, base_layer in targets.items():
+        op = layer_operation(base_layer)
+        weight, bias = base_layer.weight, getattr(base_layer, "bias", None)
+        assert isinstance(weight, torch.Tensor)
+        sizes[name] = weight.numel() if op is None else op.n
+        if isinstance(bias, torch.Tensor):
+            sizes[f"{name}.bias"] = bias.numel()
+        if op is None and config.selection in SPIEL:
+            raise ValueError(
+                f"Target module {name!r} is a norm, whose weights SpIEL does not gather gradients for: leave it out "
+                "of `target_modules`, or take a fixed support."
+            )
+    if config.num_weights_per_module is not None:
+        _check_fit(config, sizes)
+        return
+    if config.scores is not None:
+        config.support = _best_scores(config, model, targets, sizes)
+        config.num_weights_per_module = {name: len(indices) for name, indices in config.support.items()}
+        return
+    if config.selection in GIVEN:
+        raise ValueError(
+            f"`selection={config.selection!r}` needs to be told which weights to tune; before `get_peft_model`:\n"
+            f"    {WHERE_FROM[config.selection]}"
+        )
+    if config.selection == "nonzero":
+        config.num_weights_per_module = {name: _count_nonzero(layer) for name, layer in targets.items()}
+        return
+    total = sum(sizes[name] for name in targets)
+    budget = _budget(config, model, total)
+    config.num_weights_per_module = proportional(budget, {name: sizes[name] for name in targets})
+    empty = [name for name, count in config.num_weights_per_module.items() if count == 0]
+    if empty:
+        config.num_weights_per_module = None
+        raise ValueError(
+            f"The budget of {budget} weights leaves {empty[0]!r} (of {sizes[empty[0]]} weights) without any: raise "
+            "`density` or `num_tunable_weights`, or leave the module out of `target_modules`."
+        )
+
+
+def _budget(config: SparseFTConfig, model: nn.Module, total: int) -> int:
+    budget = config.num_tunable_weights
+    field = "num_tunable_weights"
+    if budget is None:
+        assert config.density is not None
+        budget, field = int(config.density * count_parameters(model)), "density"
+    if budget > total:
+        raise ValueError(
+            f"`{field}` asks for {budget} tuned weights, the target modules have {total}: lower it, or target more "
+            "modules."
+        )
+    return budget
+
+
+def proportional(budget: int, sizes: dict[str, int]) -> dict[str, int]:
+    """`budget` split in proportion to `sizes`, without losing any to rounding: the largest remainders round up."""
+    total = sum(sizes.values())
+    counts = {name: budget * size // total for name, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda name: -(budget * sizes[name] % total))
+    for name in by_remainder[: budget - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def _count_nonzero(base_layer: nn.Module) -> int:
+    weight = base_layer.weight
+    assert isinstance(weight, torch.Tensor)
+    if not weight.is_floating_point():
+        raise ValueError("`selection='nonzero'` needs a base model that is not quantised: its zeros are exact there.")
+    return int(weight.count_nonzero())
+
+
+def _check_fit(config: SparseFTConfig, sizes: dict[str, int]) -> None:
+    assert config.num_weights_per_module is not None
+    for name, count in config.num_weights_per_module.items():
+        if name not in sizes:
+            raise ValueError(
+                f"The support names {name!r}, which is not among the target modules"
+                f"{'' if sizes else ', of which there are none'}. It was made for another model or other "
+                "`target_modules`."
+            )
+        if count > sizes[name]:
+            raise ValueError(f"The support has {count} weights of {name!r}, which has {sizes[name]}.")
+        if config.support is not None and count and int(config.support[name][-1]) >= sizes[name]:
+            raise ValueError(
+                f"The support has place {int(config.support[name][-1])} of {name!r}, which has {sizes[name]} weights."
+            )
+
+
+def _best_scores(
+    config: SparseFTConfig, model: nn.Module, targets: dict[str, nn.Module], sizes: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    scores = config.scores
+    assert scores is not None
+    for name in targets:
+        if name not in scores or scores[name].numel() != sizes[name]:
+            got = "none" if name not in scores else f"{scores[name].numel()}"
+            raise ValueError(f"`use_scores` needs {sizes[name]} scores for the target {name!r}, got {got}.")
+    budget = _budget(config, model, sum(sizes[name] for name in targets))
+    return best_of_all({name: scores[name].reshape(-1) for name in targets}, budget)
+
+
+def best_of_all(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
+    """The flat places of the k largest scores of all tensors together, by tensor; those without any are left out."""
+    starts = [0]
+    for tensor in scores.values():
+        starts.append(starts[-1] + tensor.numel())
+
+    def piece(start: int, stop: int) -> torch.Tensor:
+        parts = []
+        for tensor, first, last in zip(scores.values(), starts, starts[1:], strict=False):
+            if first < stop and last > start:
+                parts.append(tensor[max(0, start - first) : stop - first].float())
+        return torch.cat([part.to(parts[0].device) for part in parts])
+
+    chosen = top_indices(piece, starts[-1], k)
+    found = {}
+    for name, first, last in zip(scores, starts, starts[1:], strict=False):
+        own = chosen[torch.searchsorted(chosen, first) : torch.searchsorted(chosen, last)] - first
+        if len(own):
+            found[name] = own
+    return found

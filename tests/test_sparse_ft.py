@@ -1,0 +1,1231 @@
+"""Sparse fine-tuning: against a dense reference, under every trainer, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, inputs, logits, tiny
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import peft_ext
+from peft_ext import SparseFTConfig
+from peft_ext.tuners.sparse_ft import spiel
+from peft_ext.tuners.sparse_ft.layer import SparseDelta
+from peft_ext.tuners.sparse_ft.model import deltas, proportional
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings() -> Iterator[None]:
+    spiel._warned.clear()
+    yield
+
+
+class One(nn.Module):
+    """A single Linear(6, 8), the model of the scripted runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+SHAPE, K = (8, 6), 12
+
+
+def one(selection: str, total_steps: int | None = 40, **fields: Any) -> tuple[PeftModel, SparseDelta]:
+    torch.manual_seed(0)
+    config = SparseFTConfig(
+        num_tunable_weights=K, selection=selection, target_modules=["fc"], total_steps=total_steps, **fields
+    )
+    model = get_peft_model(One(), config)
+    (_, leaf) = next(deltas(model, "default"))
+    return model, leaf
+
+
+def scripted_gradient(step: int, micro: int = 0) -> torch.Tensor:
+    """The gradient of the weight at a step, `(8, 6)`."""
+    generator = torch.Generator().manual_seed(1000 * step + micro)
+    return torch.randn(SHAPE, generator=generator)
+
+
+def backward_of(model: nn.Module, gradient: torch.Tensor) -> None:
+    """A backward that gives the weight of the Linear exactly this gradient: x is the identity."""
+    output = model(torch.eye(SHAPE[1]))  # (6, 8)
+    output.backward(gradient.T.contiguous())
+
+
+def support_of(leaf: SparseDelta) -> dict[int, float]:
+    return dict(zip(leaf.indices().tolist(), leaf.weight.tolist(), strict=True))
+
+
+def on_support(leaf: SparseDelta, vector: torch.Tensor) -> dict[int, float]:
+    return dict(zip(leaf.indices().tolist(), vector.tolist(), strict=True))
+
+
+# The dense reference: whole matrices and Python sets, written from the description of the methods alone
+
+
+class DenseReference:
+    """Holds the delta, the moments and the statistics as (8, 6) matrices, and the support as a set."""
+
+    def __init__(self, support: set[int], total: int, policy: str = "linear", rate: float = 0.2) -> None:
+        self.support = set(support)
+        self.total, self.policy, self.rate = total, policy, rate
+        self.delta = torch.zeros(SHAPE).flatten()
+        self.t = 0
+
+    def number(self) -> int:
+        if self.t > self.total:
+            return 0
+        if self.policy == "linear":
+            p = 1.0 if self.t == 5 else self.rate * (1 - self.t / self.total)
+        else:
+            p = self.rate * (1 + math.cos(math.pi * self.t / self.total)) / 2
+        return int(len(self.support) * p)
+
+    def smallest(self, number: int) -> list[int]:
+        return sorted(sorted(self.support), key=lambda i: abs(float(self.delta[i])))[:number]
+
+    @property
+    def is_time(self) -> bool:
+        return self.t >= 5 and (self.t - 5) % 20 == 0
+
+
+class DenseAG(DenseReference):
+    def __init__(self, *args: Any, lr: float = 1e-2, decay: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lr, self.decay = lr, decay
+        self.m = torch.zeros(48)
+        self.v = torch.zeros(48)
+        self.candidates: list[int] = []
+        self.seen: list[torch.Tensor] = []
+
+    def step(self, micro_gradients: list[torch.Tensor]) -> None:
+        gathering = self.t < 5 or self.t % 20 == 19 or self.t % 20 < 5
+        if gathering and not self.candidates:
+            first = micro_gradients[0].flatten().abs()
+            self.candidates = first.argsort(descending=True)[: len(self.support)].tolist()
+        g = sum(micro_gradients).flatten()
+        self.t += 1
+        if self.candidates:
+            self.seen.append(g)
+        inside = torch.zeros(48)
+        inside[sorted(self.support)] = 1.0
+        self.delta *= 1 - self.lr * self.decay
+        self.m = inside * (0.9 * self.m + 0.1 * g)
+        self.v = inside * (0.999 * self.v + 0.001 * g**2)
+        m_hat, v_hat = self.m / (1 - 0.9**self.t), self.v / (1 - 0.999**self.t)
+        self.delta -= inside * self.lr * m_hat / (v_hat.sqrt() + 1e-8)
+        if self.is_time:
+            self.reselect()
+
+    def reselect(self) -> None:
+        number = self.number()
+        dropped = set(self.smallest(number))
+        surviving = self.support - dropped
+        pool = [i for i in self.candidates if i not in surviving]
+        total = sum(self.seen)
+        grown = set(sorted(pool, key=lambda i: -abs(float(total[i])))[:number])
+        for i in dropped - grown:
+            self.delta[i] = self.m[i] = self.v[i] = 0.0
+        mean, mean_square = total / len(self.seen), sum(g**2 for g in self.seen) / len(self.seen)
+        for i in grown - dropped:
+            self.delta[i] = 0.0
+            self.m[i] = mean[i] * (1 - 0.9**self.t)
+            self.v[i] = mean_square[i] * (1 - 0.999**self.t)
+        assert len(grown) == number, "too few candidates: the scripted run does not reach this"
+        self.support = surviving | grown
+        self.candidates, self.seen = [], []
+
+
+class DenseMA(DenseReference):
+    def __init__(self, *args: Any, lr: float = 1e-2, decay: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lr, self.decay = lr, decay
+        self.r, self.c = [0.0] * 8, [0.0] * 6
+
+    def step(self, micro_gradients: list[torch.Tensor]) -> None:
+        g = sum(micro_gradients).flatten()
+        self.t += 1
+        self.delta *= 1 - self.lr * self.decay
+        nu = {i: min(self.r[i // 6], self.c[i % 6]) + float(g[i]) ** 2 for i in self.support}
+        for i, value in nu.items():
+            self.delta[i] -= self.lr * g[i] / math.sqrt(value + 1e-8)
+        for row in range(8):
+            self.r[row] = max((value for i, value in nu.items() if i // 6 == row), default=self.r[row])
+        for column in range(6):
+            self.c[column] = max((value for i, value in nu.items() if i % 6 == column), default=self.c[column])
+        if self.is_time:
+            number = self.number()
+            outside = [i for i in range(48) if i not in self.support]
+            grown = sorted(outside, key=lambda i: -torch.tensor(self.r[i // 6] * self.c[i % 6]).item())[:number]
+            dropped = self.smallest(len(grown))
+            for i in dropped:
+                self.delta[i] = 0.0
+            self.support = (self.support - set(dropped)) | set(grown)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("policy", ["linear", "cosine"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_ag_equals_the_dense_reference(policy: str, fused: bool, micro_steps: int) -> None:
+    model, leaf = one("spiel-ag", reselection_policy=policy, reselection_rate=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3, fused=fused)
+    reference = DenseAG(set(support_of(leaf)), total=40, policy=policy, rate=0.5, decay=0.3)
+    turnover = 0
+    for step in range(30):
+        before = support_of(leaf)
+        gradients = [scripted_gradient(step, micro) for micro in range(micro_steps)]
+        for gradient in gradients:
+            backward_of(model, gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step(gradients)
+        ours = support_of(leaf)
+        assert set(ours) == reference.support
+        turnover += len(set(before) - set(ours))
+        state = optimizer.state[leaf.weight]
+        for vector, expected in ((leaf.weight, reference.delta), (state["exp_avg"], reference.m)):
+            torch.testing.assert_close(vector.detach(), expected[leaf.indices()], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(state["exp_avg_sq"], reference.v[leaf.indices()], rtol=1e-4, atol=1e-7)
+    assert turnover >= (K // 2 if policy == "linear" else 2)
+
+
+@pytest.mark.parametrize("policy", ["linear", "cosine"])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
+def test_ma_equals_the_dense_reference(policy: str, optimizer_class: type[torch.optim.Optimizer]) -> None:
+    model, leaf = one("spiel-ma", reselection_policy=policy, reselection_rate=0.5)
+    optimizer = optimizer_class(model.parameters(), lr=1e-2, weight_decay=0.3)
+    reference = DenseMA(set(support_of(leaf)), total=40, policy=policy, rate=0.5, decay=0.3)
+    for step in range(30):
+        gradients = [scripted_gradient(step, micro) for micro in range(2)]
+        for gradient in gradients:
+            backward_of(model, gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step(gradients)
+        assert set(support_of(leaf)) == reference.support
+        torch.testing.assert_close(leaf.weight.detach(), reference.delta[leaf.indices()], rtol=1e-4, atol=1e-6)
+        tracker = leaf.tracker
+        torch.testing.assert_close(tracker.rows, torch.tensor(reference.r), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tracker.columns, torch.tensor(reference.c), rtol=1e-5, atol=1e-6)
+    assert len(leaf.tracker.reselections) == 2
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+def test_survivors_are_untouched_bit_for_bit(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = one(selection, reselection_rate=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seen = []
+    move = spiel.Tracker._move
+
+    def watched(self: Any, leaf: SparseDelta, optimizer: Any, *args: Any) -> None:
+        def everything() -> list[dict[int, float]]:
+            vectors = [leaf.weight.detach(), leaf.weight.grad]
+            vectors += [
+                optimizer.state[leaf.weight][key] for key in ("exp_avg", "exp_avg_sq") if selection != "spiel-ma"
+            ]
+            return [on_support(leaf, vector) for vector in vectors]
+
+        before = everything()
+        move(self, leaf, optimizer, *args)
+        seen.append((before, everything()))
+
+    monkeypatch.setattr(spiel.Tracker, "_move", watched)
+    for step in range(30):
+        backward_of(model, scripted_gradient(step))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(seen) == 2
+    for before, after in seen:
+        survivors = set(before[0]) & set(after[0])
+        assert len(after[0]) == K
+        assert all(old[i] == new[i] for old, new in zip(before, after, strict=True) for i in survivors)
+        assert all(after[0][i] == 0 for i in set(after[0]) - survivors)
+    assert len(set(seen[1][0][0]) & set(seen[1][1][0])) >= K // 2
+
+
+def test_schedule() -> None:
+    _, leaf = one("spiel-ag", total_steps=100)
+    tracker = leaf.tracker
+    gathering = []
+    for step in range(130):
+        tracker.step = step
+        if tracker.is_gathering(1000):
+            gathering.append(step + 1)  # the update that is under way
+    assert gathering[:17] == [*range(1, 6), *range(20, 26), *range(40, 46)]
+    assert gathering[-1] == 85
+    assert [round(tracker.rate_at(step), 4) for step in (5, 25, 85, 105)] == [1.0, 0.15, 0.03, 0.0]
+
+
+# It drives itself
+
+
+def run_steps(model: nn.Module, optimizer: Any, steps: range, micro_steps: int = 1) -> None:
+    for step in steps:
+        for micro in range(micro_steps):
+            backward_of(model, scripted_gradient(step, micro) / micro_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True, foreach=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),
+    "radam": lambda p: torch.optim.RAdam(p, lr=1e-2),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, centered=True, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "torch adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "transformers adafactor": lambda p: _transformers_adafactor(p),
+}
+
+
+def _transformers_adafactor(parameters: Any) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, lr=1e-2, relative_step=False, scale_parameter=False)
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str, selection: str) -> None:
+    model, leaf = one(selection, reselection_rate=0.5)
+    start = set(support_of(leaf))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    run_steps(model, optimizer, range(26))
+    assert len(leaf.tracker.reselections) == 2
+    assert set(support_of(leaf)) != start
+    assert torch.isfinite(leaf.weight).all() and (leaf.weight != 0).any()
+
+
+def test_seeds_are_the_unbiased_means() -> None:
+    """What has just grown is where Adam would be, had it seen the mean gradient and the mean square so far."""
+    model, leaf = one("spiel-ag")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.8, 0.99))
+    start = set(support_of(leaf))
+    gradients = [scripted_gradient(step).flatten() for step in range(5)]
+    run_steps(model, optimizer, range(5))
+    state = optimizer.state[leaf.weight]
+    mean, square = sum(gradients) / 5, sum(g**2 for g in gradients) / 5
+    new = torch.tensor([i not in start for i in leaf.indices().tolist()])
+    places = leaf.indices()[new]
+    assert len(places) > 3
+    torch.testing.assert_close(state["exp_avg"][new] / (1 - 0.8**5), mean[places])
+    torch.testing.assert_close(state["exp_avg_sq"][new] / (1 - 0.99**5), square[places])
+
+
+def test_clipping_applies_to_the_seeds() -> None:
+    model, leaf = one("spiel-ag")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    start = set(support_of(leaf))
+    scaled = []
+    for step in range(5):
+        backward_of(model, scripted_gradient(step))
+        before = leaf.weight.grad.norm()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaled.append(scripted_gradient(step).flatten() * (0.1 / before))
+        optimizer.step()
+        optimizer.zero_grad()
+    new = torch.tensor([i not in start for i in leaf.indices().tolist()])
+    mean = sum(scaled) / 5
+    found = optimizer.state[leaf.weight]["exp_avg"][new] / (1 - 0.9**5)
+    torch.testing.assert_close(found, mean[leaf.indices()[new]], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_scaling_and_skipped_steps(selection: str, fused: bool) -> None:
+    """Scaled and unscaled runs agree, and a step that overflows counts for nothing, fused or not."""
+    results = []
+    for scaled in (False, True):
+        model, leaf = one(selection, reselection_rate=0.5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000, enabled=scaled)
+        step = 0
+        for attempt in range(28):
+            overflows = scaled and attempt in (0, 7, 22)
+            if not scaled and attempt >= 25:
+                break
+            gradient = scaler.scale(scripted_gradient(step))
+            backward_of(model, gradient * torch.inf if overflows else gradient)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += not overflows
+        assert leaf.tracker.step == 25
+        results.append(support_of(leaf))
+    assert set(results[0]) == set(results[1])
+    torch.testing.assert_close(torch.tensor(list(results[0].values())), torch.tensor(list(results[1].values())))
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize("at", [3, 5, 12, 22])
+def test_resuming_changes_nothing(selection: str, at: int) -> None:
+    """Adapter tensors and optimizer state through files are all it takes, also in the middle of a phase."""
+    model, leaf = one(selection, reselection_rate=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run_steps(model, optimizer, range(30), micro_steps=2)
+
+    first, _ = one(selection, reselection_rate=0.5)
+    first_optimizer = torch.optim.AdamW(first.parameters(), lr=1e-2)
+    run_steps(first, first_optimizer, range(at), micro_steps=2)
+    tensors = {key: tensor.clone() for key, tensor in first.state_dict().items() if "sparse_ft" in key}
+    state = pickle.loads(pickle.dumps(first_optimizer.state_dict()))
+    assert not any("candidates" in key or "sums" in key for key in tensors)
+
+    second, second_leaf = one(selection, reselection_rate=0.5, seed=5)
+    second.load_state_dict(tensors, strict=False)
+    second_optimizer = torch.optim.AdamW(second.parameters(), lr=1e-2)
+    second_optimizer.load_state_dict(state)
+    run_steps(second, second_optimizer, range(at, 30), micro_steps=2)
+    assert support_of(second_leaf) == support_of(leaf)
+    assert second_leaf.tracker.reselections == leaf.tracker.reselections
+
+
+def test_a_second_run_keeps_what_the_first_has_learnt() -> None:
+    model, leaf = one("spiel-ag")
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(30))
+    learnt = support_of(leaf)
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=0.0), range(30, 36))
+    assert leaf.tracker.step == 6
+    kept = set(learnt) & set(support_of(leaf))
+    assert len(kept) >= K - 2
+    assert all(learnt[i] == support_of(leaf)[i] for i in kept)
+
+
+def test_one_warning_without_total_steps() -> None:
+    model, leaf = one("spiel-ag", total_steps=None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.warns(UserWarning, match="total_steps is not set") as caught:
+        run_steps(model, optimizer, range(26))
+    assert len(caught) == 1
+    assert leaf.tracker.rate_at(65) == 0.2
+
+
+def test_a_schedule_that_never_moved_says_so(tmp_path: Path) -> None:
+    model, _ = one("spiel-ag")
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(3))
+    with pytest.warns(UserWarning, match="has not moved since it was drawn at random: 3 steps were taken"):
+        model.save_pretrained(tmp_path)
+    model, leaf = one("spiel-ag")
+    backward_of(model, scripted_gradient(0))
+    with torch.no_grad():
+        leaf.weight -= leaf.weight.grad  # an update that no torch optimizer makes
+    with pytest.warns(UserWarning, match="no step of an optimizer that owns its values was seen"):
+        model.save_pretrained(tmp_path)
+
+
+def test_values_cast_to_bfloat16_are_put_back() -> None:
+    model, leaf = one("spiel-ag")
+    values = torch.randn(K) * 1e-2
+    leaf.weight.data = values.clone()
+    leaf.train()
+    for parameter in model.parameters():  # what TRL does on a quantised base
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.train()
+    assert torch.equal(leaf.weight, values)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    run_steps(model, optimizer, range(3))
+    assert (leaf.weight != values).all()
+    leaf.weight.data = leaf.weight.data.to(torch.bfloat16)  # behind everybody's back
+    leaf.weight.grad = None
+    backward_of(model, scripted_gradient(0))
+    with pytest.raises(ValueError, match=r"in torch.bfloat16, where small updates are lost"):
+        optimizer.step()
+
+
+def test_casting_the_model_leaves_the_values_in_fp32() -> None:
+    model, leaf = one("random")
+    leaf.weight.data = torch.randn(K)
+    values = leaf.weight.detach().clone()
+    model.to(torch.bfloat16)
+    assert model.base_model.model.fc.base_layer.weight.dtype == torch.bfloat16
+    assert torch.equal(leaf.weight, values)
+
+
+def test_an_optimizer_that_does_not_own_the_values() -> None:
+    torch.manual_seed(0)
+    base = One()
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-2)
+    config = SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], total_steps=9)
+    model = get_peft_model(base, config)
+    backward_of(model, scripted_gradient(0))
+    with pytest.raises(ValueError, match="does not own the values of the sparse adapter"):
+        optimizer.step()
+
+
+class OddOptimizer(torch.optim.AdamW):
+    """Keeps state in a form of its own."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["sketch"] = torch.zeros(3)
+
+
+def test_an_optimizer_whose_state_cannot_be_moved() -> None:
+    model, leaf = one("spiel-ag")
+    optimizer = OddOptimizer(model.parameters(), lr=1e-2)
+    backward_of(model, scripted_gradient(0))
+    start = set(support_of(leaf))
+    with pytest.raises(ValueError, match=r"OddOptimizer keeps 'sketch' of \(3,\).*adamw_torch"):
+        optimizer.step()
+    assert set(support_of(leaf)) == start
+
+
+def test_ma_refuses_a_closure() -> None:
+    model, _ = one("spiel-ma")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.raises(ValueError, match=r"does not work with `optimizer\.step"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_ag_with_a_closure() -> None:
+    results = []
+    for with_closure in (False, True):
+        model, leaf = one("spiel-ag", reselection_rate=0.5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(26):
+
+            def closure(step: int = step, model: nn.Module = model, optimizer: Any = optimizer) -> float:
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    backward_of(model, scripted_gradient(step))
+                return 0.0
+
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        results.append(support_of(leaf))
+    assert results[0] == results[1]
+
+
+def test_two_adapters_train_apart() -> None:
+    model, _ = one("spiel-ag")
+    model.add_adapter("other", SparseFTConfig(num_tunable_weights=6, target_modules=["fc"], total_steps=40, seed=1))
+    leaves = {name: next(deltas(model, name))[1] for name in ("default", "other")}
+    optimizer = torch.optim.AdamW([leaf.weight for leaf in leaves.values()], lr=1e-2)
+    before = support_of(leaves["other"])
+    run_steps(model, optimizer, range(6))
+    assert support_of(leaves["other"]) == before and leaves["other"].tracker.step == 0
+    model.set_adapter("other")
+    before = support_of(leaves["default"])
+    run_steps(model, optimizer, range(6, 14))
+    assert support_of(leaves["default"]) == before
+    assert leaves["other"].tracker.reselections == [(5, leaves["other"].tracker.reselections[0][1])]
+
+
+def test_copies_go_their_own_way_and_nothing_is_kept_alive() -> None:
+    from peft_ext import schedule
+
+    model, leaf = one("spiel-ag")
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(3))
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    (_, twin_leaf) = next(deltas(twin, "default"))
+    assert support_of(twin_leaf) == support_of(leaf)
+    run_steps(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2), range(6))
+    assert twin_leaf.tracker.reselections and not leaf.tracker.reselections
+    import gc
+
+    del model, leaf, twin, twin_leaf
+    gc.collect()
+    assert not len(schedule._listeners)
+
+
+# Under the Trainer
+
+
+class Rows(torch.utils.data.Dataset):
+    """Random rows for `MLP`, or for a tiny language model."""
+
+    def __init__(self, size: int = 24) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(size, 6, generator=generator)
+        self.labels = torch.randint(3, (size,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[index], "labels": self.labels[index]}
+
+
+class Classifier(MLP):
+    """`MLP` with the loss inside, as the Trainer wants it."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        output = {"logits": super().forward(x)}
+        if labels is not None:
+            output["loss"] = nn.functional.cross_entropy(output["logits"], labels)
+        return output
+
+
+def trainer_for(model: nn.Module, path: Path, callbacks: list[Any] | None = None, **fields: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 30,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "weight_decay": 0.0,
+        "dataloader_pin_memory": False,
+        **fields,
+    }
+    return Trainer(
+        model=model, args=TrainingArguments(str(path), **settings), train_dataset=Rows(), callbacks=callbacks
+    )
+
+
+def classifier(selection: str = "spiel-ag", **fields: Any) -> PeftModel:
+    torch.manual_seed(1)
+    fields = {"num_tunable_weights": 40, "target_modules": ["fc1", "fc2"], "total_steps": 60, **fields}
+    fields.setdefault("reselection_rate", 0.5)
+    return get_peft_model(Classifier(), SparseFTConfig(selection=selection, **fields))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+def test_under_the_trainer(selection: str, optim: str, tmp_path: Path) -> None:
+    model = classifier(selection)
+    trainer_for(
+        model, tmp_path, optim=optim, gradient_accumulation_steps=2, max_grad_norm=0.1, weight_decay=0.1
+    ).train()
+    for _, leaf in deltas(model, "default"):
+        assert leaf.tracker.step == 30
+        assert [step for step, _ in leaf.tracker.reselections] == [5, 25]
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+def test_resuming_under_the_trainer(selection: str, tmp_path: Path) -> None:
+    whole = classifier(selection)
+    trainer_for(whole, tmp_path / "whole").train()
+    half = classifier(selection)
+    trainer_for(half, tmp_path / "half", max_steps=22, save_strategy="steps", save_steps=22).train()
+    resumed = classifier(selection)
+    trainer = trainer_for(resumed, tmp_path / "half")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "half/checkpoint-22"))
+    for (_, ours), (_, theirs) in zip(deltas(resumed, "default"), deltas(whole, "default"), strict=True):
+        assert support_of(ours) == support_of(theirs)
+    published = load_file(tmp_path / "half/checkpoint-22/adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in published} == {"weight", "index"}
+
+
+def test_the_callback_takes_the_number_of_steps(tmp_path: Path) -> None:
+    model = classifier(total_steps=None)
+    trainer_for(model, tmp_path, callbacks=[peft_ext.SparseFTCallback()]).train()
+    assert all(leaf.tracker.config.total_steps == 30 for _, leaf in deltas(model, "default"))
+    model = classifier(total_steps=None)
+    with pytest.warns(UserWarning, match="3 steps were taken"):
+        trainer_for(model, tmp_path, callbacks=[peft_ext.SparseFTCallback()], max_steps=3).train()
+
+
+def test_resuming_with_another_density_is_refused(tmp_path: Path) -> None:
+    model = classifier("random")
+    model.save_pretrained(tmp_path)
+    other = classifier("random", num_tunable_weights=60)
+    with pytest.raises(RuntimeError, match="with another `density`"):
+        other.load_adapter(tmp_path, "default")
+
+
+# LT-SFT
+
+
+def test_lt_sft_phase_two_equals_masked_dense_training(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base = Classifier()
+    start = copy.deepcopy(base)
+    config = SparseFTConfig(selection="lt-sft", num_tunable_weights=40, target_modules=["fc1", "fc2"])
+    after_phase_one = []
+
+    def make_trainer(model: nn.Module) -> Any:
+        trainer = trainer_for(model, tmp_path, max_steps=12, weight_decay=0.2)
+        if not isinstance(model, PeftModel):
+            train = trainer.train
+
+            def train_and_keep() -> None:
+                train()
+                after_phase_one.append(copy.deepcopy(model))
+
+            trainer.train = train_and_keep
+        return trainer
+
+    model = peft_ext.lt_sft(base, config, make_trainer)
+    # the mask: the 40 weights that moved most in phase one, of both modules together
+    (dense,) = after_phase_one
+    moved = {key: (getattr(dense, key).weight - getattr(start, key).weight).abs().flatten() for key in ("fc1", "fc2")}
+    threshold = torch.cat(list(moved.values())).topk(40).values[-1]
+    masks = {key: value >= threshold for key, value in moved.items()}
+    support = {name: leaf.indices().tolist() for name, leaf in deltas(model, "default")}
+    assert {key: mask.nonzero().squeeze(1).tolist() for key, mask in masks.items()} == support
+
+    # phase two, densely, with masked gradients
+    reference = copy.deepcopy(start)
+    for key, parameter in reference.named_parameters():
+        name = key.removesuffix(".weight")
+        parameter.requires_grad_(name in masks)
+        if name in masks:
+            mask = masks[name].view(parameter.shape)
+            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+    trainer_for(reference, tmp_path, max_steps=12).train()
+    merged = copy.deepcopy(model).merge_and_unload()
+    for (key, ours), theirs in zip(merged.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        mask = masks.get(key.removesuffix(".weight"))
+        if mask is not None:
+            assert torch.equal(ours.flatten()[~mask], start.get_parameter(key).flatten()[~mask])
+        else:
+            assert torch.equal(ours, start.get_parameter(key))
+
+
+def test_lt_sft_l1_and_biases(tmp_path: Path) -> None:
+    sizes = []
+    for l1 in (0.0, 1e5):
+        torch.manual_seed(1)
+        config = SparseFTConfig(selection="lt-sft", num_tunable_weights=60, target_modules=["fc1", "fc2"])
+
+        def make_trainer(model: nn.Module) -> Any:
+            return trainer_for(model, tmp_path, max_steps=12, optim="sgd", learning_rate=1e-4)
+
+        model = peft_ext.lt_sft(Classifier(), config, make_trainer, train_biases=True, l1=l1)
+        leaves = dict(deltas(model, "default"))
+        assert "fc1.bias" in leaves and sum(leaf.weight.numel() for leaf in leaves.values()) == 60
+        sizes.append(sum(float(leaf.weight.detach().abs().sum()) for leaf in leaves.values()))
+    assert sizes[1] > 5 * sizes[0]  # a step of 1e5 / 400 times the sign, to and fro, outweighs every gradient
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model, config: model.requires_grad_(False), "'fc1' is frozen"),
+        (lambda model, config: setattr(config, "selection", "random"), "needs a config with `selection='lt-sft'`"),
+        (lambda model, config: setattr(config, "num_tunable_weights", 10**6), "does not fit"),
+    ],
+)
+def test_lt_sft_refuses(change: Any, message: str) -> None:
+    model, config = Classifier(), SparseFTConfig(selection="lt-sft", num_tunable_weights=4, target_modules=["fc1"])
+    change(model, config)
+    with pytest.raises(ValueError, match=message):
+        peft_ext.lt_sft(model, config, lambda model: None)
+    assert not any("sparse_ft" in key for key, _ in model.named_parameters())
+
+
+# Composition
+
+
+def random_values(model: PeftModel, *names: str, seed: int = 0) -> None:
+    for number, name in enumerate(names):
+        for place, (_, leaf) in enumerate(deltas(model, name)):
+            generator = torch.Generator().manual_seed(100 * seed + 10 * number + place)
+            leaf.weight.data = torch.randn(leaf.weight.shape, generator=generator)
+
+
+def two_adapters() -> PeftModel:
+    model = classifier("random", num_tunable_weights=90)
+    config = SparseFTConfig(num_tunable_weights=70, selection="random", target_modules=["fc1", "fc2"], seed=1)
+    model.add_adapter("other", config)
+    random_values(model, "default", "other")
+    return model.eval()
+
+
+def dense_delta(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros(leaf.size).index_add(0, leaf.indices(), leaf.weight.detach())
+        for name, leaf in deltas(model, adapter)
+    }
+
+
+def test_several_active_adapters_are_their_weighted_sum(tmp_path: Path) -> None:
+    model = two_adapters()
+    x = torch.randn(5, 6)
+    model.base_model.set_adapter(["default", "other"])
+    both = model(x)["logits"]
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x)["logits"], both)
+    model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "difference")
+    first, second = dense_delta(model, "default"), dense_delta(model, "other")
+    for name, delta in dense_delta(model, "difference").items():
+        torch.testing.assert_close(delta, 0.5 * first[name] - 2.0 * second[name])
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(Classifier(), tmp_path / "sum")
+    torch.manual_seed(1)
+    loaded = PeftModel.from_pretrained(Classifier(), tmp_path / "sum")
+    torch.testing.assert_close(loaded(x)["logits"], both)
+
+
+def test_ties_elects_signs() -> None:
+    from peft_ext.tuners.sparse_ft.compose import combine
+
+    first = (torch.tensor([1, 4, 6]), torch.tensor([1.0, 2.0, -3.0]))
+    second = (torch.tensor([1, 5, 6]), torch.tensor([-0.5, 4.0, -1.0]))
+    places, values = combine([first, second], [1.0, 1.0], "ties")
+    assert places.tolist() == [1, 4, 5, 6]
+    assert values.tolist() == [1.0, 2.0, 4.0, -2.0]
+
+
+def test_overlap() -> None:
+    model = two_adapters()
+    found = peft_ext.overlap(model, "default", "other")
+    first = {(name, i) for name, leaf in deltas(model, "default") for i in leaf.indices().tolist()}
+    second = {(name, i) for name, leaf in deltas(model, "other") for i in leaf.indices().tolist()}
+    assert (found[""].first, found[""].second, found[""].shared) == (90, 70, len(first & second))
+    assert found[""].jaccard == len(first & second) / len(first | second)
+    one_, other = dense_delta(model, "default"), dense_delta(model, "other")
+    assert found[""].same_sign == sum(int((one_[name] * other[name] > 0).sum()) for name in one_)
+    assert found["fc1"].shared + found["fc2"].shared == found[""].shared
+    with pytest.raises(ValueError, match="no sparse adapter named 'third'"):
+        peft_ext.overlap(model, "default", "third")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["default"], [1.0, 2.0], "new"), "give one weight per adapter"),
+        ((["default", "third"], [1.0, 2.0], "new"), "no sparse adapter named 'third'"),
+        ((["default"], [1.0], "other"), "named 'other' exists"),
+        ((["default"], [1.0], "new", "svd"), "'linear' or 'ties'"),
+    ],
+)
+def test_add_weighted_adapter_refuses(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        two_adapters().add_weighted_adapter(*arguments)
+
+
+def test_grafting_the_difference_of_two_checkpoints() -> None:
+    torch.manual_seed(1)
+    base, tuned = Classifier(), Classifier()
+    tuned.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        tuned.fc1.weight[3, 2] += 0.5
+        tuned.fc2.weight.view(-1)[::50] -= 0.25
+        tuned.fc1.bias[1] += 1.0
+    x = torch.randn(5, 6)
+    expected = tuned(x)["logits"]
+    config = SparseFTConfig(selection="given", target_modules=["fc1", "fc2"])
+    model = peft_ext.graft(copy.deepcopy(base), tuned, config)
+    assert {name: leaf.weight.numel() for name, leaf in deltas(model, "default")} == {
+        "fc1": 1,
+        "fc1.bias": 1,
+        "fc2": 6,
+    }
+    torch.testing.assert_close(model(x)["logits"], expected)
+    torch.testing.assert_close(model.merge_and_unload()(x)["logits"], expected)
+    config = SparseFTConfig(selection="given", num_tunable_weights=2, target_modules=["fc1", "fc2"])
+    model = peft_ext.graft(copy.deepcopy(base), tuned.state_dict(), config)
+    kept = {name: round(leaf.weight.item(), 5) for name, leaf in deltas(model, "default")}
+    assert kept == {"fc1": 0.5, "fc1.bias": 1.0}
+    with pytest.raises(ValueError, match="do not differ"):
+        config = SparseFTConfig(selection="given", target_modules=["fc1"])
+        peft_ext.graft(copy.deepcopy(base), base, config)
+
+
+def lt_sft_file(path: Path, base: nn.Module, tuned: nn.Module, head: str) -> None:
+    """Writes what the published code writes: column-major flat places, as steps, with numpy numbers among them."""
+    import numpy
+
+    diffs = {}
+    for key, parameter in base.named_parameters():
+        delta = (tuned.get_parameter(key) - parameter).detach()
+        if key.startswith(head):
+            continue
+        flat = delta.permute(*range(delta.ndim - 1, -1, -1)).reshape(-1)  # the first dimension runs fastest
+        places = flat.nonzero().squeeze(1).numpy()
+        steps = numpy.diff(places, prepend=0)
+        diffs[key] = {"size": delta.shape, "index_steps": list(steps), "values": flat[places]}
+    whole = {key: p.detach() for key, p in tuned.named_parameters() if key.startswith(head)}
+    torch.save({"diffs": diffs, "abs": whole}, path)
+
+
+def test_importing_a_published_lt_sft_file(tmp_path: Path) -> None:
+    base, tuned = tiny("bert"), tiny("bert")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in tuned.named_parameters():
+            mask = torch.rand(parameter.shape, generator=generator) < (1.0 if "classifier" in key else 0.05)
+            parameter += mask * torch.randn(parameter.shape, generator=generator)
+    lt_sft_file(tmp_path / "pytorch_diff.bin", base, tuned, "classifier")
+    batch = inputs("bert")
+    model = peft_ext.import_lt_sft(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits(model, batch), logits(tuned, batch), rtol=1e-4, atol=1e-5)
+    without = peft_ext.import_lt_sft(copy.deepcopy(base), tmp_path / "pytorch_diff.bin", with_abs=False)
+    assert torch.equal(without.get_base_model().classifier.weight, base.classifier.weight)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/adapter_model.safetensors").exists()
+
+
+def test_a_hostile_file_is_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"diffs": {}, "abs": Bomb()}, tmp_path / "pytorch_diff.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        peft_ext.import_lt_sft(Classifier(), tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+# Several processes
+
+
+def _train_in_parallel(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for selection in ("spiel-ag", "spiel-ma"):
+        torch.manual_seed(rank)  # what differs between processes must not matter
+        config = SparseFTConfig(
+            num_tunable_weights=60,
+            selection=selection,
+            target_modules=["fc1", "fc2"],
+            total_steps=60,
+            reselection_rate=0.5,
+            seed=rank,
+        )
+        model = get_peft_model(Classifier(), config)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-2)
+        for step in range(26):
+            for micro in range(2):
+                generator = torch.Generator().manual_seed(10 * step + 2 * rank + micro)
+                x = torch.randn(8, 6, generator=generator)
+                labels = torch.randint(3, (8,), generator=generator)
+                (parallel(x, labels=labels)["loss"] / 2).backward()
+            torch.nn.utils.clip_grad_norm_(parallel.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, leaf in deltas(model, "default"):
+            key = f"{selection} {name}"
+            found[f"{key} indices"], found[f"{key} index"] = leaf.indices().long(), leaf.index
+            found[f"{key} values"] = leaf.weight.detach()
+            found[f"{key} reselections"] = torch.tensor(leaf.tracker.reselections)
+            for vector in ("exp_avg", "exp_avg_sq") if selection == "spiel-ag" else ():
+                found[f"{key} {vector}"] = optimizer.state[leaf.weight][vector]
+    save_file({key: tensor.contiguous() for key, tensor in found.items()}, f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_all_processes_hold_the_same(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_train_in_parallel, (str(tmp_path),), nprocs=2)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert all(len(first[f"{selection} fc1 reselections"]) == 2 for selection in ("spiel-ag", "spiel-ma"))
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+
+
+# Configs and loading
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "The budget is missing"),
+        ({"density": 0.1, "num_tunable_weights": 3}, "give one of them"),
+        ({"density": 0.0}, r"`density` must be in \(0, 1\]"),
+        ({"density": 1.5}, r"`density` must be in \(0, 1\]"),
+        ({"num_tunable_weights": 0}, "`num_tunable_weights` must be a positive integer"),
+        ({"density": 0.1, "selection": "best"}, "`selection` must be one of"),
+        ({"density": 0.1, "selection": "nonzero"}, "`density` has no effect"),
+        ({"density": 0.1, "reselection_steps": 5}, "must be below `reselection_steps`"),
+        ({"density": 0.1, "reselection_rate": 0.0}, "`reselection_rate` must be in"),
+        ({"density": 0.1, "reselection_policy": "step"}, "must be 'linear' or 'cosine'"),
+        ({"density": 0.1, "total_steps": 0}, "`total_steps` must be a positive integer"),
+        ({"density": 0.1, "save_dtype": "int8"}, "`save_dtype` must be one of"),
+        ({"density": 0.1, "init_weights": False}, "`init_weights` must be True"),
+        ({"num_weights_per_module": {"fc": -1}}, "must map module names to numbers"),
+    ],
+)
+def test_config_refuses(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseFTConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_tunable_weights": 1, "target_modules": ["fc1", "fc2"]}, "leaves 'fc1' .of 96 weights. without any"),
+        (
+            {"num_tunable_weights": 97, "target_modules": ["fc1"]},
+            "asks for 97 tuned weights, the target modules have 96",
+        ),
+        ({"density": 0.9, "target_modules": ["fc1"]}, "`density` asks for"),
+        ({"density": 0.1, "target_modules": ["norm", "fc2"]}, "'norm' is a norm"),
+        ({"density": 0.1, "selection": "lt-sft"}, "peft_ext.lt_sft"),
+        ({"density": 0.1, "selection": "sensitivity"}, "config.use_scores"),
+        ({"selection": "given"}, "config.use_support"),
+        ({"num_weights_per_module": {"fc7": 3}}, "'fc7', which is not among the target modules"),
+        ({"num_weights_per_module": {"fc1": 97}}, "97 weights of 'fc1', which has 96"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_unchanged(fields: dict[str, Any], message: str) -> None:
+    model = MLP()
+    before = list(model.state_dict())
+    fields = {"target_modules": ["fc1", "fc2"], **fields}
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, SparseFTConfig(**fields))
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        ({"fc1": torch.tensor([0.5])}, "must be a vector of integers"),
+        ({"fc1": torch.tensor([1, 1])}, "must be distinct places"),
+        ({"fc1": torch.tensor([-1])}, "must be distinct places"),
+        ({"fc1": torch.tensor([96])}, "place 96 of 'fc1', which has 96 weights"),
+        ({"fc9": torch.tensor([1])}, "'fc9', which is not among the target modules"),
+    ],
+)
+def test_a_support_that_does_not_fit(support: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config = SparseFTConfig(selection="given", target_modules=["fc1"]).use_support(support)
+        get_peft_model(MLP(), config)
+
+
+def test_a_support_from_a_file(tmp_path: Path) -> None:
+    support = {"fc1": torch.tensor([5, 3, 95]), "fc1.bias": torch.tensor([2])}
+    first = SparseFTConfig(selection="given", target_modules=["fc1"]).use_support(support)
+    first.save_support(tmp_path / "support.safetensors")
+    config = SparseFTConfig(selection="given", target_modules=["fc1"]).use_support(tmp_path / "support.safetensors")
+    model = get_peft_model(MLP(), config)
+    assert {name: leaf.indices().tolist() for name, leaf in deltas(model, "default")} == {
+        "fc1": [3, 5, 95],
+        "fc1.bias": [2],
+    }
+    with pytest.raises(ValueError, match="needs `selection='given'`"):
+        SparseFTConfig(density=0.1).use_support(support)
+
+
+def test_a_config_without_its_adapter_is_not_trained(tmp_path: Path) -> None:
+    config = SparseFTConfig(selection="given", target_modules=["fc"]).use_support({"fc": torch.tensor([1, 7])})
+    get_peft_model(One(), config).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(One(), tmp_path, is_trainable=True)
+    run_steps(loaded, torch.optim.SGD(loaded.parameters(), lr=0.1), range(2))
+    assert set(support_of(next(deltas(loaded, "default"))[1])) == {1, 7}
+    config = SparseFTConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    fresh = get_peft_model(One(), config)
+    with pytest.raises(ValueError, match="no saved adapter was loaded"):
+        run_steps(fresh, torch.optim.SGD(fresh.parameters(), lr=0.1), range(1))
+
+
+@pytest.mark.parametrize("selection", ["smallest", "largest", "nonzero", "random", "sensitivity"])
+def test_fixed_supports(selection: str) -> None:
+    torch.manual_seed(0)
+    base = MLP()
+    with torch.no_grad():
+        base.fc2.weight.mul_(torch.rand(16, 16) < 0.3)
+    budget = {} if selection == "nonzero" else {"num_tunable_weights": 44}
+    config = SparseFTConfig(selection=selection, target_modules=["fc1", "fc2"], **budget)
+    scores = {name: torch.rand(getattr(base, name).weight.shape) for name in ("fc1", "fc2")}
+    if selection == "sensitivity":
+        config.use_scores(scores)
+    model = get_peft_model(copy.deepcopy(base), config)
+    found = {name: leaf.indices().tolist() for name, leaf in deltas(model, "default")}
+    for name in ("fc1", "fc2"):
+        weight = getattr(base, name).weight.detach().flatten()
+        k = {"fc1": 12, "fc2": 32}[name]
+        order = weight.abs().argsort(stable=True)
+        if selection == "smallest":
+            assert found[name] == order[:k].sort().values.tolist()
+        elif selection == "largest":
+            assert found[name] == order[-k:].sort().values.tolist()
+        elif selection == "nonzero":
+            assert found[name] == weight.nonzero().squeeze(1).tolist()
+        elif selection == "random":
+            assert len(found[name]) == k
+    if selection == "sensitivity":
+        together = torch.cat([scores["fc1"].flatten(), scores["fc2"].flatten()])
+        best = set(together.topk(44).indices.tolist())
+        assert {*found["fc1"], *(i + 96 for i in found["fc2"])} == best
+    if selection == "nonzero":
+        random_values(model, "default")
+        merged = model.merge_and_unload()
+        assert torch.equal(merged.fc2.weight == 0, base.fc2.weight == 0)
+
+
+def test_budget_is_spread_without_loss() -> None:
+    sizes = {"a": 7, "b": 100, "c": 33}
+    for budget in range(1, 140):
+        counts = proportional(budget, sizes)
+        assert sum(counts.values()) == budget
+        assert all(abs(counts[name] - budget * size / 140) < 1 for name, size in sizes.items())
+
+
+def test_density_counts_all_parameters_of_the_model() -> None:
+    base = tiny("llama")
+    total = sum(p.numel() for p in base.parameters())
+    model = get_peft_model(base, SparseFTConfig(density=0.03))
+    names = {name for name, _ in deltas(model, "default")}
+    assert sum(leaf.weight.numel() for _, leaf in deltas(model, "default")) == int(0.03 * total)
+    assert len(names) == 14 and not any("lm_head" in name or "embed" in name for name in names)
+
+
+@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
+def test_values_on_disk(save_dtype: str, tmp_path: Path) -> None:
+    model = classifier("random", save_dtype=save_dtype)
+    random_values(model, "default")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {str(t.dtype) for key, t in stored.items() if key.endswith("weight")} == {f"torch.{save_dtype}"}
+    loaded = PeftModel.from_pretrained(Classifier(), tmp_path)
+    for (_, leaf), (_, other) in zip(deltas(model, "default"), deltas(loaded, "default"), strict=True):
+        assert torch.equal(leaf.indices(), other.indices())
+        assert other.weight.dtype == torch.float32
+        expected = leaf.weight.to(getattr(torch, save_dtype)).float()
+        assert torch.equal(other.weight, expected)
+
+
+def test_unmerging_is_exact_and_merging_rounds_once() -> None:
+    model = classifier("random")
+    random_values(model, "default")
+    model.to(torch.bfloat16)
+    layer = model.base_model.model.fc1
+    before = layer.base_layer.weight.clone()
+    leaf = layer.sparse_ft_delta["default"]
+    exact = before.float().flatten().index_add(0, leaf.indices(), leaf.weight.detach())
+    model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight.flatten(), exact.to(torch.bfloat16))
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_figure(tmp_path: Path) -> None:
+    plots = pytest.importorskip("peft_ext.plots")
+    pytest.importorskip("matplotlib")
+    model = get_peft_model(tiny("llama"), SparseFTConfig(density=0.05, total_steps=60, reselection_rate=0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(6):
+        model(**inputs("llama")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    figure = plots.sparse_support(model)
+    figure.savefig(tmp_path / "figure.png")
+    left, right = figure.axes[:2]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["0", "1"]
+    assert list(right.lines[0].get_xdata()) == [5]
+    with pytest.raises(ValueError, match="no sparse adapter named 'other'"):
+        plots.sparse_support(model, "other")
+
+
+def test_4_bit_base(tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4"), nn.Linear(32, 3))
+    model = model.to("cpu")
+    x = torch.randn(4, 64)
+    model(x)  # quantises
+    config = SparseFTConfig(density=0.02, target_modules=["0"], total_steps=60, reselection_rate=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, config)
+        (_, leaf) = next(deltas(adapted, "default"))
+        assert (leaf.size, leaf.weight.numel()) == (64 * 32, int(0.02 * (64 * 32 + 32 + 99)))
+        optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+        for _ in range(6):
+            adapted(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert leaf.tracker.reselections and leaf.weight.dtype == torch.float32
+        with pytest.raises(ValueError, match=r"Cannot merge adapter 'default' into quantised weights.*dequantize"):
+            adapted.merge_and_unload()
+
+
+def test_ag_under_gradient_checkpointing_and_shared_modules() -> None:
+    torch.manual_seed(0)
+    results = []
+    for checkpointing in (False, True):
+        model = get_peft_model(
+            tiny("llama"),
+            SparseFTConfig(density=0.05, total_steps=60, reselection_rate=0.5),
+            autocast_adapter_dtype=True,
+        )
+        if checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(6):
+            model(**inputs("llama")).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append({name: set(support_of(leaf)) for name, leaf in deltas(model, "default")})
+    assert results[0] == results[1]
+
+    class Twice(One):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) + self.fc(2 * x)
+
+    model = get_peft_model(Twice(), SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], total_steps=40))
+    (_, leaf) = next(deltas(model, "default"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(4):
+        backward_of(model, scripted_gradient(step))
+        torch.testing.assert_close(leaf.tracker._raw, leaf.weight.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    total = 3 * sum(scripted_gradient(step) for step in range(4)).flatten()
+    torch.testing.assert_close(leaf.tracker.sums, total[leaf.tracker.candidates])
+
+
+@pytest.mark.parametrize("size", [1000, 6000])  # below 4,096 values the state is kept in fp32
+def test_8_bit_adam(size: int) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 100))
+    config = SparseFTConfig(num_tunable_weights=size, target_modules=["0"], total_steps=60, reselection_rate=0.5)
+    model = get_peft_model(model, config)
+    (_, leaf) = next(deltas(model, "default"))
+    optimizer = bnb.optim.AdamW8bit([leaf.weight], lr=1e-2)
+    moments: list[dict[int, float]] = []
+    move = spiel.Tracker._move
+
+    def watched(self: Any, leaf: SparseDelta, *args: Any) -> None:
+        def first_moment() -> dict[int, float]:
+            state = optimizer.state[leaf.weight]
+            vector = state["state1"] if size < 4096 else spiel._from_8_bit(state, "state1")
+            return on_support(leaf, vector)
+
+        moments.append(first_moment())
+        move(self, leaf, *args)
+        moments.append(first_moment())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spiel.Tracker, "_move", watched)
+        for step in range(25):
+            x = torch.randn(16, 128, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(leaf.tracker.reselections) == 2
+    survivors = set(moments[2]) & set(moments[3])
+    before, after = (torch.tensor([moment[i] for i in sorted(survivors)]) for moment in moments[2:])
+    assert (before - after).norm() <= (0.0 if size < 4096 else 0.05) * before.norm()
