@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -897,38 +898,45 @@ def test_a_hostile_file_is_not_run(tmp_path: Path) -> None:
 def _train_in_parallel(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for selection in ("spiel-ag", "spiel-ma"):
-        torch.manual_seed(rank)  # what differs between processes must not matter
-        config = SparseFTConfig(
-            num_tunable_weights=60,
-            selection=selection,
-            target_modules=["fc1", "fc2"],
-            total_steps=60,
-            reselection_rate=0.5,
-            seed=rank,
-        )
-        model = get_peft_model(Classifier(), config)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-2)
-        for step in range(26):
-            for micro in range(2):
-                generator = torch.Generator().manual_seed(10 * step + 2 * rank + micro)
-                x = torch.randn(8, 6, generator=generator)
-                labels = torch.randint(3, (8,), generator=generator)
-                (parallel(x, labels=labels)["loss"] / 2).backward()
-            torch.nn.utils.clip_grad_norm_(parallel.parameters(), 0.05)
-            optimizer.step()
-            optimizer.zero_grad()
-        for name, leaf in deltas(model, "default"):
-            key = f"{selection} {name}"
-            found[f"{key} indices"], found[f"{key} index"] = leaf.indices().long(), leaf.index
-            found[f"{key} values"] = leaf.weight.detach()
-            found[f"{key} reselections"] = torch.tensor(leaf.tracker.reselections)
-            for vector in ("exp_avg", "exp_avg_sq") if selection == "spiel-ag" else ():
-                found[f"{key} {vector}"] = optimizer.state[leaf.weight][vector]
-    save_file({key: tensor.contiguous() for key, tensor in found.items()}, f"{folder}/{rank}.safetensors")
-    torch.distributed.destroy_process_group()
+        found |= _trained_in_parallel(rank, selection)
+    save_file(found, f"{folder}/{rank}.safetensors")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads now and then deadlock with the interpreter when both go
+
+
+def _trained_in_parallel(rank: int, selection: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(rank)  # what differs between processes must not matter
+    config = SparseFTConfig(
+        num_tunable_weights=60,
+        selection=selection,
+        target_modules=["fc1", "fc2"],
+        total_steps=60,
+        reselection_rate=0.5,
+        seed=rank,
+    )
+    model = get_peft_model(Classifier(), config)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-2)
+    for step in range(26):
+        for micro in range(2):
+            generator = torch.Generator().manual_seed(10 * step + 2 * rank + micro)
+            x = torch.randn(8, 6, generator=generator)
+            labels = torch.randint(3, (8,), generator=generator)
+            (parallel(x, labels=labels)["loss"] / 2).backward()
+        torch.nn.utils.clip_grad_norm_(parallel.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {}
+    for name, leaf in deltas(model, "default"):
+        key = f"{selection} {name}"
+        found[f"{key} indices"], found[f"{key} index"] = leaf.indices().long(), leaf.index
+        found[f"{key} values"] = leaf.weight.detach()
+        found[f"{key} reselections"] = torch.tensor(leaf.tracker.reselections)
+        for vector in ("exp_avg", "exp_avg_sq") if selection == "spiel-ag" else ():
+            found[f"{key} {vector}"] = optimizer.state[leaf.weight][vector]
+    return {key: tensor.contiguous() for key, tensor in found.items()}
 
 
 def test_all_processes_hold_the_same(tmp_path: Path) -> None:

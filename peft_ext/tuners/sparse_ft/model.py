@@ -43,7 +43,6 @@ class SparseFTModel(ExtModel):
 
     prefix = "sparse_ft_"
     tuner_layer_cls = SparseFTLayer
-    target_module_mapping = dict[str, list[str]]()  # any architecture will do
     misfit_advice = (
         "It was made for another base model, or with another `density` (or `num_tunable_weights`). To go on training, "
         "use the saved adapter's own config: `PeftModel.from_pretrained(base, path, is_trainable=True)`."
