@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -141,45 +141,50 @@ def top_indices(scores: Callable[[int, int], torch.Tensor], n: int, k: int, smal
 
     Args:
         scores: Gives the scores of the places `start` to `stop`; a negative score takes its place out. They are
-            asked for in pieces, more than once, so that nothing of n entries is made here.
+            asked for in pieces, each once and in order, so that nothing of n entries is made here.
         smallest: Take the k smallest instead.
 
     Returns fewer than k places if fewer are in. Scores are compared in fp32.
     """
-
     size = min(CHUNK, max(1 << 15, n // 32))  # several tensors of this size are alive at a time
+    keys: list[torch.Tensor] = []
+    places: list[torch.Tensor] = []
+    held, floor = 0, -1  # only keys above the floor can be among the k largest
+    for start in range(0, n, size):
+        piece = _keys(scores(start, min(n, start + size)), smallest)
+        entering = (piece > floor).nonzero().squeeze(1)
+        keys.append(piece[entering])
+        places.append(entering + start)
+        held += len(entering)
+        if held > 2 * k or start + size >= n:
+            together = torch.cat(keys)
+            best = _largest(together, k)
+            keys, places, held = [together[best]], [torch.cat(places)[best]], len(best)
+            if held == k:
+                floor = int(keys[0].min()) if k else LARGEST_KEY
+    return places[0] if places else torch.zeros(0, dtype=torch.long)
 
-    def pieces() -> Iterable[tuple[int, torch.Tensor]]:
-        for start in range(0, n, size):
-            piece = scores(start, min(n, start + size)).float().contiguous()
-            # the bits of non-negative floats sort like the floats; NaN, which must not win, and -0 are made plain
-            keys = torch.nan_to_num(piece, nan=-1.0, posinf=torch.finfo(torch.float32).max).add_(0.0)
-            keys = keys.view(torch.int32)
-            yield start, torch.where(keys < 0, keys, LARGEST_KEY - keys) if smallest else keys
 
-    # radix selection: first the upper half of the bits of the k-th largest key, then the lower one
-    upper = sum(_histogram(keys[keys >= 0] >> 16) for _, keys in pieces())
-    assert isinstance(upper, torch.Tensor)
-    available = int(upper.sum())
-    k = min(k, available)
+def _keys(scores: torch.Tensor, smallest: bool) -> torch.Tensor:
+    """Integers that sort like the scores; NaN, which must not win, is out like a negative one."""
+    plain = torch.nan_to_num(scores.float(), nan=-1.0, posinf=torch.finfo(torch.float32).max).add_(0.0)  # no -0
+    keys = plain.contiguous().view(torch.int32)  # the bits of non-negative floats sort like the floats
+    return torch.where(keys < 0, keys, LARGEST_KEY - keys) if smallest else keys
+
+
+def _largest(keys: torch.Tensor, k: int) -> torch.Tensor:
+    """The places of the k largest of non-negative keys, sorted, by radix selection; of equal ones the first win."""
+    if k >= len(keys):
+        return torch.arange(len(keys), device=keys.device)
     if k == 0:
-        return torch.zeros(0, dtype=torch.long, device=upper.device)
-    high, rest = _bin_of_kth(upper, k)
-    lower = sum(_histogram(keys[(keys >= 0) & (keys >> 16 == high)] & 0xFFFF) for _, keys in pieces())
-    assert isinstance(lower, torch.Tensor)
-    bits, ties = _bin_of_kth(lower, rest)
+        return torch.zeros(0, dtype=torch.long, device=keys.device)
+    upper = keys >> 16  # first the upper half of the bits of the k-th largest, then the lower one
+    high, rest = _bin_of_kth(torch.bincount(upper, minlength=1 << 16), k)
+    bits, ties = _bin_of_kth(torch.bincount(keys[upper == high] & 0xFFFF, minlength=1 << 16), rest)
     threshold = (high << 16) | bits
-    found = []
-    for start, keys in pieces():
-        above = (keys > threshold).nonzero().squeeze(1)
-        equal = (keys == threshold).nonzero().squeeze(1)[:ties]
-        ties -= len(equal)
-        found.append(torch.cat([above, equal]).sort().values + start)
-    return torch.cat(found)
-
-
-def _histogram(keys: torch.Tensor) -> torch.Tensor:
-    return torch.bincount(keys, minlength=1 << 16)
+    chosen = keys > threshold
+    chosen[(keys == threshold).nonzero().squeeze(1)[:ties]] = True
+    return chosen.nonzero().squeeze(1)
 
 
 def _bin_of_kth(histogram: torch.Tensor, k: int) -> tuple[int, int]:
@@ -221,10 +226,18 @@ class Gradient:
         with torch.no_grad(), torch.autocast(self.grad.device.type, enabled=False):
             return self.op.grad_values(self.x, self.grad, indices)
 
-    def dense(self) -> torch.Tensor:
-        """All of it, flat, in fp32 at least."""
+    def top_indices(self, k: int) -> torch.Tensor:
+        """The flat places `(k,)` of its entries of largest magnitude, sorted; of a linear layer it is never whole."""
+        width = self.op.n // self.op.shape[0]
         with torch.no_grad(), torch.autocast(self.grad.device.type, enabled=False):
-            return self.op.grad_weight(_at_least_fp32(self.x), _at_least_fp32(self.grad)).reshape(-1)
+            rows = self.op.gradient_rows(_at_least_fp32(self.x), _at_least_fp32(self.grad))
+
+            def magnitudes(start: int, stop: int) -> torch.Tensor:
+                first = start // width
+                block = rows(first, -(-stop // width)).reshape(-1)
+                return block[start - first * width : stop - first * width].abs_()
+
+            return top_indices(magnitudes, self.op.n, k)
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
@@ -251,6 +264,11 @@ class Operation:
     def grad_weight(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the whole weight."""
         raise NotImplementedError
+
+    def gradient_rows(self, x: torch.Tensor, grad: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+        """A function that gives the rows `first` to `last` of the gradient of the weight, as a tensor of its own."""
+        whole = self.grad_weight(x, grad)
+        return lambda first, last: whole[first:last].clone()
 
     def grad_values(self, x: torch.Tensor, grad: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """The gradient of the weight at flat places; here read off the dense one."""
@@ -291,6 +309,10 @@ class LinearOperation(Operation):
     def grad_weight(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         left, right = self._rows(x, grad)
         return left @ right
+
+    def gradient_rows(self, x: torch.Tensor, grad: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+        left, right = self._rows(x, grad)
+        return lambda first, last: left[first:last] @ right
 
     def grad_values(self, x: torch.Tensor, grad: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         left, right = self._rows(x, grad)
@@ -403,8 +425,17 @@ class EmbeddingOperation(Operation):
         return tokens, rows
 
     def grad_weight(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        return self.gradient_rows(x, grad)(0, self.shape[0])
+
+    def gradient_rows(self, x: torch.Tensor, grad: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
         tokens, rows = self._token_rows(x, grad)
-        return torch.zeros(self.shape, dtype=rows.dtype, device=rows.device).index_copy_(0, tokens.long(), rows)
+
+        def between(first: int, last: int) -> torch.Tensor:
+            start, stop = (int(torch.searchsorted(tokens, place)) for place in (first, last))
+            block = torch.zeros(last - first, self.shape[1], dtype=rows.dtype, device=rows.device)
+            return block.index_copy_(0, tokens[start:stop].long() - first, rows[start:stop])
+
+        return between
 
     def grad_values(self, x: torch.Tensor, grad: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         tokens, rows = self._token_rows(x, grad)

@@ -266,12 +266,8 @@ class AgTracker(Tracker):
                 self._discard_step()
         self._backward = backward
         if self.candidates is None:
-            dense = gradient.dense()
-            self.candidates = top_indices(lambda start, stop: dense[start:stop].abs(), len(dense), k)
-            found = dense[self.candidates]
-            del dense
-        else:
-            found = gradient.at(self.candidates)
+            self.candidates = gradient.top_indices(k)
+        found = gradient.at(self.candidates)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         self._pending = found if self._pending is None else self._pending + found
         self._raw = values.clone() if self._raw is None else self._raw + values
