@@ -1,6 +1,7 @@
 """Fine-tuning methods that PEFT does not have, as a plug-in: `import peft_ext` registers them with PEFT."""
 
 from .base import ExtConfig, PeftMixedModel
+from .calibrate import calibrate
 from .loading import load
 from .register import register_method
 from .tuners.sparse_ft import (
@@ -33,6 +34,7 @@ __all__ = [
     "VQTModel",
     "__version__",
     "attention_maps",
+    "calibrate",
     "graft",
     "import_lt_sft",
     "load",

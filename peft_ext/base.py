@@ -474,6 +474,19 @@ class ExtModel(BaseTuner):
         """What is written to disk of an adapter's tensors."""
         return tensors
 
+    @classmethod
+    def candidates(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that a sensitivity pass looks at, by name; for methods that look at data before training."""
+        raise TypeError(
+            f"{config.METHOD} looks at no data before training, so there is nothing to calibrate: give the config to "
+            "`get_peft_model` as it is."
+        )
+
+    @classmethod
+    def take_scores(cls, config: Any, model: nn.Module, scores: Any) -> None:
+        """Writes what follows from the `Scores` of the candidates into the config."""
+        raise NotImplementedError
+
     # Injection
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -541,6 +554,11 @@ class ExtModel(BaseTuner):
 
     @classmethod
     def check_targets(cls, config: ExtConfig, model: nn.Module) -> None:
+        """Whatever must be known before the first module is replaced; `check_modules` as a rule."""
+        cls.check_modules(config, model)
+
+    @classmethod
+    def check_modules(cls, config: ExtConfig, model: nn.Module) -> None:
         """Raises for targets that cannot be adapted while the model is still as it was.
 
         Raises:
@@ -636,12 +654,12 @@ class _MixedModel(MixedModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if isinstance(peft_config, ExtConfig):
-            return _tuner_of(peft_config).default_targets(peft_config, model_config, self.model)
+            return tuner_of(peft_config).default_targets(peft_config, model_config, self.model)
         return MixedModel._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if isinstance(peft_config, ExtConfig):
-            _tuner_of(peft_config).check_targets(peft_config, model)
+            tuner_of(peft_config).check_targets(peft_config, model)
 
     def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, ExtConfig):
@@ -683,7 +701,7 @@ class _MixedModel(MixedModel):
     ) -> nn.Module:
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
-        methods = {_tuner_of(config) for config in self.peft_config.values() if isinstance(config, ExtConfig)}
+        methods = {tuner_of(config) for config in self.peft_config.values() if isinstance(config, ExtConfig)}
         _announce_unloading(self.model)
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if merge:
@@ -778,7 +796,8 @@ class PeftMixedModel(_PeftMixedModel):
             config.save_pretrained(directory)
 
 
-def _tuner_of(config: ExtConfig) -> type[ExtModel]:
+def tuner_of(config: ExtConfig) -> type[ExtModel]:
+    """The tuner class of a config."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.METHOD)]
     assert issubclass(tuner, ExtModel)
     return tuner
@@ -793,7 +812,7 @@ def _create_and_replace(
     parent: nn.Module,
     current_key: str,
 ) -> None:
-    layer = _tuner_of(config).inject_layer(tuner, config, adapter_name, target, current_key)
+    layer = tuner_of(config).inject_layer(tuner, config, adapter_name, target, current_key)
     if layer is not None:
         tuner._replace_module(parent, target_name, layer, target)
 

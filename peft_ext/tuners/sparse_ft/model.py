@@ -8,6 +8,7 @@ arXiv:2110.07560) finds it by a dense training first; others fix it by the magni
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,10 +79,36 @@ class SparseFTModel(ExtModel):
             ValueError: The budget or the support does not fit the model, or the support is still missing.
         """
         assert isinstance(config, SparseFTConfig)
-        super().check_targets(config, model)
+        cls.check_modules(config, model)
         targets = dict(matched_targets(config, model))
         if targets:  # PEFT itself says so if nothing matches
             settle_budget(config, model, targets)
+
+    @classmethod
+    def candidates(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of the target modules, for `calibrate`.
+
+        Raises:
+            ValueError: The config's `selection` is not `"sensitivity"`, or the base is quantised.
+        """
+        if config.selection != "sensitivity":
+            raise ValueError(f"`calibrate` needs `selection='sensitivity'`, the config says {config.selection!r}.")
+        found = {}
+        for name, base_layer in _resolved_targets(cls, config, model).items():
+            weight = base_layer.weight
+            assert isinstance(weight, nn.Parameter)
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"The weight of {name!r} is quantised and has no gradient: calibrate on the model loaded without "
+                    "quantisation; the config that comes out fits both."
+                )
+            found[name] = weight
+        return found
+
+    @classmethod
+    def take_scores(cls, config: Any, model: nn.Module, scores: Any) -> None:
+        """The budget goes to the largest scores of all targets together."""
+        config.use_support(scores.top(_budget(config, model, scores.total)))
 
     @classmethod
     def inject_layer(
@@ -133,6 +160,15 @@ class SparseFTModel(ExtModel):
         from .compose import add_weighted_adapter
 
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+
+
+def _resolved_targets(cls: type[ExtModel], config: ExtConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the config would adapt on this model; the config stays as it is."""
+    config = copy.copy(config)
+    model_config = getattr(model, "config", None)
+    config = cls.default_targets(config, model_config.to_dict() if model_config is not None else {}, model)
+    cls.check_modules(config, model)
+    return dict(matched_targets(config, model))
 
 
 def backbone_linears(model: nn.Module) -> set[str]:

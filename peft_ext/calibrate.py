@@ -1,0 +1,375 @@
+r"""The sensitivity pass: which weights the loss depends on, found with a few batches before training begins.
+
+With g_b the gradient of the mean loss of batch b (with several processes: of their batches together), the score of a
+weight w is, summed over the batches,
+
+    "sensitivity"   g_b^2              what one step would change the loss by, up to the learning rate (SPT, He et al. 2023)
+    "fisher"        g_i^2              over single samples i instead of batches: the diagonal of the empirical Fisher matrix
+    "magnitude"     |w g_b|            first-order change of the loss if w were removed, batch by batch
+    "snip"          |w sum_b g_b|      the same of all batches together (Lee et al. 2019)
+
+Each gradient is added to its sums on the host as soon as it is complete, and released, so that no two large gradients
+are alive at once. `memory="exact"` keeps one fp32 sum a weight. `memory="pool"` keeps sums of the larger half only, in
+bfloat16: those below a floor that rises with what was seen are forgotten, and a weight that enters late has lost what
+it had before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from torch import distributed, nn
+from tqdm.auto import tqdm
+
+from .base import ExtConfig, tuner_of
+from .sparse import CHUNK, top_indices
+
+
+KINDS = ("sensitivity", "fisher", "magnitude", "snip")
+Config = TypeVar("Config", bound=ExtConfig)
+
+
+class Scores:
+    """Non-negative scores of the weights of many tensors, by name.
+
+    Attributes:
+        sizes: The number of weights of each tensor.
+        batches: How many batches they come from.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.sizes = dict(sizes)
+        self.batches = 0
+
+    @property
+    def total(self) -> int:
+        """The number of all weights."""
+        return sum(self.sizes.values())
+
+    def of(self, name: str) -> torch.Tensor:
+        """The scores of the weights of one tensor, flat; -1 where they were forgotten."""
+        raise NotImplementedError
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Adds `values`, flat, not negative and in fp32, to the sums of one tensor."""
+        raise NotImplementedError
+
+    def top(self, k: int) -> dict[str, torch.Tensor]:
+        """The flat places of the k largest scores of all tensors together, sorted, by tensor.
+
+        Raises:
+            ValueError: Fewer than k were kept.
+        """
+        names = list(self.sizes)
+        ends = torch.tensor(list(self.sizes.values())).cumsum(0).tolist()
+        starts = [0, *ends]
+        current: dict[str, torch.Tensor] = {}  # the one tensor that is written out
+
+        def piece(start: int, stop: int) -> torch.Tensor:
+            parts = []
+            for name, first, last in zip(names, starts, ends, strict=False):
+                if first < stop and last > start:
+                    if name not in current:
+                        current.clear()
+                        current[name] = self.of(name)
+                    parts.append(current[name][max(0, start - first) : stop - first])
+            return torch.cat(parts)
+
+        chosen = top_indices(piece, self.total, k)
+        if len(chosen) < k:
+            raise ValueError(
+                f"{k} weights are asked for, {len(chosen)} have a score: lower the budget, or use `memory='exact'`."
+            )
+        bounds = torch.searchsorted(chosen, torch.tensor(starts)).tolist()
+        return {
+            name: chosen[first:last] - start
+            for name, start, first, last in zip(names, starts, bounds, bounds[1:], strict=False)
+            if last > first
+        }
+
+
+class ExactScores(Scores):
+    """One fp32 sum for every weight, on the host."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        super().__init__(sizes)
+        self.sums = {name: torch.zeros(size) for name, size in sizes.items()}
+
+    def of(self, name: str) -> torch.Tensor:
+        return self.sums[name]
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        self.sums[name].add_(values.cpu())
+
+
+class PooledScores(Scores):
+    """Sums of the larger half of the weights only, in bfloat16, rounded up or down at random so that none is lost.
+
+    That is 1.125 bytes a weight: half of two bytes, and a bit that says whether the weight is in.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        super().__init__(sizes)
+        self.members = {name: numpy.packbits(numpy.zeros(size, dtype=bool)) for name, size in sizes.items()}
+        self.sums = {name: torch.zeros(0, dtype=torch.bfloat16) for name in sizes}
+        self.room = self.total // 2
+        self.floor = 0.0  # what a newcomer must have in one batch
+        self.generator = torch.Generator().manual_seed(0)
+
+    def _mask(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(numpy.unpackbits(self.members[name], count=self.sizes[name])).bool()
+
+    def of(self, name: str) -> torch.Tensor:
+        return torch.full((self.sizes[name],), -1.0).masked_scatter_(self._mask(name), self.sums[name].float())
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        values = values.cpu()
+        inside = self._mask(name)
+        values += torch.zeros(len(values)).masked_scatter_(inside, self.sums[name].float())
+        inside |= values > self.floor
+        self._keep(name, inside, self._rounded(values[inside]))
+        if sum(len(sums) for sums in self.sums.values()) > self.room:
+            self._forget()
+
+    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
+        """In bfloat16, which is the upper half of fp32, with the expected value of `values`."""
+        noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, generator=self.generator)
+        return (values.view(torch.int32).add_(noise) >> 16).to(torch.int16).view(torch.bfloat16)
+
+    def _keep(self, name: str, inside: torch.Tensor, sums: torch.Tensor) -> None:
+        self.members[name] = numpy.packbits(inside.numpy())
+        self.sums[name] = sums
+
+    def _forget(self) -> None:
+        """Raises the floor so far that an eighth of the room is free again."""
+        counts = torch.zeros(1 << 15, dtype=torch.long)  # of the bits, which sort like the sums
+        for sums in self.sums.values():
+            for part in sums.view(torch.int16).split(CHUNK):
+                counts += part.bincount(minlength=1 << 15)
+        excess = int(counts.sum()) - self.room * 7 // 8
+        lowest = int(torch.searchsorted(counts.cumsum(0), excess))
+        self.floor = float(torch.tensor(lowest, dtype=torch.int16).view(torch.bfloat16))
+        for name, sums in self.sums.items():
+            stays = sums > self.floor
+            mask = self._mask(name)
+            self._keep(name, mask.masked_scatter(mask, stays), sums[stays])
+
+
+def calibrate(
+    model: nn.Module,
+    config: Config,
+    dataloader: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    num_batches: int = 16,
+    *,
+    trainer: Any = None,
+    kind: str = "sensitivity",
+    memory: str = "exact",
+    progress: bool = True,
+) -> Config:
+    """Runs a few batches through the model and writes what the config's method needs to know of them into the config.
+
+    The model comes back as it was, its modes, gradients, buffers and random state included, also after an error.
+
+    Args:
+        model: The model without this adapter, as it is about to be given to `get_peft_model`.
+        config: A config that looks at data, such as `SparseFTConfig(selection="sensitivity", density=0.01)`.
+        dataloader: Gives batches, each a mapping that is passed to the model as keyword arguments.
+        loss_fn: Makes the mean loss of a batch, `loss_fn(model, batch)`, if it is not the `loss` of what the model
+            returns.
+        num_batches: At most so many batches are looked at.
+        trainer: Instead of `dataloader`: a `Trainer` or `SFTTrainer` that was made with the same model and data, but
+            without `peft_config`; the batches are those that it would train on.
+        kind: `"sensitivity"`, `"fisher"`, `"magnitude"` or `"snip"`; see the top of `calibrate.py`.
+        memory: `"exact"`, four bytes a weight on the host, or `"pool"`, about one.
+        progress: Show a bar.
+
+    Returns:
+        The config itself.
+
+    Raises:
+        TypeError: The config's method looks at no data.
+        ValueError: There are no batches, the loss is not finite or has no gradient, a target gets none, or an
+            argument is none of those it can be.
+    """
+    if not isinstance(config, ExtConfig):
+        raise TypeError(f"{type(config).__name__} is no config of this package, so there is nothing to calibrate.")
+    tuner = tuner_of(config)
+    candidates = tuner.candidates(config, model)
+    measured = measure(
+        model,
+        candidates,
+        dataloader,
+        loss_fn,
+        num_batches,
+        trainer=trainer,
+        kind=kind,
+        memory=memory,
+        progress=progress,
+    )
+    tuner.take_scores(config, model, measured)
+    return config
+
+
+def measure(
+    model: nn.Module,
+    candidates: Mapping[str, nn.Parameter],
+    dataloader: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    num_batches: int = 16,
+    *,
+    trainer: Any = None,
+    kind: str = "sensitivity",
+    memory: str = "exact",
+    progress: bool = True,
+) -> Scores:
+    """The pass itself: the scores of the `candidates`, parameters of `model`; the arguments are those of `calibrate`."""
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
+    if memory not in ("exact", "pool"):
+        raise ValueError(f"`memory` must be 'exact' or 'pool', got {memory!r}.")
+    if memory == "pool" and kind == "snip":
+        raise ValueError("`memory='pool'` keeps the largest of growing sums; those of kind='snip' change their sign.")
+    if (dataloader is None) == (trainer is None):
+        raise ValueError("Give either `dataloader` or `trainer`.")
+    if num_batches < 1:
+        raise ValueError(f"`num_batches` must be at least 1, got {num_batches}.")
+    if dataloader is None:
+        dataloader = trainer.get_train_dataloader()
+    scores = (ExactScores if memory == "exact" else PooledScores)({n: p.numel() for n, p in candidates.items()})
+    seen: set[str] = set()
+
+    def take(name: str, parameter: torch.Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None
+        seen.add(name)
+        if _world() > 1:
+            distributed.all_reduce(grad)
+            grad /= _world()
+        # a single tensor of the gradient's size is alive besides it, and none if it is in fp32
+        values = grad.detach().float().reshape(-1)
+        if kind in ("magnitude", "snip"):
+            values = values.mul_(parameter.detach().reshape(-1))
+        scores.add(name, values if kind == "snip" else values.abs_() if kind == "magnitude" else values.square_())
+
+    names = {id(parameter): name for name, parameter in candidates.items()}
+    with ExitStack() as stack:
+        stack.enter_context(_as_it_was(model, candidates))
+        for parameter in candidates.values():
+            hook = parameter.register_post_accumulate_grad_hook(lambda p: take(names[id(p)], p))
+            stack.callback(hook.remove)
+        bar = stack.enter_context(
+            tqdm(total=num_batches, desc="calibrating", disable=not (progress and _is_first_process()))
+        )
+        for batch in _batches(dataloader, num_batches, model):
+            for part in _samples(batch) if kind == "fisher" else (batch,):
+                loss = _loss(model, part, loss_fn)
+                if not bool(torch.isfinite(loss)):
+                    raise ValueError(f"The loss of batch {scores.batches} of the sensitivity pass is {loss.item()}.")
+                if not loss.requires_grad:
+                    raise ValueError(
+                        "The loss does not depend on the weights that the config targets: it is detached, computed "
+                        "under `no_grad`, or `target_modules` are not on its way."
+                    )
+                loss.backward()
+            scores.batches += 1
+            bar.update()
+    if scores.batches == 0:
+        raise ValueError("The data loader gave no batch: it is empty, or an iterator that was used up before.")
+    if missing := [name for name in candidates if name not in seen]:
+        raise ValueError(
+            f"The loss has no gradient for {missing[0]!r}{f' and {len(missing) - 1} more' if missing[1:] else ''}: "
+            "leave them out of `target_modules`, or give a `loss_fn` that uses them."
+        )
+    if isinstance(scores, ExactScores):
+        for sums in scores.sums.values():
+            sums.abs_()  # those of "snip" have a sign
+    return scores
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, candidates: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Inside, only the candidates are trained and the model is in train mode; afterwards all is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {buffer.device.index for buffer in model.parameters() if buffer.device.type == "cuda"}
+    chosen = {id(parameter) for parameter in candidates.values()}
+    with torch.random.fork_rng(sorted(index for index in devices if index is not None)), torch.enable_grad():
+        try:
+            model.train()
+            for parameter, _, _ in trained:
+                parameter.grad = None
+                parameter.requires_grad_(id(parameter) in chosen)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, requires_grad, grad in trained:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+
+
+def _loss(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None) -> torch.Tensor:
+    if loss_fn is not None:
+        loss: Any = loss_fn(model, batch)
+    else:
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"A batch must be a mapping of keyword arguments of the model, got {type(batch).__name__}; for "
+                "anything else give a `loss_fn(model, batch)`."
+            )
+        loss = getattr(model(**batch), "loss", None)
+        if loss is None:
+            raise ValueError(f"The model returns no loss for {', '.join(batch)}: add `labels`, or give a `loss_fn`.")
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ValueError("The loss must be a tensor with a single number, the mean over the batch.")
+    return loss
+
+
+def _batches(dataloader: Iterable[Any], limit: int, model: nn.Module) -> Iterator[Any]:
+    """At most `limit` batches, moved to the model; with several processes as many as all of them have."""
+    device = next(model.parameters()).device
+    iterator = iter(dataloader)
+    for _ in range(limit):
+        batch = next(iterator, None)
+        if _world() > 1:
+            has_one = torch.tensor(int(batch is not None), device=device)
+            distributed.all_reduce(has_one, distributed.ReduceOp.MIN)
+            batch = batch if bool(has_one) else None
+        if batch is None:
+            return
+        yield _moved(batch, device)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch
+
+
+def _samples(batch: Any) -> Iterator[dict[str, Any]]:
+    """The samples of a batch as batches of one."""
+    if not isinstance(batch, Mapping):
+        raise TypeError("kind='fisher' takes batches apart and needs them to be mappings of tensors.")
+    size = min(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+    for index in range(size):
+        yield {k: v[index : index + 1] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+
+
+def _world() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _is_first_process() -> bool:
+    return _world() == 1 or distributed.get_rank() == 0
