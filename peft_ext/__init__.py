@@ -13,18 +13,21 @@ from .tuners.sparse_ft import (
     lt_sft,
     overlap,
 )
+from .tuners.spt import SPTConfig, SPTModel, save_as_lora
 from .tuners.ssf import SSFConfig, SSFModel
 from .tuners.vqt import FrozenPassCache, VQTConfig, VQTModel, attention_maps, select_features
 from .version import __version__
 
 
-METHODS = ("SSF", "VQT", "SPARSE_FT")  # the peft types that importing this package adds
+METHODS = ("SSF", "VQT", "SPARSE_FT", "SPT")  # the peft types that importing this package adds
 
 __all__ = [
     "METHODS",
     "ExtConfig",
     "FrozenPassCache",
     "PeftMixedModel",
+    "SPTConfig",
+    "SPTModel",
     "SSFConfig",
     "SSFModel",
     "SparseFTCallback",
@@ -40,9 +43,11 @@ __all__ = [
     "load",
     "lt_sft",
     "overlap",
+    "save_as_lora",
     "select_features",
 ]
 
 register_method("ssf", SSFConfig, SSFModel)
 register_method("vqt", VQTConfig, VQTModel)
 register_method("sparse_ft", SparseFTConfig, SparseFTModel)
+register_method("spt", SPTConfig, SPTModel)

@@ -50,6 +50,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .register import is_registered
 from .schedule import exempt_from_weight_decay
@@ -57,6 +58,7 @@ from .version import __version__
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter for this sample"
+HEADS = {"lm_head", "score", "classifier", "qa_outputs", "cls", "classification_head"}
 TASKS_WITH_TRAINED_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
@@ -487,6 +489,11 @@ class ExtModel(BaseTuner):
         """Writes what follows from the `Scores` of the candidates into the config."""
         raise NotImplementedError
 
+    @classmethod
+    def with_budget(cls, config: Any, budget: float) -> Any:
+        """A copy of the config with another budget, for a calibration for several."""
+        raise TypeError(f"{config.METHOD} has no budget of its own to vary: calibrate once for each.")
+
     # Injection
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -836,6 +843,34 @@ def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Those of `unadapted_modules` that the config's names or expressions match."""
     return ((name, module) for name, module in unadapted_modules(model) if check_target_module_exists(config, name))
+
+
+def resolved_targets(tuner: type[ExtModel], config: ExtConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the config would adapt on this model, by name; the config stays as it is."""
+    config = copy.copy(config)
+    model_config = getattr(model, "config", None)
+    config = tuner.default_targets(config, model_config.to_dict() if model_config is not None else {}, model)
+    tuner.check_modules(config, model)
+    return dict(matched_targets(config, model))
+
+
+def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those of `unadapted_modules` that belong to no head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    prefix = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name, module in unadapted_modules(model):
+        if name.startswith(prefix) and module is not output and not HEADS & set(name.split(".")):
+            yield name, module
+
+
+def backbone_linears(model: nn.Module) -> set[str]:
+    """The names of all Linear modules (and GPT-2's Conv1D) that are no head."""
+    return {
+        name
+        for name, module in backbone_modules(model)
+        if linear_features(module) is not None or isinstance(module, Conv1D)
+    }
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -16,9 +16,9 @@ it had before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 import torch
@@ -30,7 +30,6 @@ from .sparse import CHUNK, top_indices
 
 
 KINDS = ("sensitivity", "fisher", "magnitude", "snip")
-Config = TypeVar("Config", bound=ExtConfig)
 
 
 class Scores:
@@ -58,14 +57,14 @@ class Scores:
         """Adds `values`, flat, not negative and in fp32, to the sums of one tensor."""
         raise NotImplementedError
 
-    def top(self, k: int) -> dict[str, torch.Tensor]:
-        """The flat places of the k largest scores of all tensors together, sorted, by tensor.
+    def top(self, k: int, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """The flat places of the k largest scores of all tensors (or of those named) together, sorted, by tensor.
 
         Raises:
             ValueError: Fewer than k were kept.
         """
-        names = list(self.sizes)
-        ends = torch.tensor(list(self.sizes.values())).cumsum(0).tolist()
+        names = list(self.sizes) if names is None else names
+        ends = torch.tensor([self.sizes[name] for name in names]).cumsum(0).tolist()
         starts = [0, *ends]
         current: dict[str, torch.Tensor] = {}  # the one tensor that is written out
 
@@ -79,7 +78,7 @@ class Scores:
                     parts.append(current[name][max(0, start - first) : stop - first])
             return torch.cat(parts)
 
-        chosen = top_indices(piece, self.total, k)
+        chosen = top_indices(piece, ends[-1] if ends else 0, k)
         if len(chosen) < k:
             raise ValueError(
                 f"{k} weights are asked for, {len(chosen)} have a score: lower the budget, or use `memory='exact'`."
@@ -161,16 +160,17 @@ class PooledScores(Scores):
 
 def calibrate(
     model: nn.Module,
-    config: Config,
+    config: ExtConfig,
     dataloader: Iterable[Any] | None = None,
     loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     num_batches: int = 16,
     *,
     trainer: Any = None,
+    budgets: Sequence[float] | None = None,
     kind: str = "sensitivity",
     memory: str = "exact",
     progress: bool = True,
-) -> Config:
+) -> Any:
     """Runs a few batches through the model and writes what the config's method needs to know of them into the config.
 
     The model comes back as it was, its modes, gradients, buffers and random state included, also after an error.
@@ -184,12 +184,13 @@ def calibrate(
         num_batches: At most so many batches are looked at.
         trainer: Instead of `dataloader`: a `Trainer` or `SFTTrainer` that was made with the same model and data, but
             without `peft_config`; the batches are those that it would train on.
+        budgets: Several budgets to calibrate for in one pass.
         kind: `"sensitivity"`, `"fisher"`, `"magnitude"` or `"snip"`; see the top of `calibrate.py`.
         memory: `"exact"`, four bytes a weight on the host, or `"pool"`, about one.
         progress: Show a bar.
 
     Returns:
-        The config itself.
+        The config itself; with `budgets` a dict of a copy for each.
 
     Raises:
         TypeError: The config's method looks at no data.
@@ -211,6 +212,11 @@ def calibrate(
         memory=memory,
         progress=progress,
     )
+    if budgets is not None:
+        configs = {budget: tuner.with_budget(config, budget) for budget in budgets}
+        for other in configs.values():
+            tuner.take_scores(other, model, measured)
+        return configs
     tuner.take_scores(config, model, measured)
     return config
 

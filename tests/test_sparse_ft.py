@@ -20,8 +20,8 @@ from torch import nn
 
 import peft_ext
 from peft_ext import SparseFTConfig
+from peft_ext.delta import SparseDelta
 from peft_ext.tuners.sparse_ft import spiel
-from peft_ext.tuners.sparse_ft.layer import SparseDelta
 from peft_ext.tuners.sparse_ft.model import deltas, proportional
 
 

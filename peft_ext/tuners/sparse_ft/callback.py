@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .layer import SparseDelta
+from ...delta import SparseDelta
 from .model import warn_if_unmoved
 
 

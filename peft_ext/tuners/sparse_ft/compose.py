@@ -18,9 +18,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ...base import matched_targets
+from ...delta import layer_operation
 from ...sparse import is_in
 from .config import SparseFTConfig
-from .layer import layer_operation
 from .model import SparseFTModel, best_of_all, deltas
 
 

@@ -14,26 +14,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ...base import (
     ExtConfig,
     ExtLayer,
     ExtModel,
+    backbone_linears,
     count_parameters,
-    linear_features,
     matched_targets,
-    unadapted_modules,
+    resolved_targets,
     warn_of_experts,
 )
+from ...delta import SparseDelta, layer_operation
 from ...sparse import LinearOperation, top_indices
 from .config import GIVEN, SAVE_DTYPES, SPIEL, WHERE_FROM, SparseFTConfig
-from .layer import SparseDelta, SparseFTLayer, SparseFTLinear, layer_operation
+from .layer import SparseFTLayer, SparseFTLinear
 from .spiel import warn_once
-
-
-HEADS = ("lm_head", "score", "classifier", "qa_outputs", "cls", "classification_head")
 
 
 class SparseFTModel(ExtModel):
@@ -94,7 +90,7 @@ class SparseFTModel(ExtModel):
         if config.selection != "sensitivity":
             raise ValueError(f"`calibrate` needs `selection='sensitivity'`, the config says {config.selection!r}.")
         found = {}
-        for name, base_layer in _resolved_targets(cls, config, model).items():
+        for name, base_layer in resolved_targets(cls, config, model).items():
             weight = base_layer.weight
             assert isinstance(weight, nn.Parameter)
             if not weight.is_floating_point():
@@ -104,6 +100,13 @@ class SparseFTModel(ExtModel):
                 )
             found[name] = weight
         return found
+
+    @classmethod
+    def with_budget(cls, config: Any, budget: float) -> Any:
+        """A copy with `density` below 1, else with `num_tunable_weights`."""
+        other = copy.copy(config)
+        other.density, other.num_tunable_weights = (budget, None) if budget < 1 else (None, int(budget))
+        return other
 
     @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Any) -> None:
@@ -162,36 +165,12 @@ class SparseFTModel(ExtModel):
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
 
-def _resolved_targets(cls: type[ExtModel], config: ExtConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the config would adapt on this model; the config stays as it is."""
-    config = copy.copy(config)
-    model_config = getattr(model, "config", None)
-    config = cls.default_targets(config, model_config.to_dict() if model_config is not None else {}, model)
-    cls.check_modules(config, model)
-    return dict(matched_targets(config, model))
-
-
-def backbone_linears(model: nn.Module) -> set[str]:
-    """The names of all Linear modules (and GPT-2's Conv1D) that are no head."""
-    prefix = getattr(model, "base_model_prefix", "")
-    prefix = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return {
-        name
-        for name, module in unadapted_modules(model)
-        if (linear_features(module) is not None or isinstance(module, Conv1D))
-        and name.startswith(prefix)
-        and module is not output
-        and not set(name.split(".")).intersection(HEADS)
-    }
-
-
 def deltas(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseDelta]]:
     """The deltas of an adapter by the name of the module that they are on (`"<module>.bias"` for a bias's)."""
     for name, module in model.named_modules():
         if isinstance(module, SparseFTLayer):
             name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-            for container, suffix in ((module.sparse_ft_delta, ""), (module.sparse_ft_bias, ".bias")):
+            for container, suffix in ((module.deltas, ""), (module.bias_deltas, ".bias")):
                 if adapter_name in container:
                     leaf = container[adapter_name]
                     assert isinstance(leaf, SparseDelta)

@@ -45,7 +45,7 @@ from .config import SparseFTConfig
 
 
 if TYPE_CHECKING:
-    from .layer import SparseDelta
+    from ...delta import SparseDelta
 
 STATE = "sparse_ft_"  # what is kept in the optimizer's state, so that a checkpoint of a training has it
 SPLIT = 4096  # places are kept there as two floats, for optimizers cast their state to the parameters' type

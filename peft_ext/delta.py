@@ -1,0 +1,358 @@
+"""Sparse deltas as modules: the leaf that holds one, and the layer that adds several to a module's weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
+
+from .base import ExtLayer, linear_features
+from .schedule import exempt_from_weight_decay, listen_to_steps
+from .sparse import (
+    HALF,
+    Gradient,
+    LinearOperation,
+    Operation,
+    decode,
+    encode,
+    index_dtype,
+    operation_of,
+    sparse_apply,
+)
+
+
+class Tracker(Protocol):
+    """Somebody who moves the places of a delta as training steps go by."""
+
+    def observe(self, leaf: SparseDelta, gradient: Gradient, values: torch.Tensor) -> None:
+        """One backward through the layer: the gradient of its weight, and of the values."""
+
+    def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
+        """See `schedule.StepListener`."""
+
+    def after_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
+        """See `schedule.StepListener`."""
+
+    def foreign_step(self, leaf: SparseDelta, optimizer: Optimizer) -> None:
+        """See `schedule.StepListener`."""
+
+
+class SparseDelta(nn.Module):
+    """k values on k places among `size`: the parameter `weight` `(k,)` and the buffer `index`, the encoded places.
+
+    Both have shapes that follow from k and `size`, so that any loader can fill them in. The values stay in fp32 when
+    a model is cast to half precision, and are put back into fp32, exactly where that is possible, when a trainer that
+    has cast all trainable parameters calls `train()`: in bfloat16 an update of 1e-5 does not move a value of 1e-2.
+    """
+
+    def __init__(self, indices: torch.Tensor, size: int, placeholder: bool = False) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.zeros(len(indices)))
+        self.register_buffer("index", encode(indices, size))
+        self.index: torch.Tensor
+        self.tracker: Any = None  # a `Tracker`, if the places move as steps go by
+        self.decays = True
+        # places that only hold the shape until those of a saved adapter are loaded
+        self.placeholder = placeholder
+        self._decoded: torch.Tensor | None = None
+        self._decoded_from: tuple[Any, int] | None = (self.index, self.index._version) if placeholder else None
+        self._exact = self.weight.data
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        self._exact = self.weight.data
+        self._register()  # copies and unpickled leaves too
+
+    def _register(self) -> None:
+        if self.tracker is not None or self.placeholder:
+            listen_to_steps(self)
+        if not self.decays:
+            exempt_from_weight_decay(self)
+
+    def track(self, tracker: Tracker) -> None:
+        """Lets the places move as the optimizer makes steps."""
+        self.tracker = tracker
+        self._register()
+
+    def exempt_from_decay(self) -> None:
+        """No optimizer decays the values."""
+        self.decays = False
+        self._register()
+
+    # The places
+
+    def _forget(self) -> None:
+        self._decoded = None
+        self._decoded_from = None
+
+    def indices(self) -> torch.Tensor:
+        """The flat places `(k,)`, sorted; decoded once after they were set or loaded."""
+        self._is_unloaded()  # takes note of a loader that came in between
+        now = (self.index, self.index._version)
+        before = self._decoded_from
+        if self._decoded is not None and before is not None and now[0] is before[0]:
+            # distributed training sends the buffers of the first process to all others before each forward
+            same = now[1] == before[1] or (self.training and torch.distributed.is_initialized())
+            if same and self._decoded.device == self.index.device:
+                self._decoded_from = now
+                return self._decoded
+        self._decoded = decode(self.index, self.weight.numel(), self.size)
+        self._decoded_from = now
+        return self._decoded
+
+    @torch.no_grad()
+    def set_indices(self, indices: torch.Tensor) -> None:
+        """Moves to other places `(k,)`, sorted; the values stay where they are in the vector."""
+        self.index.copy_(encode(indices, self.size))
+        self._decoded = indices.to(index_dtype(self.size))
+        self._decoded_from = (self.index, self.index._version)
+        self.placeholder = False
+
+    def _is_unloaded(self) -> bool:
+        if self.placeholder and self._decoded_from is not None:
+            kept, version = self._decoded_from
+            self.placeholder = self.index is kept and self.index._version == version
+        return self.placeholder
+
+    # Loading, casting, saving
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._forget()
+        self.placeholder = False
+        self._exact = self.weight.data
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseDelta:
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            loses = tensor.is_floating_point() and moved.dtype in HALF and tensor.dtype not in HALF
+            return tensor.to(moved.device) if loses else moved
+
+        unloaded = self._is_unloaded()
+        super()._apply(keep_precision, recurse)
+        self._forget()
+        self.placeholder = unloaded
+        if unloaded:
+            self._decoded_from = (self.index, self.index._version)
+        self._exact = self.weight.data
+        return self
+
+    def train(self, mode: bool = True) -> SparseDelta:
+        """Puts values that were cast to half precision back into fp32, for training."""
+        if mode and self.weight.dtype in HALF and not self.weight.is_meta:
+            exact = self._exact
+            was_exact = exact.dtype not in HALF and exact.shape == self.weight.shape
+            if was_exact and torch.equal(exact.to(self.weight), self.weight.data):
+                self.weight.data = exact.to(self.weight.device)
+            else:
+                self.weight.data = self.weight.data.float()
+            self.weight.grad = None
+        if self.weight.dtype not in HALF:
+            self._exact = self.weight.data
+        super().train(mode)
+        return self
+
+    def forward(self) -> torch.Tensor:
+        """The values, in fp32 at least; read by calling, for FSDP gathers `weight` only while a leaf runs."""
+        if self.weight.dtype in HALF:
+            return self.weight.float()
+        return self.weight if isinstance(self.weight, nn.Parameter) else self.weight.clone()
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()} of {self.size}"
+
+    # Steps
+
+    def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
+        """Refuses to train what cannot be trained, then lets the tracker look at the gradient."""
+        if self._is_unloaded():
+            raise ValueError(
+                "The config has the numbers of tuned weights, but not which they are (JSON has no room for them), and no "
+                "saved adapter was loaded, so the tuned weights would be arbitrary. Give the config its support before "
+                "`get_peft_model`, with `peft_ext.calibrate(...)` or `config.use_support(...)`, or load the adapter with "
+                "`PeftModel.from_pretrained`."
+            )
+        if self.tracker is None:
+            return
+        if self.weight.dtype in HALF:
+            raise ValueError(
+                f"The values of a sparse adapter are in {self.weight.dtype}, where small updates are lost. Call "
+                "`model.train()` after casting the model and before the optimizer is made: it puts them back."
+            )
+        self.tracker.before_step(self, optimizer, group, closure)
+
+    def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
+        """Lets the tracker count the step, and move the support if it is time."""
+        if self.tracker is not None:
+            self.tracker.after_step(self, optimizer, group, taken)
+
+    def foreign_step(self, optimizer: Optimizer) -> None:
+        """Notices training that leaves the values out."""
+        if self.tracker is not None:
+            self.tracker.foreign_step(self, optimizer)
+
+
+class DeltaLayer(ExtLayer):
+    """A module whose weight is W + S, and its bias b + s, with S and s the sums of the active adapters' deltas.
+
+    Subclasses have two `ModuleDict`s of `SparseDelta`, and name them.
+    """
+
+    delta_names: tuple[str, str]  # the containers of the deltas on weights and on biases
+    supports_mixed_batches = False
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, **quantization_kwargs)
+        self.op = layer_operation(self.get_base_layer(), self._get_embed_scale())
+
+    @property
+    def deltas(self) -> nn.ModuleDict:
+        """Those on the weight, by adapter."""
+        return getattr(self, self.delta_names[0])
+
+    @property
+    def bias_deltas(self) -> nn.ModuleDict:
+        """Those on the bias, by adapter."""
+        return getattr(self, self.delta_names[1])
+
+    def present(self, adapters: Iterable[str]) -> list[str]:
+        """Those of `adapters` that this layer has."""
+        return [name for name in adapters if any(name in getattr(self, kind) for kind in self.adapter_layer_names)]
+
+    def _size(self, of_weight: bool) -> int:
+        if of_weight and self.op is not None:
+            return self.op.n
+        parameter = getattr(self.get_base_layer(), "weight" if of_weight else "bias")
+        assert isinstance(parameter, torch.Tensor)
+        return parameter.numel()
+
+    # Forward
+
+    def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The module with W + S for the weight, S being the sum over the adapters."""
+        if self.op is None:
+            return functional_call(self.base_layer, self._effective(adapters), args, kwargs)
+        if kwargs or len(args) != 1:
+            raise TypeError(f"A sparse adapter on {type(self.base_layer).__name__} takes one positional argument.")
+        values, indices, observers = [], [], []
+        start = 0
+        for name in adapters:
+            if name in self.deltas:
+                leaf: Any = self.deltas[name]
+                values.append(leaf())
+                indices.append(leaf.indices())
+                stop = start + len(values[-1])
+                if leaf.tracker is not None and leaf.weight.requires_grad:
+                    observers.append((_Watch(leaf), start, stop))
+                start = stop
+        (x,) = args
+        if values:
+            all_values = values[0] if len(values) == 1 else torch.cat(values)
+            all_indices = indices[0] if len(indices) == 1 else torch.cat(indices)
+            output = sparse_apply(self.base_layer, self.op, x, all_values, all_indices, tuple(observers))
+        else:
+            output = self.base_layer(x)
+        return self._with_bias(self._between(adapters, x, output), adapters)
+
+    def _between(self, adapters: list[str], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The output after the deltas on the weight and before those on the bias; for what a subclass adds."""
+        return output
+
+    def _with_bias(self, output: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        bias = self._bias_delta(adapters)
+        if bias is None:
+            return output
+        bias = bias.view(-1, 1, 1) if isinstance(self.get_base_layer(), nn.Conv2d) else bias
+        return (output + bias).to(output.dtype)
+
+    def _bias_delta(self, adapters: list[str]) -> torch.Tensor | None:
+        """The sum of the adapters' deltas on the bias, written out."""
+        total = None
+        for name in adapters:
+            if name in self.bias_deltas:
+                leaf: Any = self.bias_deltas[name]
+                values = leaf()
+                start = values.new_zeros(leaf.size) if total is None else total
+                total = start.index_add(0, leaf.indices(), values)
+        return total
+
+    def _effective(self, adapters: list[str]) -> dict[str, torch.Tensor]:
+        """The parameters of a norm, which are so small that they are simply written out."""
+        base = self.base_layer
+        parameters = {}
+        for key, container in (("weight", self.deltas), ("bias", self.bias_deltas)):
+            if not any(name in container for name in adapters):
+                continue
+            total = getattr(base, key).float()
+            for name in adapters:
+                if name in container:
+                    leaf: Any = container[name]
+                    total = total.index_add(0, leaf.indices(), leaf().to(total.dtype))
+            parameters[key] = total.to(getattr(base, key).dtype)
+        return parameters
+
+    # Merge
+
+    def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """W + S and b + s, summed in fp32 at least and rounded once."""
+        if self.quantization_backend is not None:
+            raise ValueError(
+                f"Cannot merge adapter {adapter_name!r} into quantised weights: rounding them to the quantised grid "
+                "again would lose most of the small sparse changes. Load the base model without quantisation (or "
+                "call `model.dequantize()` on it), put the adapter on that, and merge there."
+            )
+        base = self.get_base_layer()
+        merged = {}
+        for key, container in (("weight", self.deltas), ("bias", self.bias_deltas)):
+            if adapter_name in container:
+                leaf: Any = container[adapter_name]
+                current = getattr(base, key).data
+                total = current.to(torch.promote_types(current.dtype, torch.float32), copy=True).view(-1)
+                total.index_add_(0, leaf.indices(), leaf().to(total.dtype))
+                merged[key] = total.view(current.shape)
+        return merged
+
+
+class _Watch:
+    """Passes the gradient of a weight on to the leaf's tracker."""
+
+    def __init__(self, leaf: SparseDelta) -> None:
+        self.leaf = leaf
+
+    def observe(self, gradient: Any, values: torch.Tensor) -> None:
+        assert self.leaf.tracker is not None
+        self.leaf.tracker.observe(self.leaf, gradient, values)
+
+
+def layer_operation(base_layer: nn.Module, embed_scale: torch.Tensor | None = None) -> Operation | None:
+    """The product of a supported module with its weight, `None` for a norm.
+
+    Raises:
+        TypeError: The module is of no supported type.
+    """
+    if type(base_layer).__name__.endswith("Norm"):
+        weight = getattr(base_layer, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 1:
+            return None
+    if not isinstance(base_layer, (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)):
+        features = linear_features(base_layer)
+        if features is not None:
+            return LinearOperation((features[1], features[0]))
+    elif (op := operation_of(base_layer)) is not None:
+        features = linear_features(base_layer)
+        if features is not None and op.n != features[0] * features[1]:  # packed 4-bit weights
+            op = LinearOperation((features[1], features[0]))
+        if embed_scale is not None:
+            op.scale = embed_scale  # type: ignore[attr-defined]
+        return op
+    raise TypeError(
+        f"Sparse deltas do not support modules of type {type(base_layer).__name__}; they go on Linear, Conv1D, "
+        "Conv2d, Embedding (without max_norm) and norms with a weight."
+    )

@@ -1,0 +1,121 @@
+"""The configuration of SPT, and what calibration writes into it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ...base import ExtConfig
+from .structures import STRUCTURES
+
+
+CALIBRATION = "calibration.safetensors"
+
+
+@dataclass
+class SPTConfig(ExtConfig):
+    """Configuration of SPT; see also the common fields of [`ExtConfig`].
+
+    A new one knows nothing of the data: `peft_ext.calibrate(model, config, dataloader)` fills in the last four fields,
+    and only then does `get_peft_model` take it. Without `target_modules`, all Linear modules (and GPT-2's Conv1D) and
+    all norms of the backbone are looked at.
+
+    Args:
+        budget: Trainable parameters, those of heads not counted: a number, or a fraction of the model if below 1.
+        structured: What a matrix of many sensitive weights gets: `"lora"`, `"dora"`, `"adapter"` (which cannot be
+            merged), or `None` for single weights only.
+        unstructured: Whether single weights are tuned at all.
+        r: Rank of the low-rank structures, width of the adapters.
+        lora_alpha: The low-rank product is scaled by `lora_alpha / r`; `None`: by 1, as published.
+        use_rslora: Scale by `lora_alpha / sqrt(r)` instead.
+        dropout: Of the structure's input.
+        drop_path: Probability with which a sample goes without the low-rank output during training.
+        matrix_threshold: alpha: a matrix is structured if it has `cost / matrix_threshold` sensitive weights.
+        vector_threshold: beta: a vector is tuned whole if a `1 / vector_threshold` of it is sensitive.
+        kinds: What each tuned tensor gets: `"sparse"`, `"whole"` or the name of a structure.
+        counts: The number of tuned weights of the tensors that are sparse or whole.
+        ranks: Rank or width of the structured modules.
+        architecture: The class of the model that was looked at.
+
+    Raises:
+        ValueError: A field is out of its range; the message names it.
+    """
+
+    METHOD: ClassVar[str] = "SPT"
+
+    budget: float | int | None = field(
+        default=None, metadata={"help": "Trainable parameters, or a fraction of the model's if below 1."}
+    )
+    structured: str | None = field(
+        default="lora", metadata={"help": f"What sensitive matrices get: {', '.join(STRUCTURES)}, or None."}
+    )
+    unstructured: bool = field(default=True, metadata={"help": "Whether single weights are tuned."})
+    r: int = field(default=8, metadata={"help": "Rank, or width, of the structures."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "Scale times r; None scales by 1."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout of the structure's input."})
+    drop_path: float = field(default=0.1, metadata={"help": "Drop-path probability of the low-rank output."})
+    matrix_threshold: float = field(default=10.0, metadata={"help": "alpha of the paper."})
+    vector_threshold: float = field(default=5.0, metadata={"help": "beta of the paper."})
+    kinds: dict[str, str] | None = field(default=None, metadata={"help": "What each tensor gets; by `calibrate`."})
+    counts: dict[str, int] | None = field(default=None, metadata={"help": "Tuned weights; by `calibrate`."})
+    ranks: dict[str, int] | None = field(default=None, metadata={"help": "Of structured modules; by `calibrate`."})
+    architecture: str | None = field(default=None, metadata={"help": "What was calibrated on; by `calibrate`."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.support: dict[str, torch.Tensor] | None = None  # not a field: too bulky for JSON
+        if self.kinds is None and self.budget is None:
+            raise ValueError(
+                "`budget` is missing: give the number of trainable parameters (for example 400_000) or a fraction of "
+                "the model (0.005)."
+            )
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"`budget` must be positive, got {self.budget!r}.")
+        if isinstance(self.budget, float) and self.budget >= 1 and not self.budget.is_integer():
+            raise ValueError(f"`budget` must be a whole number, or a fraction below 1, got {self.budget!r}.")
+        if self.structured is not None and self.structured not in STRUCTURES:
+            raise ValueError(f"`structured` must be one of {', '.join(STRUCTURES)} or None, got {self.structured!r}.")
+        if self.structured is None and not self.unstructured:
+            raise ValueError("`structured=None` and `unstructured=False` leave nothing to train: set one of them.")
+        if not (isinstance(self.r, int) and self.r > 0):
+            raise ValueError(f"`r` must be a positive integer, got {self.r!r}.")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)!r}.")
+        for name in ("matrix_threshold", "vector_threshold"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
+        if self.use_rslora and self.lora_alpha is None:
+            raise ValueError("`use_rslora` changes what `lora_alpha` is divided by: set `lora_alpha` too.")
+        if self.init_weights is not True:
+            raise ValueError(f"`init_weights` must be True for SPT, got {self.init_weights!r}.")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the low-rank product."""
+        if self.lora_alpha is None:
+            return 1.0
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, and which weights are tuned beside it.
+
+        With a trained adapter PEFT calls this too; then they are in the adapter's own file.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if self.support is not None and not self.inference_mode:
+            save_file(self.support, os.path.join(save_directory, CALIBRATION))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        """Reads `adapter_config.json`, and which weights are tuned if that is written beside it."""
+        config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        file = os.path.join(pretrained_model_name_or_path, CALIBRATION)
+        if os.path.exists(file):
+            config.support = load_file(file)
+        return config

@@ -1,0 +1,86 @@
+"""The layer: sparse deltas on weight and bias, or a structure on the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...delta import DeltaLayer, SparseDelta
+from ...schedule import listen_to_steps
+from .config import SPTConfig
+from .structures import STRUCTURES, Structure
+
+
+class SPTLayer(DeltaLayer):
+    """`spt_delta` and `spt_bias` hold the tuned weights and biases, `spt_structure` what a structured matrix gets."""
+
+    adapter_layer_names = ("spt_delta", "spt_bias", "spt_structure")
+    delta_names = ("spt_delta", "spt_bias")
+    spt_delta: nn.ModuleDict
+    spt_bias: nn.ModuleDict
+    spt_structure: nn.ModuleDict
+
+    def update_layer(self, adapter_name: str, config: SPTConfig, *, name: str) -> None:
+        """Puts on what the config's allocation has for the module `name`."""
+        counts, ranks = config.counts or {}, config.ranks or {}
+        for container, key in ((self.spt_delta, f"{name}.weight"), (self.spt_bias, f"{name}.bias")):
+            if not counts.get(key):
+                continue
+            size = self._size(of_weight=container is self.spt_delta)
+            is_whole = (config.kinds or {})[key] == "whole"
+            support = torch.arange(size) if is_whole else (config.support or {}).get(key)
+            placeholder = support is None
+            leaf = SparseDelta(torch.arange(counts[key]) if support is None else support, size, placeholder)
+            if placeholder and not config.inference_mode:
+                listen_to_steps(leaf)  # so that it is not trained by mistake
+            container[adapter_name] = leaf
+        if f"{name}.weight" in ranks:
+            outputs, inputs = self.op.shape if not self._is_transposed() else self.op.shape[::-1]  # type: ignore[union-attr]
+            structure = STRUCTURES[(config.kinds or {})[f"{name}.weight"]]
+            weight = self._matrix() if structure.needs_weight else torch.empty(0)
+            self.spt_structure[adapter_name] = structure(inputs, outputs, ranks[f"{name}.weight"], config, weight)
+        self.finish_update(adapter_name, config)
+
+    def _is_transposed(self) -> bool:
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def _matrix(self) -> torch.Tensor:
+        """The weight as `(outputs, inputs)`, dequantised."""
+        weight = self.get_base_weight()
+        return weight.T if self._is_transposed() else weight
+
+    def _between(self, adapters: list[str], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The structures of the adapters, one after the other."""
+        for name in adapters:
+            if name in self.spt_structure:
+                structure: Any = self.spt_structure[name]
+                weight = self._matrix() if structure.needs_weight else None
+                output = structure(x, output, weight, getattr(self.get_base_layer(), "bias", None))
+        return output
+
+    def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The weight with delta or structure, and the bias with its delta.
+
+        Raises:
+            ValueError: The structure cannot be merged, or the base is quantised.
+        """
+        merged = super().merged_tensors(adapter_name)
+        if adapter_name not in self.spt_structure:
+            return merged
+        structure = self.spt_structure[adapter_name]
+        assert isinstance(structure, Structure)
+        if not structure.mergeable:
+            raise ValueError(
+                f"The SPT adapter {adapter_name!r} has `structured='adapter'`: a bottleneck with a nonlinearity cannot "
+                "be merged into a weight. Keep it as an adapter, or calibrate with `structured='lora'`."
+            )
+        weight = structure.merged(self._matrix())
+        merged["weight"] = weight.T.contiguous() if self._is_transposed() else weight
+        return merged
+
+
+class SPTLinear(SPTLayer):
+    """The same on a linear module; PEFT's "all-linear" finds adapted modules by this word in their class's name."""

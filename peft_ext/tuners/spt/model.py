@@ -1,0 +1,179 @@
+"""The tuner: what it looks at, and how an allocation gets onto a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...base import (
+    ExtConfig,
+    ExtLayer,
+    ExtModel,
+    backbone_linears,
+    backbone_modules,
+    count_parameters,
+    matched_targets,
+    resolved_targets,
+)
+from ...calibrate import Scores
+from ...delta import layer_operation
+from ...sparse import LinearOperation
+from .allocation import Allocation, allocate
+from .config import SPTConfig
+from .layer import SPTLayer, SPTLinear
+
+
+class SPTModel(ExtModel):
+    """Puts an allocation on a model; used through `get_peft_model(model, calibrate(model, SPTConfig(...), data))`."""
+
+    prefix = "spt_"
+    tuner_layer_cls = SPTLayer
+    misfit_advice = (
+        "It was made for another base model, or with another allocation. To go on training, use the saved adapter's "
+        "own config: `PeftModel.from_pretrained(base, path, is_trainable=True)`."
+    )
+
+    @classmethod
+    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
+        """All Linear modules and norms of the backbone."""
+        if config.target_modules is None:
+            norms = {name for name, module in backbone_modules(model) if _is_norm(module)}
+            names = backbone_linears(model) | norms
+            if config.layers_to_transform is not None:  # which full names would take no notice of
+                names = {name.split(".")[-1] for name in names}
+            config.target_modules = names
+        return config
+
+    @classmethod
+    def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
+        """`TypeError` for what the method cannot adapt."""
+        op = layer_operation(base_layer)
+        if op is not None and not isinstance(op, LinearOperation):
+            raise TypeError(f"SPT does not support modules of type {type(base_layer).__name__}.")
+        return SPTLayer if op is None else SPTLinear
+
+    @classmethod
+    def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
+        """The name, by which the allocation goes."""
+        return {"name": name}
+
+    @classmethod
+    def check_targets(cls, config: ExtConfig, model: nn.Module) -> None:
+        """Also refuses an allocation that is missing or of another model.
+
+        Raises:
+            ValueError: The config was not calibrated, or on a model of other shapes.
+        """
+        assert isinstance(config, SPTConfig)
+        cls.check_modules(config, model)
+        if config.kinds is None:
+            raise ValueError(
+                "This SPTConfig does not know yet where its budget goes; before `get_peft_model`:\n"
+                "    config = peft_ext.calibrate(model, config, dataloader)"
+            )
+        sizes = {name: p.numel() for name, p in _parameters(dict(matched_targets(config, model))).items()}
+        for name in config.kinds:
+            if name not in sizes:
+                raise ValueError(
+                    f"The config was calibrated on a {config.architecture} and tunes {name!r}, which is no target of "
+                    f"this {type(model).__name__}: calibrate it on this model."
+                )
+            places = (config.support or {}).get(name)
+            too_far = places is not None and len(places) and int(places[-1]) >= sizes[name]
+            if too_far or (config.counts or {}).get(name, 0) > sizes[name]:
+                raise ValueError(
+                    f"The config was calibrated on another {config.architecture}: {name!r} is smaller here. Calibrate "
+                    "it on this model."
+                )
+
+    @classmethod
+    def inject_layer(
+        cls, tuner: Any, config: ExtConfig, adapter_name: str, target: nn.Module, name: str
+    ) -> ExtLayer | None:
+        """As for every method, but modules that get nothing are left alone."""
+        assert isinstance(config, SPTConfig)
+        kinds = config.kinds or {}
+        if f"{name}.weight" not in kinds and f"{name}.bias" not in kinds:
+            return None
+        return super().inject_layer(tuner, config, adapter_name, target, name)
+
+    # Calibration
+
+    @classmethod
+    def candidates(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights and biases of the targets.
+
+        Raises:
+            ValueError: The base is quantised.
+        """
+        found = _parameters(resolved_targets(cls, config, model))
+        for name, parameter in found.items():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{name!r} is quantised and has no gradient: calibrate on the model loaded without quantisation; "
+                    "the config that comes out fits both."
+                )
+        return found
+
+    @classmethod
+    def take_scores(cls, config: Any, model: nn.Module, scores: Scores) -> None:
+        """Writes the allocation of `config.budget` into the config."""
+        targets = resolved_targets(cls, config, model)
+        found = allocate(scores, shapes_of(targets), config, budget_of(config, model))
+        config.kinds, config.counts, config.ranks = found.kinds, found.counts, found.ranks
+        config.support = found.support
+        config.architecture = type(model).__name__
+        config.allocation = found
+
+    @classmethod
+    def with_budget(cls, config: Any, budget: float) -> Any:
+        """A copy of the config with another budget, for `calibrate(..., budgets=[...])`."""
+        other = copy.deepcopy(config)
+        other.budget = budget
+        return other
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor) and weight.ndim == 1
+
+
+def _parameters(targets: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The weights and biases of modules, by name."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in targets.items()
+        for key in ("weight", "bias")
+        if isinstance(parameter := getattr(module, key, None), nn.Parameter)
+    }
+
+
+def shapes_of(targets: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """`(outputs, inputs)` of the matrices and `(size,)` of the vectors of modules, by name."""
+    shapes = {}
+    for name, parameter in _parameters(targets).items():
+        transposed = parameter.ndim == 2 and isinstance(targets[name.rsplit(".", 1)[0]], Conv1D)
+        shapes[name] = tuple(parameter.shape[::-1] if transposed else parameter.shape)
+    return shapes
+
+
+def budget_of(config: SPTConfig, model: nn.Module) -> int:
+    """The budget as a number of parameters."""
+    assert config.budget is not None
+    return int(config.budget if config.budget >= 1 else config.budget * count_parameters(model))
+
+
+def allocation_table(config: SPTConfig) -> str:
+    """What each module got, as a table in Markdown: kind, sensitive weights, trainable parameters."""
+    allocation: Allocation | None = getattr(config, "allocation", None)
+    kinds = config.kinds or {}
+    rows = ["| tensor | gets | sensitive weights | tuned weights or rank |", "|---|---|---:|---:|"]
+    for name, kind in kinds.items():
+        sensitive = "" if allocation is None else f"{allocation.sensitive[name]:,}"
+        size = (config.counts or {}).get(name, (config.ranks or {}).get(name))
+        rows.append(f"| {name} | {kind} | {sensitive} | {size:,} |")
+    return "\n".join(rows)
