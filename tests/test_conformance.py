@@ -38,7 +38,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import peft_ext
-from peft_ext import ExtConfig, SparseFTConfig, SSFConfig
+from peft_ext import ExtConfig, SparseFTConfig, SPTConfig, SSFConfig
+from peft_ext.base import tuner_of
+from peft_ext.calibrate import ExactScores
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Method:
         mixes_batches: Whether it takes `adapter_names`.
         unmixable: Models on which it does not, since an adapted module sees what is not per sample.
         inert: Regular expression of parameters whose gradient is zero by the method's maths.
-        keeps_fp32: Whether the adapter stays in fp32 on a half-precision base, even if PEFT is told not to cast.
+        keeps_fp32: Parameters that stay in fp32 on a half-precision base, even if PEFT is told not to cast.
+        looks_at_data: Whether it is calibrated first; here with random scores.
     """
 
     prefix: str
@@ -63,7 +66,8 @@ class Method:
     mixes_batches: bool = True
     unmixable: tuple[str, ...] = ()
     inert: str = r"(?!)"
-    keeps_fp32: bool = False
+    keeps_fp32: str = r"(?!)"
+    looks_at_data: bool = False
 
 
 METHODS = {
@@ -89,7 +93,19 @@ METHODS = {
             *("vit", "swin", "convnext"),
         ),
         mixes_batches=False,
-        keeps_fp32=True,
+        keeps_fp32=r".*",
+    ),
+    "spt": Method(
+        prefix="spt_",
+        config=partial(SPTConfig, budget=120, r=2, dropout=0.0, drop_path=0.0),
+        models=(
+            *("mlp", "llama", "gemma2", "gpt2", "opt", "t5", "bart", "bert", "roberta", "deberta-v2"),
+            *("vit", "swin", "convnext"),
+        ),
+        mixes_batches=False,
+        keeps_fp32=r".*\.spt_(delta|bias)\..*",
+        looks_at_data=True,
+        inert=r".*(\.k_proj|\.key|\.key_proj)\.spt_bias\..*",
     ),
 }
 CASES = [(method, model) for method, row in METHODS.items() for model in row.models]
@@ -101,10 +117,19 @@ mergeable = pytest.mark.parametrize(("method", "name"), [case for case in CASES 
 per_method = pytest.mark.parametrize("method", METHODS)
 
 
-def config_for(method: str, name: str, **fields: Any) -> ExtConfig:
+def config_for(method: str, name: str, model: nn.Module | None = None, **fields: Any) -> ExtConfig:
+    """A config for the tiny model `name`, or for `model`, if that is another one."""
     if name in PLAIN_TARGETS:
         fields.setdefault("target_modules", PLAIN_TARGETS[name])
-    return METHODS[method].config(**fields)
+    config = METHODS[method].config(**fields)
+    if METHODS[method].looks_at_data:
+        model, tuner = model or tiny(name), tuner_of(config)
+        scores = ExactScores({key: p.numel() for key, p in tuner.candidates(config, model).items()})
+        generator = torch.Generator().manual_seed(0)
+        for sums in scores.sums.values():
+            sums.copy_(torch.rand(len(sums), generator=generator) * torch.rand(1, generator=generator))
+        tuner.take_scores(config, model, scores)
+    return config
 
 
 @torch.no_grad()
@@ -523,8 +548,10 @@ def test_modules_to_save(method: str, name: str, tmp_path: Path) -> None:
 def test_half_precision_base(method: str, name: str, dtype: torch.dtype, autocast_adapter_dtype: bool) -> None:
     base = tiny(name).to(dtype)
     model = get_peft_model(base, config_for(method, name), autocast_adapter_dtype=autocast_adapter_dtype).train()
-    own = torch.float32 if autocast_adapter_dtype or METHODS[method].keeps_fp32 else dtype
-    assert all(p.dtype == own for key, p in model.named_parameters() if METHODS[method].prefix in key)
+    for key, parameter in model.named_parameters():
+        if METHODS[method].prefix in key:
+            stays = autocast_adapter_dtype or re.fullmatch(METHODS[method].keeps_fp32, key)
+            assert parameter.dtype == (torch.float32 if stays else dtype)
     batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs(name).items()}
     assert logits(model, batch).dtype == dtype
     loss(model, batch).backward()
@@ -584,7 +611,7 @@ def test_layers_to_transform(method: str, name: str, layers: int | list[int]) ->
     assert found == wanted
 
 
-@per_method
+@pytest.mark.parametrize("method", [method for method, row in METHODS.items() if not row.looks_at_data])
 def test_targets(method: str) -> None:
     def sites(**fields: Any) -> set[str]:
         model = adapted(method, "llama", **fields)
@@ -691,7 +718,7 @@ def test_auto_classes(method: str, name: str, tmp_path: Path) -> None:
     def output(model: nn.Module) -> torch.Tensor:
         return model.eval()(**batch)[0]
 
-    model = get_peft_model(base, METHODS[method].config(task_type=task))
+    model = get_peft_model(base, config_for(method, name, base, task_type=task))
     randomize(model, method)
     expected = output(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -713,7 +740,7 @@ def test_beside_lora_through_transformers(method: str, name: str, ours_first: bo
     lora = LoraConfig(r=2, target_modules=["c_attn"] if name == "gpt2" else "all-linear", init_lora_weights=False)
     if name in ("bert", "vit"):
         lora.exclude_modules = ["classifier"]
-    ours = METHODS[method].config()
+    ours = config_for(method, name)
     plain = logits(model, batch)
     for adapter in ("ours", "lora") if ours_first else ("lora", "ours"):
         with warns_only("Already found a `peft_config` attribute|fan_in_fan_out"):
@@ -724,7 +751,7 @@ def test_beside_lora_through_transformers(method: str, name: str, ours_first: bo
         model.set_adapter(adapters)
         outputs[tuple(adapters)] = logits(model, batch)
     alone = tiny(name)
-    alone.add_adapter(METHODS[method].config())
+    alone.add_adapter(config_for(method, name))
     randomize(alone, method)
     close(outputs["ours",], logits(alone, batch))
     assert differ(outputs["ours",], plain) and differ(outputs["lora",], plain)

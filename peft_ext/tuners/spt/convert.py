@@ -38,14 +38,15 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike[str], adapter_name: s
                 f"{name!r} has tuned single weights, which LoRA cannot hold: calibrate with `unstructured=False`, or "
                 "merge the adapter (`merge_and_unload`)."
             )
-        if adapter_name in module.spt_structure:
-            structure: Any = module.spt_structure[adapter_name]
+        structure = module.structures.get(adapter_name)
+        if structure is not None:
             if type(structure) is not LowRank:
                 raise ValueError(f"{name!r} has a structure of the kind {config.structured!r}, LoRA needs 'lora'.")
+            leaves: Any = module.leaves(adapter_name)
             key = f"base_model.model.{name}"
-            tensors[f"{key}.lora_A.weight"] = structure.down.weight.detach().cpu().contiguous()
-            tensors[f"{key}.lora_B.weight"] = structure.up.weight.detach().cpu().contiguous()
-            ranks[name] = len(structure.down.weight)
+            tensors[f"{key}.lora_A.weight"] = leaves["down"].weight.detach().cpu().contiguous()
+            tensors[f"{key}.lora_B.weight"] = leaves["up"].weight.detach().cpu().contiguous()
+            ranks[name] = len(leaves["down"].weight)
     if not ranks:
         raise ValueError(f"The SPT adapter {adapter_name!r} has no low-rank part.")
     first = next(iter(ranks.values()))

@@ -11,17 +11,21 @@ from transformers.pytorch_utils import Conv1D
 from ...delta import DeltaLayer, SparseDelta
 from ...schedule import listen_to_steps
 from .config import SPTConfig
-from .structures import STRUCTURES, Structure
+from .structures import LEAVES, STRUCTURES, Structure
 
 
 class SPTLayer(DeltaLayer):
-    """`spt_delta` and `spt_bias` hold the tuned weights and biases, `spt_structure` what a structured matrix gets."""
+    """`spt_delta` and `spt_bias` hold the tuned weights and biases, the others the leaves of structures."""
 
-    adapter_layer_names = ("spt_delta", "spt_bias", "spt_structure")
+    adapter_layer_names = ("spt_delta", "spt_bias", *(f"spt_{leaf}" for leaf in LEAVES))
+    other_param_names = ("structures",)
     delta_names = ("spt_delta", "spt_bias")
     spt_delta: nn.ModuleDict
     spt_bias: nn.ModuleDict
-    spt_structure: nn.ModuleDict
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, **quantization_kwargs)
+        self.structures: dict[str, Structure] = {}
 
     def update_layer(self, adapter_name: str, config: SPTConfig, *, name: str) -> None:
         """Puts on what the config's allocation has for the module `name`."""
@@ -39,10 +43,17 @@ class SPTLayer(DeltaLayer):
             container[adapter_name] = leaf
         if f"{name}.weight" in ranks:
             outputs, inputs = self.op.shape if not self._is_transposed() else self.op.shape[::-1]  # type: ignore[union-attr]
-            structure = STRUCTURES[(config.kinds or {})[f"{name}.weight"]]
-            weight = self._matrix() if structure.needs_weight else torch.empty(0)
-            self.spt_structure[adapter_name] = structure(inputs, outputs, ranks[f"{name}.weight"], config, weight)
+            structure = STRUCTURES[(config.kinds or {})[f"{name}.weight"]](config)
+            weight = self._matrix() if structure.needs_weight else None
+            for leaf_name, leaf_module in structure.make(inputs, outputs, ranks[f"{name}.weight"], weight).items():
+                getattr(self, f"spt_{leaf_name}")[adapter_name] = leaf_module
+            self.structures[adapter_name] = structure
         self.finish_update(adapter_name, config)
+
+    def leaves(self, adapter_name: str) -> dict[str, nn.Module]:
+        """The leaves of an adapter's structure, by the names of `LEAVES`."""
+        containers = {leaf: getattr(self, f"spt_{leaf}") for leaf in LEAVES}
+        return {leaf: container[adapter_name] for leaf, container in containers.items() if adapter_name in container}
 
     def _is_transposed(self) -> bool:
         return isinstance(self.get_base_layer(), Conv1D)
@@ -55,10 +66,10 @@ class SPTLayer(DeltaLayer):
     def _between(self, adapters: list[str], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The structures of the adapters, one after the other."""
         for name in adapters:
-            if name in self.spt_structure:
-                structure: Any = self.spt_structure[name]
+            if (structure := self.structures.get(name)) is not None:
                 weight = self._matrix() if structure.needs_weight else None
-                output = structure(x, output, weight, getattr(self.get_base_layer(), "bias", None))
+                bias = getattr(self.get_base_layer(), "bias", None)
+                output = structure.apply(self.leaves(name), x, output, weight, bias)
         return output
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -68,16 +79,15 @@ class SPTLayer(DeltaLayer):
             ValueError: The structure cannot be merged, or the base is quantised.
         """
         merged = super().merged_tensors(adapter_name)
-        if adapter_name not in self.spt_structure:
+        structure = self.structures.get(adapter_name)
+        if structure is None:
             return merged
-        structure = self.spt_structure[adapter_name]
-        assert isinstance(structure, Structure)
         if not structure.mergeable:
             raise ValueError(
                 f"The SPT adapter {adapter_name!r} has `structured='adapter'`: a bottleneck with a nonlinearity cannot "
                 "be merged into a weight. Keep it as an adapter, or calibrate with `structured='lora'`."
             )
-        weight = structure.merged(self._matrix())
+        weight = structure.merged(self.leaves(adapter_name), self._matrix())
         merged["weight"] = weight.T.contiguous() if self._is_transposed() else weight
         return merged
 

@@ -42,6 +42,8 @@ class SPTModel(ExtModel):
         """All Linear modules and norms of the backbone."""
         if config.target_modules is None:
             norms = {name for name, module in backbone_modules(model) if _is_norm(module)}
+            if model_config.get("model_type") == "deberta-v2":
+                norms.discard("deberta.encoder.LayerNorm")  # its output goes around re-entrant checkpoints
             names = backbone_linears(model) | norms
             if config.layers_to_transform is not None:  # which full names would take no notice of
                 names = {name.split(".")[-1] for name in names}
@@ -89,6 +91,7 @@ class SPTModel(ExtModel):
                     f"The config was calibrated on another {config.architecture}: {name!r} is smaller here. Calibrate "
                     "it on this model."
                 )
+        config.target_modules = {name.rsplit(".", 1)[0] for name in config.kinds}  # the others get nothing
 
     @classmethod
     def inject_layer(
