@@ -89,6 +89,21 @@ METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
         mergeable=True,
         limits=("It is not merged into a quantised base model, whose grid would swallow the small changes.",),
     ),
+    "SPT": Method(
+        name="SPT",
+        idea="spends a budget of trainable parameters where a few batches say that the loss depends on the weights: "
+        "single weights, whole vectors, or low-rank updates.",
+        arxiv="2303.08566",
+        bibtex=r"""@inproceedings{he2023sensitivity,
+  title = {Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning},
+  author = {He, Haoyu and Cai, Jianfei and Zhang, Jing and Tao, Dacheng and Zhuang, Bohan},
+  booktitle = {IEEE/CVF International Conference on Computer Vision},
+  year = {2023},
+  url = {https://arxiv.org/abs/2303.08566}
+}""",
+        mergeable=True,
+        limits=("With `structured='adapter'` it cannot be merged.",),
+    ),
 }
 
 AUTO_CLASSES = {

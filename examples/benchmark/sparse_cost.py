@@ -1,12 +1,13 @@
 """What sparse fine-tuning costs beside LoRA, SHiRA and Super-Tuning at equal numbers of trained parameters.
 
     python examples/benchmark/sparse_cost.py linear-8x1024 --json       # results/sparse-cost-linear-8x1024.json
-    python examples/benchmark/sparse_cost.py smollm2-135m --rounds 3 --json
+    python examples/benchmark/sparse_cost.py smollm2-135m --rounds 4 --json
+    python examples/benchmark/sparse_cost.py --write docs/sparse.md     # put the tables into a file
 
 - **saved for backward**: bytes of the distinct storages that autograd keeps, without parameters and buffers.
 - **step**: forward, backward, fused AdamW. The methods take turns in rounds of shuffled order, and a ratio compares
-  two times of the same round, so that a slow minute of the machine touches all alike; the median is given, and the mean, to which
-  the few steps that gather gradients or reselect count.
+  two times of the same round, so that a slow minute of the machine touches all alike; the median is given, and the
+  mean, to which the few steps that gather gradients or reselect count.
 - **reselection**: most bytes alive during a step that gathers gradients or reselects, less those of another step.
 - **file**: bytes of `adapter_model.safetensors` by weight, and of the tensors in it alone.
 """
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import random
+import re
 import tempfile
 import time
 import warnings
@@ -189,15 +191,64 @@ def bytes_per_weight(base: nn.Module, inputs: dict[str, torch.Tensor], targeted:
     return rows
 
 
+def table(result: dict[str, Any]) -> str:
+    """The results of one workload in Markdown."""
+    machine, methods = result["machine"], result["methods"]
+    lines = [
+        f"{result['workload']}: {machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}, "
+        f"{machine['rounds']} rounds in turns. Mean counts the steps that gather and reselect.",
+        "",
+        "| method | trained | kept for the backward, MiB | step over LoRA's, median | mean |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in methods.items():
+        lines.append(
+            f"| {name} | {row['trained']:,} | {row['saved_bytes'] / 2**20:,.2f} | {row['step_over_lora']:.2f} | "
+            f"{row['mean_step_over_lora']:.2f} |"
+        )
+    lines += ["", "| density of the targets | values | bytes a weight: tensors | file |", "|---|---|---:|---:|"]
+    for size in result["files"]:
+        lines.append(
+            f"| {100 * size['density']:g} % | {size['dtype']} | {size['payload_per_weight']:.2f} | "
+            f"{size['file_per_weight']:.2f} |"
+        )
+    largest = result["largest_gradient_bytes"]
+    extra = {
+        name: max(found[step] - found["plain"] for step in found) / largest
+        for name, found in result["reselection_bytes"].items()
+    }
+    words = ", ".join(f"{name} {value:.2f}" for name, value in extra.items())
+    return "\n".join([*lines, "", f"Extra memory of a reselection, in gradients of the largest layer: {words}."])
+
+
+def write_tables(file: Path) -> None:
+    """Puts the tables between `<!-- sparse-cost:WORKLOAD -->` and `<!-- /sparse-cost -->`."""
+
+    def filled(match: re.Match[str]) -> str:
+        result = json.loads((RESULTS / f"sparse-cost-{match[2]}.json").read_text())
+        return f"{match[1]}\n{table(result)}\n{match[3]}"
+
+    pattern = r"(<!-- sparse-cost:(\S+) -->)\n.*?(<!-- /sparse-cost -->)"
+    text, count = re.subn(pattern, filled, file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    if not count:
+        raise ValueError(f"{file} has no line `<!-- sparse-cost:WORKLOAD -->` followed by `<!-- /sparse-cost -->`")
+    file.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", choices=["linear-8x1024", "smollm2-135m"])
+    parser.add_argument("workload", choices=["linear-8x1024", "smollm2-135m"], nargs="?")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables of the results in there")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--length", type=int, default=128, help="tokens, of the language model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="write the results beside this program")
     parser.add_argument("--note", default="", help="on the circumstances; goes into the JSON")
     args = parser.parse_args()
+    if args.write:
+        write_tables(args.write)
+    if not args.workload:
+        return
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     base, inputs = workload(args.workload, args.length)
