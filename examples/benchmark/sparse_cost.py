@@ -195,8 +195,10 @@ def table(result: dict[str, Any]) -> str:
     """The results of one workload in Markdown."""
     machine, methods = result["machine"], result["methods"]
     lines = [
-        f"{result['workload']}: {machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}, "
-        f"{machine['rounds']} rounds in turns. Mean counts the steps that gather and reselect.",
+        (
+            f"{result['workload']}: {machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}, "
+            f"{machine['rounds']} rounds in turns. Mean counts the steps that gather and reselect."
+        ),
         "",
         "| method | trained | kept for the backward, MiB | step over LoRA's, median | mean |",
         "|---|---:|---:|---:|---:|",
