@@ -41,6 +41,7 @@ import transformers
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -59,7 +60,10 @@ from transformers.trainer_callback import PrinterCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import resolve_model
 
-from peft_ext import SparseFTConfig, SSFConfig
+import peft_ext
+from peft_ext import SparseFTConfig, SPTConfig, SSFConfig
+from peft_ext.base import tuner_of
+from peft_ext.calibrate import ExactScores
 
 
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
@@ -201,12 +205,25 @@ def budget_of(model: nn.Module, task: Task, share: float) -> tuple[list[str], in
     return list(linears), int(share * weights)
 
 
-def adapter_config(method: str, model: nn.Module, task: Task, share: float, steps: int, seed: int) -> PeftConfig:
-    """The method's config at this budget."""
+def adapter_config(
+    method: str, model: nn.Module, task: Task, share: float, steps: int, seed: int, batches: DataLoader[Any]
+) -> PeftConfig:
+    """The method's config at this budget; those that look at data first see `batches`."""
     names, budget = budget_of(model, task, share)
     task_type = {"text": "SEQ_CLS", "image": "SEQ_CLS", "causal": "CAUSAL_LM"}[task.kind]
     common: dict[str, Any] = {"task_type": task_type, "target_modules": names}
     rank = max(1, round(8 * share))
+    if method in ("spt", "spt-random"):
+        config = SPTConfig(task_type=task_type, budget=budget, r=8, lora_alpha=16)
+        if method == "spt":
+            return peft_ext.calibrate(model, config, batches, num_batches=16, progress=False)
+        tuner = tuner_of(config)  # the same budget, the same kinds of module, but spent without having looked
+        chance = ExactScores({name: weight.numel() for name, weight in tuner.candidates(config, model).items()})
+        generator = torch.Generator().manual_seed(seed)
+        for sums in chance.sums.values():
+            sums.uniform_(generator=generator)
+        tuner.take_scores(config, model, chance)
+        return config
     configs: dict[str, Callable[[], PeftConfig]] = {
         "lora": lambda: LoraConfig(r=rank, lora_alpha=2 * rank, **common),
         "ssf": lambda: SSFConfig(task_type=task_type),
@@ -220,7 +237,7 @@ def adapter_config(method: str, model: nn.Module, task: Task, share: float, step
     return configs[method]()
 
 
-METHODS = ["probe", "lora", "ssf", "spiel-ag", "spiel-ma", "random"]
+METHODS = ["probe", "lora", "ssf", "spiel-ag", "spiel-ma", "random", "spt", "spt-random"]
 
 
 # Runs
@@ -262,11 +279,16 @@ def run(plan: Plan, args: argparse.Namespace, made: tuple[Any, Any, Any]) -> dic
     set_seed(plan.seed)
     model: Any = make_model()
     steps = math.ceil(len(data["train"]) / args.batch) * args.epochs
+    before = 0.0
     if plan.method == PROBE:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("classifier" in name.split("."))
     else:
-        model = get_peft_model(model, adapter_config(plan.method, model, task, plan.budget, steps, plan.seed))
+        batches = DataLoader(data["train"], batch_size=32, collate_fn=collator)  # type: ignore[arg-type]
+        start = time.perf_counter()
+        config = adapter_config(plan.method, model, task, plan.budget, steps, plan.seed, batches)
+        before = time.perf_counter() - start
+        model = get_peft_model(model, config)
         if task.kind == "image":
             model.base_model.model.classifier.requires_grad_(True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -300,7 +322,7 @@ def run(plan: Plan, args: argparse.Namespace, made: tuple[Any, Any, Any]) -> dic
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds = before + time.perf_counter() - start
         key = "eval_loss" if task.metric == "loss" else "eval_score"
         found = {split: trainer.evaluate(data[split])[key] for split in ("validation", "test")}
     sizes = {split: len(rows) for split, rows in data.items()}
