@@ -4,6 +4,7 @@ from .base import ExtConfig, PeftMixedModel
 from .calibrate import calibrate
 from .loading import load
 from .register import register_method
+from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.sparse_ft import (
     SparseFTCallback,
     SparseFTConfig,
@@ -19,12 +20,15 @@ from .tuners.vqt import FrozenPassCache, VQTConfig, VQTModel, attention_maps, se
 from .version import __version__
 
 
-METHODS = ("SSF", "VQT", "SPARSE_FT", "SPT")  # the peft types that importing this package adds
+METHODS = ("SSF", "VQT", "SPARSE_FT", "SPT", "MASK_PRUNING")  # the peft types that importing this package adds
 
 __all__ = [
     "METHODS",
     "ExtConfig",
     "FrozenPassCache",
+    "MaskLoraCallback",
+    "MaskLoraConfig",
+    "MaskLoraModel",
     "PeftMixedModel",
     "SPTConfig",
     "SPTModel",
@@ -38,8 +42,10 @@ __all__ = [
     "__version__",
     "attention_maps",
     "calibrate",
+    "fix_masks",
     "graft",
     "import_lt_sft",
+    "keep_ratios",
     "load",
     "lt_sft",
     "overlap",
@@ -51,3 +57,4 @@ register_method("ssf", SSFConfig, SSFModel)
 register_method("vqt", VQTConfig, VQTModel)
 register_method("sparse_ft", SparseFTConfig, SparseFTModel)
 register_method("spt", SPTConfig, SPTModel)
+register_method("mask_pruning", MaskLoraConfig, MaskLoraModel)

@@ -14,7 +14,7 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -54,6 +54,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .register import is_registered
 from .schedule import exempt_from_weight_decay
+from .sparse import HALF
 from .version import __version__
 
 
@@ -220,6 +221,51 @@ class AdapterVector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, offset={self.offset}"
+
+
+class ExactLeaf(nn.Module):
+    """A leaf whose `weight` moves in steps that are too small for half precision.
+
+    The values stay in fp32 when a model is cast to half precision, and are put back into fp32, exactly where that is
+    possible, when a trainer that has cast all trainable parameters calls `train()`: in bfloat16 an update of 1e-5 does
+    not move a value of 1e-2.
+    """
+
+    weight: Any
+    _exact: torch.Tensor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._exact = self.weight.data
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._exact = self.weight.data
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExactLeaf:
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            loses = tensor.is_floating_point() and moved.dtype in HALF and tensor.dtype not in HALF
+            return tensor.to(moved.device) if loses else moved
+
+        super()._apply(keep_precision, recurse)
+        self._exact = self.weight.data
+        return self
+
+    def train(self, mode: bool = True) -> ExactLeaf:
+        """Puts values that were cast to half precision back into fp32, for training."""
+        if mode and self.weight.dtype in HALF and not self.weight.is_meta:
+            exact = self._exact
+            was_exact = exact is not None and exact.dtype not in HALF and exact.shape == self.weight.shape
+            if was_exact and exact is not None and torch.equal(exact.to(self.weight), self.weight.data):
+                self.weight.data = exact.to(self.weight.device)
+            else:
+                self.weight.data = self.weight.data.float()
+            self.weight.grad = None
+        if self.weight.dtype not in HALF:
+            self._exact = self.weight.data
+        super().train(mode)
+        return self
 
 
 class ExtLayer(nn.Module, BaseTunerLayer):
@@ -447,6 +493,7 @@ class ExtModel(BaseTuner):
 
     tuner_layer_cls: type[ExtLayer]
     target_module_mapping: dict[str, list[str]]
+    scores_kind: ClassVar[str] = "sensitivity"  # what a sensitivity pass measures unless told otherwise
     misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
     # regular expressions that go with the default targets, by class name or model type
     default_exclusions: ClassVar[dict[str, str]] = {}
@@ -464,6 +511,10 @@ class ExtModel(BaseTuner):
     def layer_kwargs(cls, tuner: BaseTuner, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
         """What `update_layer` must know beyond the config, because only the whole model, `tuner.model`, tells it."""
         return {}
+
+    @classmethod
+    def finish_injection(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Called once all layers of a new adapter are in `model`."""
 
     @classmethod
     def finish_merge(cls, model: nn.Module) -> None:
@@ -524,6 +575,11 @@ class ExtModel(BaseTuner):
         if adapter_name not in tuner.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
         return layer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter on the model, the first or a further one."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.finish_injection(model, self.peft_config[adapter_name], adapter_name)
 
     def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         _create_and_replace(self, peft_config, *args, **kwargs)
@@ -673,6 +729,13 @@ class _MixedModel(MixedModel):
             _create_and_replace(self, config, *args, **kwargs)
         else:
             super()._create_and_replace(config, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter of any method on the model."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if isinstance(config, ExtConfig):
+            tuner_of(config).finish_injection(model, config, adapter_name)
 
     # PEFT's class goes by lists of prefixes and layer types that do not know ours; the structural versions do.
     _mark_only_adapters_as_trainable = BaseTuner._mark_only_adapters_as_trainable
@@ -866,11 +929,7 @@ def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def backbone_linears(model: nn.Module) -> set[str]:
     """The names of all Linear modules (and GPT-2's Conv1D) that are no head."""
-    return {
-        name
-        for name, module in backbone_modules(model)
-        if linear_features(module) is not None or isinstance(module, Conv1D)
-    }
+    return {name for name, module in backbone_modules(model) if linear_features(module) is not None}
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -891,9 +950,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def linear_features(base_layer: nn.Module) -> tuple[int, int] | None:
-    """Input and output features of a dense or quantised linear layer, `None` if it is neither."""
+    """Input and output features of a dense or quantised linear layer (or GPT-2's Conv1D), `None` if it is neither."""
     if isinstance(base_layer, nn.Linear):
         return base_layer.in_features, base_layer.out_features
+    if isinstance(base_layer, Conv1D):
+        return base_layer.nx, base_layer.nf
     backend = resolve_quantization_backend(base_layer)
     if backend is None or backend.layer_type != "linear":
         return None
@@ -940,6 +1001,25 @@ def refuse_tied_weights(model: nn.Module, adapter_names: list[str] | None) -> No
                     "the weights before adapting the model (for tied embeddings: load with "
                     "`tie_word_embeddings=False` and copy the input embedding into the output layer)."
                 )
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the frozen one, in eval mode; which parameters are trained stays as it is."""
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    disabled = [layer._disable_adapters for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for layer, was_disabled in zip(layers, disabled, strict=True):
+            layer._disable_adapters = was_disabled
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

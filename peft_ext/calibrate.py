@@ -167,7 +167,7 @@ def calibrate(
     *,
     trainer: Any = None,
     budgets: Sequence[float] | None = None,
-    kind: str = "sensitivity",
+    kind: str | None = None,
     memory: str = "exact",
     progress: bool = True,
 ) -> Any:
@@ -185,7 +185,8 @@ def calibrate(
         trainer: Instead of `dataloader`: a `Trainer` or `SFTTrainer` that was made with the same model and data, but
             without `peft_config`; the batches are those that it would train on.
         budgets: Several budgets to calibrate for in one pass.
-        kind: `"sensitivity"`, `"fisher"`, `"magnitude"` or `"snip"`; see the top of `calibrate.py`.
+        kind: `"sensitivity"`, `"fisher"`, `"magnitude"` or `"snip"`; see the top of `calibrate.py`. `None` takes what
+            suits the method: `"magnitude"` for masks, else `"sensitivity"`.
         memory: `"exact"`, four bytes a weight on the host, or `"pool"`, about one.
         progress: Show a bar.
 
@@ -208,7 +209,7 @@ def calibrate(
         loss_fn,
         num_batches,
         trainer=trainer,
-        kind=kind,
+        kind=kind or tuner.scores_kind,
         memory=memory,
         progress=progress,
     )

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from .base import ExtLayer, linear_features
+from .base import ExactLeaf, ExtLayer, linear_features
 from .schedule import exempt_from_weight_decay, listen_to_steps
 from .sparse import (
     HALF,
@@ -42,12 +42,10 @@ class Tracker(Protocol):
         """See `schedule.StepListener`."""
 
 
-class SparseDelta(nn.Module):
+class SparseDelta(ExactLeaf):
     """k values on k places among `size`: the parameter `weight` `(k,)` and the buffer `index`, the encoded places.
 
-    Both have shapes that follow from k and `size`, so that any loader can fill them in. The values stay in fp32 when
-    a model is cast to half precision, and are put back into fp32, exactly where that is possible, when a trainer that
-    has cast all trainable parameters calls `train()`: in bfloat16 an update of 1e-5 does not move a value of 1e-2.
+    Both have shapes that follow from k and `size`, so that any loader can fill them in.
     """
 
     def __init__(self, indices: torch.Tensor, size: int, placeholder: bool = False) -> None:
@@ -62,12 +60,10 @@ class SparseDelta(nn.Module):
         self.placeholder = placeholder
         self._decoded: torch.Tensor | None = None
         self._decoded_from: tuple[Any, int] | None = (self.index, self.index._version) if placeholder else None
-        self._exact = self.weight.data
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-        self._exact = self.weight.data
         self._register()  # copies and unpickled leaves too
 
     def _register(self) -> None:
@@ -123,40 +119,18 @@ class SparseDelta(nn.Module):
 
     # Loading, casting, saving
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self._forget()
         self.placeholder = False
-        self._exact = self.weight.data
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseDelta:
-        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            loses = tensor.is_floating_point() and moved.dtype in HALF and tensor.dtype not in HALF
-            return tensor.to(moved.device) if loses else moved
-
         unloaded = self._is_unloaded()
-        super()._apply(keep_precision, recurse)
+        super()._apply(fn, recurse)
         self._forget()
         self.placeholder = unloaded
         if unloaded:
             self._decoded_from = (self.index, self.index._version)
-        self._exact = self.weight.data
-        return self
-
-    def train(self, mode: bool = True) -> SparseDelta:
-        """Puts values that were cast to half precision back into fp32, for training."""
-        if mode and self.weight.dtype in HALF and not self.weight.is_meta:
-            exact = self._exact
-            was_exact = exact.dtype not in HALF and exact.shape == self.weight.shape
-            if was_exact and torch.equal(exact.to(self.weight), self.weight.data):
-                self.weight.data = exact.to(self.weight.device)
-            else:
-                self.weight.data = self.weight.data.float()
-            self.weight.grad = None
-        if self.weight.dtype not in HALF:
-            self._exact = self.weight.data
-        super().train(mode)
         return self
 
     def forward(self) -> torch.Tensor:

@@ -219,7 +219,7 @@ def _rules_of(model: nn.Module) -> tuple[Rule, ...]:
 
 
 def _groups_of(rule: Rule, modules: Mapping[str, nn.Module]) -> Iterator[Group]:
-    for name, consumer in modules.items():
+    for name in modules:
         if name != rule.columns and not name.endswith(f".{rule.columns}"):
             continue
         block = name.removesuffix(rule.columns)

@@ -1,0 +1,140 @@
+"""The configuration of mask-pruning LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ...base import ExtConfig
+from .groups import KINDS
+
+
+COSTS = ("parameters", "flops")
+
+
+@dataclass
+class MaskLoraConfig(ExtConfig):
+    """Configuration of mask-pruning LoRA; see also the common fields of [`ExtConfig`].
+
+    Training has three phases: LoRA alone, masks that are learnt along with it, and masks that are decided while LoRA
+    goes on. `target_modules` are those of LoRA (`None`: all Linear modules of the backbone, and GPT-2's Conv1D); what
+    is pruned follows from the architecture.
+
+    Args:
+        r: Rank of LoRA.
+        lora_alpha: The low-rank product is scaled by `lora_alpha / r`.
+        use_rslora: Scale by `lora_alpha / sqrt(r)` instead.
+        lora_dropout: Of LoRA's input.
+        prune: What is masked: `"ffn"`, the channels of feed-forward blocks; `"heads"`, attention heads (key-value heads
+            with all their queries).
+        groups: Which channels hang together, for an architecture that is not known: a list of entries like
+            `{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}`; see `groups.Rule`.
+        target_sparsity: Share of the prunable weights (or of what `cost` says) that is removed, in (0, 1); the masks
+            that are decided remove it. `None`: as much as `penalty` makes them.
+        cost: What a unit counts for: its `"parameters"`, or its `"flops"` on sequences of `sequence_length` tokens.
+        sequence_length: Tokens of a sample, for `cost="flops"`.
+        penalty: lambda, the weight of the expected share of what is kept in the objective, without `target_sparsity`.
+        total_steps: Optimizer steps of the training; `MaskLoraCallback` takes it from the Trainer.
+        warmup_ratio: Share of the steps with LoRA alone.
+        fix_ratio: Share of the steps after which the masks are decided.
+        ramp_ratio: Share of the steps between the two in which the sparsity rises to `target_sparsity`.
+        initial_temperature: Of the sigmoid, when the masks begin to learn.
+        final_temperature: When they are decided.
+        mask_lr_ratio: How many times faster than LoRA the logits learn (with Adam; its square with SGD).
+        init_logits: `"constant"`: all begin at `initial_logit`; `"sensitivity"`: in the order that
+            `peft_ext.calibrate(model, config, dataloader)` finds.
+        initial_logit: Logit of a unit at the beginning; it is kept with the probability sigmoid(logit).
+        uniform: Remove as much from every layer, so that a stock model class can load what is left.
+        round_to: Keep multiples of so many feed-forward channels.
+        distillation: Weight of the divergence from the frozen dense model's output in the loss; 0 leaves it out.
+        distillation_temperature: Of both distributions in that divergence.
+        seed: Of the masks' noise.
+        lora_modules: Modules with LoRA, where these are fewer than those with masks; filled in by itself.
+
+    Raises:
+        ValueError: A field is out of its range; the message names it.
+    """
+
+    METHOD: ClassVar[str] = "MASK_PRUNING"
+
+    r: int = field(default=8, metadata={"help": "Rank of LoRA."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "Scale of LoRA, times r."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA's input."})
+    prune: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": f"Of {', '.join(KINDS)}."})
+    groups: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Which channels hang together, for unknown architectures."}
+    )
+    target_sparsity: float | None = field(default=None, metadata={"help": "Share of the prunable weights to remove."})
+    cost: str = field(default="parameters", metadata={"help": f"What is counted: {', '.join(COSTS)}."})
+    sequence_length: int | None = field(default=None, metadata={"help": "Tokens of a sample, for cost='flops'."})
+    penalty: float | None = field(default=None, metadata={"help": "Weight of what is kept in the objective."})
+    total_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of the training."})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with LoRA alone."})
+    fix_ratio: float = field(default=0.7, metadata={"help": "Share of the steps after which masks are decided."})
+    ramp_ratio: float = field(default=0.5, metadata={"help": "Part of the mask phase in which sparsity rises."})
+    initial_temperature: float = field(default=1.0, metadata={"help": "Of the sigmoid, at first."})
+    final_temperature: float = field(default=0.3, metadata={"help": "Of the sigmoid, at last."})
+    mask_lr_ratio: float = field(default=50.0, metadata={"help": "Learning rate of the logits over LoRA's."})
+    init_logits: str = field(default="constant", metadata={"help": "'constant' or 'sensitivity'."})
+    initial_logit: float = field(default=3.0, metadata={"help": "Logit of a unit at the beginning."})
+    uniform: bool = field(default=False, metadata={"help": "Remove as much from every layer."})
+    round_to: int = field(default=1, metadata={"help": "Keep multiples of so many channels."})
+    distillation: float = field(default=0.0, metadata={"help": "Weight of the divergence from the dense model."})
+    distillation_temperature: float = field(default=2.0, metadata={"help": "Of that divergence."})
+    seed: int = field(default=0, metadata={"help": "Of the masks' noise."})
+    lora_modules: list[str] | None = field(default=None, metadata={"help": "Modules with LoRA; leave empty."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.initial_logits: dict[str, torch.Tensor] | None = None  # by `calibrate`; not a field: too bulky for JSON
+        if not (isinstance(self.r, int) and self.r > 0):
+            raise ValueError(f"`r` must be a positive integer, got {self.r!r}.")
+        if isinstance(self.prune, str):
+            self.prune = [self.prune]
+        if not self.prune or set(self.prune) - set(KINDS):
+            raise ValueError(f"`prune` must name some of {', '.join(KINDS)}, got {self.prune!r}.")
+        if self.target_sparsity is not None:
+            if not 0 < self.target_sparsity < 1:
+                raise ValueError(f"`target_sparsity` must be between 0 and 1, got {self.target_sparsity!r}.")
+            if self.penalty is not None:
+                raise ValueError("Give either `target_sparsity`, which is met whatever it takes, or `penalty`.")
+        elif self.penalty is None:
+            raise ValueError(
+                "How much is to be pruned? Give `target_sparsity`, a share of the prunable weights such as 0.25, or "
+                "`penalty`, the weight of what is kept in the objective, such as 1.0."
+            )
+        elif not self.penalty > 0:
+            raise ValueError(f"`penalty` must be positive, got {self.penalty!r}.")
+        if self.cost not in COSTS:
+            raise ValueError(f"`cost` must be one of {', '.join(COSTS)}, got {self.cost!r}.")
+        if (self.cost == "flops") != (self.sequence_length is not None):
+            raise ValueError("`sequence_length` goes with `cost='flops'`: give both or neither.")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise ValueError(f"`total_steps` must be positive, got {self.total_steps!r}.")
+        if not 0 <= self.warmup_ratio < self.fix_ratio <= 1:
+            raise ValueError(
+                f"`warmup_ratio` and `fix_ratio` must be in this order between 0 and 1, got {self.warmup_ratio!r} and "
+                f"{self.fix_ratio!r}."
+            )
+        if self.init_logits not in ("constant", "sensitivity"):
+            raise ValueError(f"`init_logits` must be 'constant' or 'sensitivity', got {self.init_logits!r}.")
+        if not (isinstance(self.round_to, int) and self.round_to > 0):
+            raise ValueError(f"`round_to` must be a positive integer, got {self.round_to!r}.")
+        for name in ("lora_dropout", "ramp_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)!r}.")
+        for name in ("initial_temperature", "final_temperature", "mask_lr_ratio", "distillation_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)!r}.")
+        if self.distillation < 0:
+            raise ValueError(f"`distillation` must not be negative, got {self.distillation!r}.")
+        if self.init_weights is not True:
+            raise ValueError(f"`init_weights` must be True for mask-pruning LoRA, got {self.init_weights!r}.")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the low-rank product."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)

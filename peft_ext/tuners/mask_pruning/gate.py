@@ -1,0 +1,348 @@
+r"""The masks: how they are drawn, driven and decided.
+
+A unit c with the logit a_c is kept with the probability sigmoid(a_c). In training its mask is drawn anew in each step,
+
+    s = sigmoid((a + g) / tau)     with g logistic noise and tau the temperature
+    h = 1[a + g > 0]               P(h = 1) = sigmoid(a), whatever tau is
+    m = h + s - stopgrad(s)        h in the forward, the gradient of s in the backward
+
+and in evaluation it is 1[a > 0]. The expected share that is removed, sum_c cost_c sigmoid(-a_c) / sum_c cost_c, needs
+no sampling. With a penalty, its gradient is added to that of the logits. With a target, all logits are shifted
+together after each step by the one number that makes the expected share the target of that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ...base import ExactLeaf
+from ...schedule import exempt_from_weight_decay, listen_to_steps
+from .config import MaskLoraConfig
+from .groups import Group
+
+
+UNDECIDED = -1
+
+
+class MaskGate(ExactLeaf):
+    """The mask of one group: `weight` `(units,)`, the logits divided by `rate`.
+
+    An optimizer of Adam's kind moves the logits `rate` times as fast as other parameters. No optimizer decays them.
+    The buffer `kept` `(units,)` says which units were decided to stay, and `progress` how many steps were made; both
+    are saved, so that a training resumes from the adapter alone.
+    """
+
+    def __init__(self, group: Group, rate: float, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.group, self.rate = group, rate
+        self.weight = nn.Parameter(logits / rate)
+        self.register_buffer("kept", torch.full((group.units,), UNDECIDED, dtype=torch.int8))
+        self.register_buffer("progress", torch.zeros(1, dtype=torch.int64))
+        self.kept: torch.Tensor
+        self.progress: torch.Tensor
+        self.schedule: MaskSchedule | None = None
+        self._is_fixed: bool | None = None  # not looked up yet
+        exempt_from_weight_decay(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        exempt_from_weight_decay(self)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_fixed = None
+        if self.schedule is not None:
+            self.schedule.forget()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is decided which units stay."""
+        if self._is_fixed is None:
+            self._is_fixed = not self.kept.is_meta and bool((self.kept != UNDECIDED).all())
+        return self._is_fixed
+
+    def logits(self) -> torch.Tensor:
+        """`(units,)` in fp32."""
+        return self.weight.float() * self.rate
+
+    @torch.no_grad()
+    def fix(self, kept: torch.Tensor) -> None:
+        """Decides which units stay, `kept` `(units,)` of booleans."""
+        self.kept.copy_(kept)
+        self._is_fixed = True
+
+    def hard(self) -> torch.Tensor:
+        """The mask of evaluation, `(units,)` of zeros and ones in fp32; NaN where the logits are."""
+        if self.is_fixed:
+            return self.kept.float()
+        logits = self.logits()
+        return torch.where(logits.isnan(), logits, (logits > 0).float())
+
+    def forward(self) -> torch.Tensor | None:
+        """The mask `(units,)`, in fp32; `None` where nothing is masked."""
+        if not self.training:
+            return self.hard()
+        schedule = self.schedule
+        if schedule is not None and torch.is_grad_enabled():
+            schedule.was_used = True
+        if self.is_fixed or schedule is None or not schedule.is_learning:
+            mask = self.hard() if self.is_fixed else None
+            if torch.distributed.is_initialized() and self.weight.requires_grad:
+                # distributed training wants a gradient, if only of zero, for every parameter in every step
+                mask = (torch.ones_like(self.weight) if mask is None else mask) + 0 * self.weight.float()
+            return mask
+        noisy = self.logits() + schedule.noise_of(self)
+        soft = torch.sigmoid(noisy / schedule.temperature)
+        return (noisy > 0).float() + soft - soft.detach()
+
+    def extra_repr(self) -> str:
+        return f"{self.group.units} units, {self.group.kind}"
+
+
+class MaskSchedule:
+    """Drives all gates of one adapter as the optimizer makes steps."""
+
+    def __init__(self, config: MaskLoraConfig, gates: Sequence[MaskGate]) -> None:
+        self.config, self.gates = config, list(gates)
+        self.costs = [cost_of(gate.group, config) for gate in gates]
+        self.was_used = False  # in a training forward
+        self._step: int | None = None
+        self._noise: tuple[int, list[torch.Tensor]] | None = None
+        for gate in gates:
+            gate.schedule = self
+        listen_to_steps(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        listen_to_steps(self)
+
+    def forget(self) -> None:
+        """Other tensors were loaded into the gates."""
+        self._step = self._noise = None
+
+    # Where training stands
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """By which the optimizer hooks know whom a step concerns."""
+        return self.gates[0].weight
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made."""
+        if self._step is None:
+            self._step = int(self.gates[0].progress)
+        return self._step
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The steps after which masks begin to learn, and are decided; a `ValueError` if `total_steps` is missing."""
+        total = self.config.total_steps
+        if total is None:
+            raise ValueError(
+                "MaskLoraConfig.total_steps is not set, so it is not known when the masks are to be decided. Set it to "
+                "the number of optimizer steps of the training, or pass `callbacks=[peft_ext.MaskLoraCallback()]` to "
+                "the Trainer."
+            )
+        begin = int(self.config.warmup_ratio * total)
+        return begin, max(begin + 1, round(self.config.fix_ratio * total))
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether the masks are drawn at random now."""
+        return self.config.total_steps is not None and self.bounds[0] <= self.step < self.bounds[1]
+
+    def _passed(self) -> float:
+        """How much of the mask phase has passed, between 0 and 1."""
+        begin, end = self.bounds
+        return min(max((self.step - begin) / (end - begin), 0.0), 1.0)
+
+    @property
+    def temperature(self) -> float:
+        """tau now."""
+        first, last = self.config.initial_temperature, self.config.final_temperature
+        return first + (last - first) * self._passed()
+
+    @property
+    def target(self) -> float:
+        """The share that is to be removed now, in expectation."""
+        assert self.config.target_sparsity is not None
+        ramp = self.config.ramp_ratio
+        return self.config.target_sparsity * (min(self._passed() / ramp, 1.0) if ramp else 1.0)
+
+    def noise_of(self, gate: MaskGate) -> torch.Tensor:
+        """Logistic noise `(units,)`: a function of seed and step, so that recomputations and processes agree."""
+        if self._noise is None or self._noise[0] != self.step:
+            generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.step)
+            sizes = [other.group.units for other in self.gates]
+            uniform = torch.rand(sum(sizes), generator=generator).clamp_(1e-6, 1 - 1e-6)
+            noise = torch.logit(uniform).to(gate.weight.device)
+            self._noise = (self.step, list(noise.split(sizes)))
+        return self._noise[1][self.gates.index(gate)].to(gate.weight.device)
+
+    # Events
+
+    def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
+        """Adds the gradient of the penalty."""
+        begin, end = self.bounds
+        if self.config.penalty is None or not begin <= self.step < end or self.gates[0].is_fixed:
+            return
+        if closure:
+            raise ValueError(
+                f"{type(optimizer).__name__}.step was given a closure, which computes the gradients anew, so that the "
+                "penalty cannot be added to them. Use `target_sparsity`, or an optimizer without a closure."
+            )
+        scale = getattr(optimizer, "grad_scale", None)  # under a GradScaler the gradients of a fused optimizer have it
+        total = float(sum(cost * gate.group.units for cost, gate in zip(self.costs, self.gates, strict=True)))
+        for cost, gate in zip(self.costs, self.gates, strict=True):
+            gradient = penalty_gradient(gate.logits().detach(), cost / total, self.config.penalty) * gate.rate
+            if scale is not None:
+                gradient = gradient * scale
+            if gate.weight.grad is None:
+                gate.weight.grad = torch.zeros_like(gate.weight)
+            gate.weight.grad += gradient.to(gate.weight.grad.dtype)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
+        """Counts, holds the target, decides when the time has come."""
+        if not taken:
+            return
+        begin, end = self.bounds
+        self._step = self.step + 1
+        for gate in self.gates:
+            gate.progress.fill_(self._step)
+        if self.gates[0].is_fixed or self._step < begin:
+            return
+        if self.config.target_sparsity is not None and self.target > 0:
+            self._hold(self.target)
+        if self._step >= end:
+            self.decide()
+
+    def foreign_step(self, optimizer: Optimizer) -> None:
+        """Of no concern."""
+
+    def _hold(self, target: float) -> None:
+        """Shifts all logits together so that the expected share removed is `target`."""
+        device = self.gates[0].weight.device
+        logits = torch.cat([gate.logits().to(device) for gate in self.gates])
+        costs = torch.cat(
+            [torch.full((g.group.units,), float(c)) for g, c in zip(self.gates, self.costs, strict=True)]
+        )
+        shift = shift_to(logits, costs.to(device), target)
+        for gate in self.gates:
+            gate.weight += (shift / gate.rate).to(gate.weight.device, gate.weight.dtype)
+
+    def decide(self) -> None:
+        """Fixes the masks of all gates."""
+        kept = choose(
+            [gate.logits().detach().cpu() for gate in self.gates], [g.group for g in self.gates], self.config
+        )
+        for gate, units in zip(self.gates, kept, strict=True):
+            gate.fix(units)
+
+
+def cost_of(group: Group, config: MaskLoraConfig) -> float:
+    """What a unit of a group counts for."""
+    if config.cost == "parameters":
+        return float(group.parameters)
+    length = config.sequence_length
+    assert length is not None
+    # two operations for each weight and token; scores and their product with the values for each pair of tokens
+    return 2.0 * length * group.parameters + (4.0 * length * length * group.width if group.kind == "heads" else 0.0)
+
+
+def penalty_gradient(logits: torch.Tensor, cost: float, penalty: float) -> torch.Tensor:
+    """d/da of `penalty * cost * sigmoid(a)`, with `cost` a unit's share of all costs."""
+    keep = torch.sigmoid(logits)
+    return penalty * cost * keep * (1 - keep)
+
+
+def shift_to(logits: torch.Tensor, costs: torch.Tensor, target: float) -> torch.Tensor:
+    """The number which, added to all logits, makes sum cost sigmoid(-a) / sum cost equal to `target`."""
+    weights = costs / costs.sum()
+    bound = torch.logit(torch.tensor(1 - target, device=logits.device)).abs() + 1
+    low, high = -logits.max() - bound, -logits.min() + bound
+    for _ in range(60):  # bisection: what is removed falls with the shift
+        middle = (low + high) / 2
+        removes_more = (weights * torch.sigmoid(-logits - middle)).sum() > target
+        low, high = torch.where(removes_more, middle, low), torch.where(removes_more, high, middle)
+    return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Units that can only be removed together, those of the smallest logits first."""
+
+    logit: float
+    cost: float
+    units: tuple[tuple[int, torch.Tensor], ...]  # gate and its units
+
+
+def _steps(logits: Sequence[torch.Tensor], groups: Sequence[Group], config: MaskLoraConfig) -> list[_Step]:
+    """All that can be removed, in the order in which it is."""
+    chains: dict[Any, list[list[tuple[int, torch.Tensor]]]] = {}
+    for index, (values, group) in enumerate(zip(logits, groups, strict=True)):
+        size = config.round_to if group.kind == "ffn" else 1
+        order = values.argsort()
+        first = group.units % size
+        chunks = [order[:first]] if first else []
+        chunks += order[first:].split(size)
+        chain = chains.setdefault(group.kind if config.uniform else index, [[] for _ in chunks])
+        if len(chain) != len(chunks):
+            raise ValueError(
+                f"`uniform=True` needs layers of one size; {group.name!r} has {group.units} units, the others differ."
+            )
+        for step, units in zip(chain, chunks, strict=True):
+            step.append((index, units))
+    steps = []
+    for chain in chains.values():
+        for units in chain:
+            values = torch.cat([logits[index][chosen] for index, chosen in units])
+            cost = sum(cost_of(groups[index], config) * len(chosen) for index, chosen in units)
+            steps.append(_Step(float(values.mean()), cost, tuple(units)))
+    return sorted(steps, key=lambda step: step.logit)
+
+
+def choose(logits: Sequence[torch.Tensor], groups: Sequence[Group], config: MaskLoraConfig) -> list[torch.Tensor]:
+    """Which units stay, booleans `(units,)` for each group: those of the largest logits within the target.
+
+    Without a target those of a positive logit.
+    """
+    kept = [torch.ones(group.units, dtype=torch.bool) for group in groups]
+    total = sum(cost_of(group, config) * group.units for group in groups)
+    removed = 0.0
+    for step in _steps(logits, groups, config):
+        if config.target_sparsity is None:
+            if step.logit > 0:
+                break
+        elif abs(removed + step.cost - config.target_sparsity * total) >= abs(
+            removed - config.target_sparsity * total
+        ):
+            continue  # too much; a later one may be smaller
+        removed += step.cost
+        for index, units in step.units:
+            kept[index][units] = False
+    return kept
+
+
+def check_reachable(groups: Mapping[str, Group], config: MaskLoraConfig) -> None:
+    """Raises `ValueError` if no choice of units comes within 1 % of `target_sparsity`."""
+    if config.target_sparsity is None:
+        return
+    found = list(groups.values())
+    total = sum(cost_of(group, config) * group.units for group in found)
+    kept = choose([torch.zeros(group.units) for group in found], found, config)
+    removed = sum(cost_of(group, config) * float((~units).sum()) for group, units in zip(found, kept, strict=True))
+    if abs(removed / total - config.target_sparsity) > 0.01:
+        smallest = min(step.cost for step in _steps([torch.zeros(g.units) for g in found], found, config))
+        raise ValueError(
+            f"`target_sparsity={config.target_sparsity}` cannot be reached within 1 %: the smallest step of these "
+            f"{len(found)} groups removes {smallest / total:.1%} of the prunable {config.cost}, and the nearest share "
+            f"is {removed / total:.1%}. Take another target, a smaller `round_to`, `uniform=False` or more in `prune`."
+        )

@@ -1,0 +1,279 @@
+r"""Mask-pruning LoRA: what is cut is learnt while the model is adapted.
+
+    y = W (m * x) + b + (alpha / r) B A (m * x)
+
+m masks whole groups of channels at the input of the one module that reads them (`groups.py`), for the base and for
+LoRA alike, so that a masked channel has no influence and can be cut out afterwards (`export`). The paper's abstract
+("Learning to Prune and Low-Rank Adaptation for Compact Language Model Deployment") is all that is known of it; the
+masks follow its relatives (CoFi, Sheared LLaMA, FineGates).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...base import (
+    ExtConfig,
+    ExtLayer,
+    ExtModel,
+    backbone_linears,
+    linear_features,
+    matched_targets,
+    resolved_targets,
+    without_adapters,
+)
+from ...calibrate import Scores
+from .config import MaskLoraConfig
+from .gate import MaskGate, MaskSchedule, check_reachable
+from .groups import Group, find_groups
+from .layer import MaskLoraLayer, MaskLoraLinear
+
+
+class MaskLoraModel(ExtModel):
+    """Puts LoRA and masks on a model; used through `get_peft_model(model, MaskLoraConfig(...))`."""
+
+    prefix = "mask_pruning_"
+    tuner_layer_cls = MaskLoraLayer
+    scores_kind = "magnitude"
+    misfit_advice = (
+        "It was made for another base model, or for one that was pruned since. To go on training, use the saved "
+        "adapter's own config: `PeftModel.from_pretrained(base, path, is_trainable=True)`."
+    )
+
+    @classmethod
+    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
+        """LoRA on all Linear modules of the backbone."""
+        if config.target_modules is None:
+            names = backbone_linears(model)
+            if config.layers_to_transform is not None:  # which full names would take no notice of
+                names = {name.split(".")[-1] for name in names}
+            config.target_modules = names
+        return config
+
+    @classmethod
+    def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
+        """`TypeError` for what the method cannot adapt."""
+        if linear_features(base_layer) is None:
+            raise TypeError(f"Mask-pruning LoRA does not support modules of type {type(base_layer).__name__}.")
+        return MaskLoraLinear
+
+    @classmethod
+    def check_targets(cls, config: ExtConfig, model: nn.Module) -> None:
+        """Also finds the groups, and adds the modules that carry their masks to the targets.
+
+        Raises:
+            ValueError: The architecture is unknown, the target cannot be reached, or calibration is missing.
+        """
+        assert isinstance(config, MaskLoraConfig)
+        cls.check_modules(config, model)
+        groups = groups_of(config, model)
+        check_reachable(groups, config)
+        is_new = not (config.inference_mode or config.awaits_weights)
+        if config.init_logits == "sensitivity" and config.initial_logits is None and is_new:
+            raise ValueError(
+                "This MaskLoraConfig has `init_logits='sensitivity'`, but has not seen data; before `get_peft_model`:\n"
+                "    config = peft_ext.calibrate(model, config, dataloader)"
+            )
+        for name, logits in (config.initial_logits or {}).items():
+            if name not in groups or groups[name].units != len(logits):
+                raise ValueError(
+                    f"The config was calibrated on another model: {name!r} has no group of {len(logits)} units here. "
+                    "Calibrate it on this model."
+                )
+        matched = {name for name, _ in matched_targets(config, model)}
+        with_lora = matched if config.lora_modules is None else matched & set(config.lora_modules)
+        config.lora_modules = sorted(with_lora) if set(groups) - with_lora else None
+        config.target_modules = with_lora | set(groups)
+
+    @classmethod
+    def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
+        """The module's group, if it carries a mask."""
+        group = groups_of(config, tuner.model, name).get(name)
+        logits = None
+        if group is not None:
+            start = torch.full((group.units,), config.initial_logit)
+            logits = (config.initial_logits or {}).get(name, start)
+        with_lora = config.lora_modules is None or name in config.lora_modules
+        return {"group": group, "with_lora": with_lora, "logits": logits}
+
+    @classmethod
+    def finish_injection(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Lets one schedule drive all gates of the adapter."""
+        gates = gates_of(model, adapter_name)
+        for gate in gates.values():
+            gate.train(model.training)  # an adapter that is put on a model in eval mode draws nothing at random
+        if gates and not config.inference_mode:
+            MaskSchedule(config, list(gates.values()))
+
+    @classmethod
+    def stored_tensors(
+        cls, model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """All; warns if the model was trained and the masks never moved."""
+        schedule = next((gate.schedule for gate in gates_of(model, adapter_name).values()), None)
+        if schedule is not None and schedule.was_used and schedule.step == 0:
+            warnings.warn(
+                f"Adapter {adapter_name!r} was trained, but its masks took part in no step: the optimizer does not own "
+                "them (it was made before the adapter, or holds flattened copies of the parameters). Nothing is "
+                "pruned.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return tensors
+
+    # Calibration
+
+    @classmethod
+    def candidates(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights that the masks act on.
+
+        Raises:
+            ValueError: `init_logits` is not `"sensitivity"`, or the base is quantised.
+        """
+        if config.init_logits != "sensitivity":
+            raise ValueError(f"`calibrate` needs `init_logits='sensitivity'`, the config says {config.init_logits!r}.")
+        targets = resolved_targets(cls, config, model)
+        found = {}
+        for name in groups_of(config, model):
+            weight: Any = (targets.get(name) or model.get_submodule(name)).weight
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"The weight of {name!r} is quantised and has no gradient: calibrate on the model loaded without "
+                    "quantisation; the config that comes out fits both."
+                )
+            found[name] = weight
+        return found
+
+    @classmethod
+    def take_scores(cls, config: Any, model: nn.Module, scores: Scores) -> None:
+        """First logits by the rank of what a unit's columns score, for each parameter that goes with it.
+
+        They are quantiles of a normal distribution around `initial_logit` with a standard deviation of two.
+        """
+        groups = groups_of(config, model)
+        values = []
+        for name, group in groups.items():
+            parameter = scores.of(name).clamp(min=0)
+            features = group.units * group.width
+            is_linear = isinstance(model.get_submodule(name), nn.Linear)
+            matrix = parameter.view(-1, features) if is_linear else parameter.view(features, -1).T
+            values.append(matrix.sum(0).view(group.units, group.width).sum(1) / group.parameters)
+        ranks = torch.cat(values).argsort().argsort()
+        quantiles = torch.special.ndtri((ranks + 0.5) / len(ranks))
+        logits = (config.initial_logit + 2 * quantiles).split([group.units for group in groups.values()])
+        config.initial_logits = dict(zip(groups, logits, strict=True))
+
+    # Distillation
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own; with `distillation`, its loss also has the divergence from the frozen dense model."""
+        output = super().forward(*args, **kwargs)
+        config = self.peft_config[self.active_adapters[0]] if self.active_adapters else None
+        weight = getattr(config, "distillation", 0.0)
+        if not (weight and self.training and torch.is_grad_enabled()):
+            return output
+        if getattr(output, "loss", None) is None or getattr(output, "logits", None) is None:
+            raise ValueError("`distillation` needs a model that returns `loss` and `logits`: pass `labels` to it.")
+        assert isinstance(config, MaskLoraConfig)
+        with torch.no_grad(), without_adapters(self.model):
+            dense = super().forward(*args, **kwargs)
+        output.loss = output.loss + weight * divergence(
+            output.logits, dense.logits, config.distillation_temperature, kwargs.get("labels")
+        )
+        return output
+
+
+def divergence(
+    logits: torch.Tensor, dense: torch.Tensor, temperature: float, labels: torch.Tensor | None
+) -> torch.Tensor:
+    """`T^2 KL(dense || logits)` of the softmax over the last dimension at temperature T, mean over what has a label."""
+    if labels is not None and labels.shape == logits.shape[:-1] and labels.ndim > 1:
+        chosen = labels != -100
+        logits, dense = logits[chosen], dense[chosen]
+    classes = logits.shape[-1]
+    new, old = (F.log_softmax(x.float().reshape(-1, classes) / temperature, -1) for x in (logits, dense))
+    return temperature**2 * F.kl_div(new, old, reduction="batchmean", log_target=True)
+
+
+def groups_of(config: MaskLoraConfig, model: nn.Module, name: str | None = None) -> dict[str, Group]:
+    """The groups that the config prunes; with a name, that of this module alone, if it has one."""
+    groups = find_groups(model, config.prune, config.groups)
+    if name is not None:
+        return {key: group for key, group in groups.items() if key == name}
+    chosen = copy.copy(config)
+    if config.layers_to_transform is None:
+        chosen.target_modules = set(groups)
+    else:
+        chosen.target_modules = {key.split(".")[-1] for key in groups}
+    matched = {key for key, _ in matched_targets(chosen, model)}
+    return {key: group for key, group in groups.items() if key in matched}
+
+
+def gates_of(model: nn.Module, adapter_name: str) -> dict[str, MaskGate]:
+    """The gates of an adapter, by the name of their group, in the order of the model's modules."""
+    gates = [
+        module.mask_pruning_gate[adapter_name]
+        for module in model.modules()
+        if isinstance(module, MaskLoraLayer) and adapter_name in module.mask_pruning_gate
+    ]
+    return {gate.group.name: gate for gate in gates}  # type: ignore[union-attr, misc]
+
+
+def _gates(model: nn.Module, adapter_name: str | None) -> dict[str, MaskGate]:
+    if adapter_name is None:
+        active = getattr(model, "active_adapters", None) or ["default"]
+        names = active() if callable(active) else active
+    else:
+        names = [adapter_name]
+    for name in names:
+        if found := gates_of(model, name):
+            return found
+    raise ValueError(f"The model has no mask-pruning adapter named {' or '.join(map(repr, names))}.")
+
+
+def kept_units(model: nn.Module, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
+    """The indices of the units that stay, sorted, by group.
+
+    Raises:
+        ValueError: The model has no such adapter, or its masks are not decided yet.
+    """
+    gates = _gates(model, adapter_name)
+    for name, gate in gates.items():
+        if not gate.is_fixed:
+            raise ValueError(
+                f"The mask of {name!r} is not decided yet, after {int(gate.progress)} steps of training: finish the "
+                "training (see `total_steps` and `fix_ratio`), or call `peft_ext.fix_masks(model)`."
+            )
+    return {name: gate.kept.bool().nonzero().flatten().cpu() for name, gate in gates.items()}
+
+
+def fix_masks(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Decides the masks now, as the schedule would: by the logits, within `target_sparsity` if there is one.
+
+    Raises:
+        ValueError: The model has no such adapter, or it was loaded for inference only.
+    """
+    gates = _gates(model, adapter_name)
+    schedule = next(iter(gates.values())).schedule
+    if schedule is None:
+        raise ValueError("The adapter was loaded for inference: load it with `is_trainable=True` to decide its masks.")
+    schedule.decide()
+
+
+def keep_ratios(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
+    """The share of units that stays in each group, in expectation before the masks are decided.
+
+    Raises:
+        ValueError: The model has no such adapter.
+    """
+    gates = _gates(model, adapter_name)
+    return {
+        name: float((gate.kept.float() if gate.is_fixed else gate.logits().detach().sigmoid()).mean())
+        for name, gate in gates.items()
+    }
