@@ -30,7 +30,9 @@ class StepListener(Protocol):
     which is the same in every process, so that they may talk to their twins in other processes.
     """
 
-    weight: Any
+    @property
+    def weight(self) -> Any:
+        """The parameter."""
 
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """The gradients are complete; `closure`: they are not, the step itself will compute them."""

@@ -302,10 +302,10 @@ def _steps(logits: Sequence[torch.Tensor], groups: Sequence[Group], config: Mask
             step.append((index, units))
     steps = []
     for chain in chains.values():
-        for units in chain:
-            values = torch.cat([logits[index][chosen] for index, chosen in units])
-            cost = sum(cost_of(groups[index], config) * len(chosen) for index, chosen in units)
-            steps.append(_Step(float(values.mean()), cost, tuple(units)))
+        for together in chain:
+            values = torch.cat([logits[index][units] for index, units in together])
+            cost = sum(cost_of(groups[index], config) * len(units) for index, units in together)
+            steps.append(_Step(float(values.mean()), cost, tuple(together)))
     return sorted(steps, key=lambda step: step.logit)
 
 

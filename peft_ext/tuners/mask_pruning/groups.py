@@ -196,7 +196,7 @@ def find_groups(
 
 def _as_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        fields = {key: value if isinstance(value, str) else tuple(value) for key, value in entry.items()}
+        fields: dict[str, Any] = {k: value if isinstance(value, str) else tuple(value) for k, value in entry.items()}
         Rule(**fields)
     except TypeError as error:
         raise ValueError(
