@@ -189,9 +189,15 @@ class MaskSchedule:
     # Events
 
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
-        """Adds the gradient of the penalty."""
+        """Adds the gradient of the penalty; raises `ValueError` if the masks cannot learn."""
         begin, end = self.bounds
-        if self.config.penalty is None or not begin <= self.step < end or self.gates[0].is_fixed:
+        if not begin <= self.step < end or self.gates[0].is_fixed:
+            return
+        if not any(gate.training for gate in self.gates):
+            raise ValueError(
+                "The model is in eval mode, in which masks are not drawn, so they cannot learn: call `model.train()`."
+            )
+        if self.config.penalty is None:
             return
         if closure:
             raise ValueError(
@@ -316,14 +322,16 @@ def choose(logits: Sequence[torch.Tensor], groups: Sequence[Group], config: Mask
     """
     kept = [torch.ones(group.units, dtype=torch.bool) for group in groups]
     total = sum(cost_of(group, config) * group.units for group in groups)
+    steps = _steps(logits, groups, config)
     removed = 0.0
-    for step in _steps(logits, groups, config):
+    room = 0.0
+    if config.target_sparsity is not None and steps:
+        room = config.target_sparsity * total + min(step.cost for step in steps) / 2
+    for step in steps:
         if config.target_sparsity is None:
             if step.logit > 0:
                 break
-        elif abs(removed + step.cost - config.target_sparsity * total) >= abs(
-            removed - config.target_sparsity * total
-        ):
+        elif removed + step.cost > room:
             continue  # too much; a later one may be smaller
         removed += step.cost
         for index, units in step.units:
