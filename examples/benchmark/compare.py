@@ -50,6 +50,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -61,9 +62,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import resolve_model
 
 import peft_ext
-from peft_ext import SparseFTConfig, SPTConfig, SSFConfig
+from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, fix_masks
 from peft_ext.base import tuner_of
 from peft_ext.calibrate import ExactScores
+from peft_ext.tuners.mask_pruning import MaskLoraLayer
 
 
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
@@ -213,8 +215,16 @@ def adapter_config(
     task_type = {"text": "SEQ_CLS", "image": "SEQ_CLS", "causal": "CAUSAL_LM"}[task.kind]
     common: dict[str, Any] = {"task_type": task_type, "target_modules": names}
     rank = max(1, round(8 * share))
+    if pruned := pruning(method):
+        how, sparsity = pruned
+        # the controls train LoRA alone until their masks are set, by `SetMasks`
+        phases = {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0} if how != "mask" else {"fix_ratio": FIX_RATIO}
+        return MaskLoraConfig(
+            r=rank, lora_alpha=2 * rank, target_sparsity=sparsity, total_steps=steps, seed=seed, **phases, **common
+        )
     if method in ("spt", "spt-random"):
-        config = SPTConfig(task_type=task_type, budget=budget, r=8, lora_alpha=16)
+        # no dropout, as for LoRA: only where the parameters are differs
+        config = SPTConfig(task_type=task_type, budget=budget, r=8, lora_alpha=16, dropout=0.0, drop_path=0.0)
         if method == "spt":
             return peft_ext.calibrate(model, config, batches, num_batches=16, progress=False)
         tuner = tuner_of(config)  # the same budget, the same kinds of module, but spent without having looked
@@ -237,7 +247,44 @@ def adapter_config(
     return configs[method]()
 
 
+def pruning(method: str) -> tuple[str, float] | None:
+    """How units are chosen, and the share of the prunable weights that goes, of `mask-25` and the like."""
+    how, _, percent = method.rpartition("-")
+    return (how, int(percent) / 100) if percent.isdecimal() else None
+
+
+class SetMasks(TrainerCallback):
+    """The controls of mask pruning: decides the masks by the weights' magnitude, or at random, while LoRA trains.
+
+    At random from the first step on; by magnitude when learnt masks would be decided too, by the weights with LoRA in
+    them: the mean square of a unit's columns, as a multiple of the group's mean.
+    """
+
+    def __init__(self, how: str, steps: int, seed: int) -> None:
+        self.how, self.seed = how, seed
+        self.when = 1 if how == "random" else round(FIX_RATIO * steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != self.when:
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        for module in kwargs["model"].modules():
+            if isinstance(module, MaskLoraLayer) and "default" in module.mask_pruning_gate:
+                gate: Any = module.mask_pruning_gate["default"]
+                units, width = gate.group.units, gate.group.width
+                if self.how == "random":
+                    values = torch.rand(units, generator=generator)
+                else:
+                    weight = module.merged_tensors("default")["weight"].detach()
+                    values = weight.square().mean(0).view(units, width).mean(1)
+                    values = values / values.mean()
+                gate.weight.data = values / gate.rate
+        fix_masks(kwargs["model"])
+
+
 METHODS = ["probe", "lora", "ssf", "spiel-ag", "spiel-ma", "random", "spt", "spt-random"]
+METHODS += [f"{how}-{share}" for share in (25, 50) for how in ("mask", "magnitude", "random")]
+FIX_RATIO = 0.5  # of the steps, after which the masks are decided
 
 
 # Runs
@@ -319,6 +366,8 @@ def run(plan: Plan, args: argparse.Namespace, made: tuple[Any, Any, Any]) -> dic
             data_collator=collator,
             compute_metrics=scores(task),
         )
+        if (pruned := pruning(plan.method)) and pruned[0] != "mask":
+            trainer.add_callback(SetMasks(pruned[0], steps, plan.seed))
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
