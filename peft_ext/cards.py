@@ -36,7 +36,7 @@ class Method:
 
     name: str
     idea: str  # the rest of a sentence that begins with the name
-    arxiv: str
+    paper: str  # its address
     bibtex: str
     mergeable: bool
     limits: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
         name="SSF",
         idea="trains a scale and a shift for every channel of the frozen model's features; both are folded into the "
         "weights for inference.",
-        arxiv="2210.08823",
+        paper="https://arxiv.org/abs/2210.08823",
         bibtex=r"""@inproceedings{lian2022scaling,
   title = {Scaling \& Shifting Your Features: A New Baseline for Efficient Model Tuning},
   author = {Lian, Dongze and Zhou, Daquan and Feng, Jiashi and Wang, Xinchao},
@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
         name="VQT",
         idea="trains query tokens that read the keys and values of every layer of the frozen model, and a linear head "
         "on what they read; the model's own output stays as it is.",
-        arxiv="2212.03220",
+        paper="https://arxiv.org/abs/2212.03220",
         bibtex=r"""@inproceedings{tu2023visual,
   title = {Visual Query Tuning: Towards Effective Usage of Intermediate Representations for Parameter and Memory
            Efficient Transfer Learning},
@@ -78,7 +78,7 @@ METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
         name="Sparse fine-tuning",
         idea="changes a small share of the weights and leaves the others as they are; which ones is chosen by SpIEL "
         "while it trains, by LT-SFT, or beforehand.",
-        arxiv="2401.16405",
+        paper="https://arxiv.org/abs/2401.16405",
         bibtex=r"""@article{ansell2024scaling,
   title = {Scaling Sparse Fine-Tuning to Large Language Models},
   author = {Ansell, Alan and Vuli{\'c}, Ivan and Sterz, Hannah and Korhonen, Anna and Ponti, Edoardo M.},
@@ -93,7 +93,7 @@ METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
         name="SPT",
         idea="spends a budget of trainable parameters where a few batches say that the loss depends on the weights: "
         "single weights, whole vectors, or low-rank updates.",
-        arxiv="2303.08566",
+        paper="https://arxiv.org/abs/2303.08566",
         bibtex=r"""@inproceedings{he2023sensitivity,
   title = {Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning},
   author = {He, Haoyu and Cai, Jianfei and Zhang, Jing and Tao, Dacheng and Zhuang, Bohan},
@@ -103,6 +103,22 @@ METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
 }""",
         mergeable=True,
         limits=("With `structured='adapter'` it cannot be merged.",),
+    ),
+    "MASK_PRUNING": Method(
+        name="Mask-pruning LoRA",
+        idea="trains LoRA together with binary masks over feed-forward channels and attention heads; what is masked "
+        "can be cut out, which leaves a smaller and faster model.",
+        paper="https://par.nsf.gov/biblio/10616373",
+        bibtex=r"""@misc{learning2025prune,
+  title = {Learning to Prune and Low-Rank Adaptation for Compact Language Model Deployment},
+  year = {2025},
+  url = {https://par.nsf.gov/biblio/10616373}
+}""",
+        mergeable=True,
+        limits=(
+            "Merged, it has zeros where it was masked, and the size of its base model; "
+            "`peft_ext.prune_and_unload(model)` cuts them out.",
+        ),
     ),
 }
 
@@ -314,7 +330,7 @@ def _fill_metadata(
 
 def _usage(saved: _Saved, info: CardInfo, method: Method) -> str:
     base, base_class = info.base_model, saved.base_class(info)
-    lines = [f"[{method.name}](https://arxiv.org/abs/{method.arxiv}) {method.idea}"]
+    lines = [f"[{method.name}]({method.paper}) {method.idea}"]
     if base:
         lines.append(f"The base model is [{base}](https://huggingface.co/{base}).")
     elif local := saved.config.get("base_model_name_or_path"):  # only its last part: the rest is about a machine
