@@ -115,10 +115,7 @@ METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
   url = {https://par.nsf.gov/biblio/10616373}
 }""",
         mergeable=True,
-        limits=(
-            "Merged, it has zeros where it was masked, and the size of its base model; "
-            "`peft_ext.prune_and_unload(model)` cuts them out.",
-        ),
+        limits=("Merged, it keeps the size of its base model; `peft_ext.prune_and_unload(model)` cuts it.",),
     ),
 }
 

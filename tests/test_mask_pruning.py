@@ -22,7 +22,14 @@ from torch.utils.data import Dataset
 import peft_ext
 from peft_ext import MaskLoraCallback, MaskLoraConfig
 from peft_ext.tuners.mask_pruning import Group, MaskGate, MaskLoraLayer, find_groups, gates_of, keep_ratios, kept_units
-from peft_ext.tuners.mask_pruning.gate import MaskSchedule, check_reachable, choose, penalty_gradient, shift_to
+from peft_ext.tuners.mask_pruning.gate import (
+    MaskSchedule,
+    check_reachable,
+    choose,
+    cost_of,
+    penalty_gradient,
+    shift_to,
+)
 
 
 FEW_HEADS = {"num_attention_heads": 4, "head_dim": 4, "num_key_value_heads": 2}
@@ -234,12 +241,23 @@ def test_flops_count_the_attention_too() -> None:
     by_flops = config(cost="flops", sequence_length=512)
     values = [torch.zeros(g.units) for g in groups.values()]
     check_reachable(groups, by_parameters)
-    from peft_ext.tuners.mask_pruning.gate import cost_of
-
     heads, ffn = (next(g for g in groups.values() if g.kind == kind) for kind in ("heads", "ffn"))
     assert cost_of(ffn, by_flops) == 2 * 512 * ffn.parameters
     assert cost_of(heads, by_flops) == 2 * 512 * heads.parameters + 4 * 512 * 512 * 4
     assert len(choose(values, list(groups.values()), by_flops)) == len(groups)
+
+
+def test_latency_is_measured_once_and_kept(tmp_path: Path) -> None:
+    settings = config(cost="latency", batch_size=2, sequence_length=16, target_sparsity=0.5, task_type="CAUSAL_LM")
+    base = tiny("llama", intermediate_size=256, num_attention_heads=8, head_dim=4, num_key_value_heads=4)
+    model = get_peft_model(base, settings)
+    costs = settings.unit_costs
+    assert costs is not None and set(costs) == set(gates_of(model, "default")) and min(costs.values()) > 0
+    ffn = [cost for name, cost in costs.items() if name.endswith("down_proj")]
+    assert ffn[0] == ffn[1]  # equal shapes are timed once
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model.unload(), str(tmp_path))
+    assert again.peft_config["default"].unit_costs == costs
 
 
 # The phases
@@ -404,6 +422,10 @@ def test_resuming_changes_nothing(tmp_path: Path) -> None:
 def test_a_training_that_never_moved_the_masks_says_so(tmp_path: Path) -> None:
     model = get_peft_model(tiny("bert"), config()).train()
     loss(model, inputs("bert")).backward()
+    model.save_pretrained(tmp_path)  # nothing was trained yet
+    for key, parameter in model.named_parameters():
+        if ".mask_pruning_up." in key:
+            parameter.data -= parameter.grad  # by some means that is no torch optimizer
     with pytest.warns(UserWarning, match="its masks took part in no step"):
         model.save_pretrained(tmp_path)
     train(model, 1)
@@ -583,8 +605,10 @@ def test_declared_groups_and_unknown_architectures() -> None:
         ({"penalty": 0.0}, "`penalty` must be positive"),
         ({"prune": ["layers"]}, "`prune` must name some of ffn, heads"),
         ({"prune": []}, "`prune` must name some of"),
-        ({"cost": "latency"}, "`cost` must be one of"),
+        ({"cost": "bytes"}, "`cost` must be one of"),
         ({"cost": "flops"}, "`sequence_length` goes with"),
+        ({"cost": "latency", "sequence_length": 8}, "`batch_size` goes with"),
+        ({"batch_size": 8}, "`batch_size` goes with"),
         ({"sequence_length": 8}, "`sequence_length` goes with"),
         ({"total_steps": 0}, "`total_steps` must be positive"),
         ({"warmup_ratio": 0.8}, "`warmup_ratio` and `fix_ratio` must be in this order"),

@@ -11,7 +11,7 @@ from ...base import ExtConfig
 from .groups import KINDS
 
 
-COSTS = ("parameters", "flops")
+COSTS = ("parameters", "flops", "latency")
 
 
 @dataclass
@@ -33,8 +33,10 @@ class MaskLoraConfig(ExtConfig):
             `{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}`; see `groups.Rule`.
         target_sparsity: Share of the prunable weights (or of what `cost` says) that is removed, in (0, 1); the masks
             that are decided remove it. `None`: as much as `penalty` makes them.
-        cost: What a unit counts for: its `"parameters"`, or its `"flops"` on sequences of `sequence_length` tokens.
-        sequence_length: Tokens of a sample, for `cost="flops"`.
+        cost: What a unit counts for: its `"parameters"`, its `"flops"` on sequences of `sequence_length` tokens, or
+            the `"latency"` that it adds there, measured on the device that the model is on.
+        sequence_length: Tokens (or patches) of a sample, for the last two.
+        batch_size: Samples, for `cost="latency"`.
         penalty: lambda, the weight of the expected share of what is kept in the objective, without `target_sparsity`.
         total_steps: Optimizer steps of the training; `MaskLoraCallback` takes it from the Trainer.
         warmup_ratio: Share of the steps with LoRA alone.
@@ -51,6 +53,7 @@ class MaskLoraConfig(ExtConfig):
         distillation: Weight of the divergence from the frozen dense model's output in the loss; 0 leaves it out.
         distillation_temperature: Of both distributions in that divergence.
         seed: Of the masks' noise.
+        unit_costs: Seconds of a unit of each group, for `cost="latency"`; measured if it is left out.
         lora_modules: Modules with LoRA, where these are fewer than those with masks; filled in by itself.
 
     Raises:
@@ -69,7 +72,8 @@ class MaskLoraConfig(ExtConfig):
     )
     target_sparsity: float | None = field(default=None, metadata={"help": "Share of the prunable weights to remove."})
     cost: str = field(default="parameters", metadata={"help": f"What is counted: {', '.join(COSTS)}."})
-    sequence_length: int | None = field(default=None, metadata={"help": "Tokens of a sample, for cost='flops'."})
+    sequence_length: int | None = field(default=None, metadata={"help": "Tokens of a sample, for other costs."})
+    batch_size: int | None = field(default=None, metadata={"help": "Samples, for cost='latency'."})
     penalty: float | None = field(default=None, metadata={"help": "Weight of what is kept in the objective."})
     total_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of the training."})
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with LoRA alone."})
@@ -85,6 +89,7 @@ class MaskLoraConfig(ExtConfig):
     distillation: float = field(default=0.0, metadata={"help": "Weight of the divergence from the dense model."})
     distillation_temperature: float = field(default=2.0, metadata={"help": "Of that divergence."})
     seed: int = field(default=0, metadata={"help": "Of the masks' noise."})
+    unit_costs: dict[str, float] | None = field(default=None, metadata={"help": "Measured, for cost='latency'."})
     lora_modules: list[str] | None = field(default=None, metadata={"help": "Modules with LoRA; leave empty."})
 
     def __post_init__(self) -> None:
@@ -110,8 +115,10 @@ class MaskLoraConfig(ExtConfig):
             raise ValueError(f"`penalty` must be positive, got {self.penalty!r}.")
         if self.cost not in COSTS:
             raise ValueError(f"`cost` must be one of {', '.join(COSTS)}, got {self.cost!r}.")
-        if (self.cost == "flops") != (self.sequence_length is not None):
-            raise ValueError("`sequence_length` goes with `cost='flops'`: give both or neither.")
+        if (self.cost == "parameters") != (self.sequence_length is None):
+            raise ValueError("`sequence_length` goes with `cost='flops'` or `cost='latency'`: give both or neither.")
+        if (self.cost == "latency") != (self.batch_size is not None):
+            raise ValueError("`batch_size` goes with `cost='latency'`: give both or neither.")
         if self.total_steps is not None and self.total_steps < 1:
             raise ValueError(f"`total_steps` must be positive, got {self.total_steps!r}.")
         if not 0 <= self.warmup_ratio < self.fix_ratio <= 1:

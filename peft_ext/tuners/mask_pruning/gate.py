@@ -257,6 +257,9 @@ def cost_of(group: Group, config: MaskLoraConfig) -> float:
     """What a unit of a group counts for."""
     if config.cost == "parameters":
         return float(group.parameters)
+    if config.cost == "latency":
+        assert config.unit_costs is not None
+        return config.unit_costs[group.name]
     length = config.sequence_length
     assert length is not None
     # two operations for each weight and token; scores and their product with the values for each pair of tokens

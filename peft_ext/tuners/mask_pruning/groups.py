@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -235,6 +236,12 @@ def _features(name: str, module: nn.Module) -> tuple[int, int]:
     if features is None:
         raise ValueError(f"{name!r} is a {type(module).__name__}; only the channels of linear modules can be pruned.")
     return features
+
+
+def features_of(model: nn.Module, name: str) -> tuple[int, int]:
+    """Inputs and outputs of a linear module of the model, by its name without adapters."""
+    module = model.get_submodule(name)
+    return _features(name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
 
 
 def _group(rule: Rule, block: str, modules: Mapping[str, nn.Module]) -> Group:

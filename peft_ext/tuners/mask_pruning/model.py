@@ -32,6 +32,7 @@ from ...calibrate import Scores
 from .config import MaskLoraConfig
 from .gate import MaskGate, MaskSchedule, check_reachable
 from .groups import Group, find_groups
+from .latency import measured_costs
 from .layer import MaskLoraLayer, MaskLoraLinear
 
 
@@ -73,6 +74,8 @@ class MaskLoraModel(ExtModel):
         assert isinstance(config, MaskLoraConfig)
         cls.check_modules(config, model)
         groups = groups_of(config, model)
+        if config.cost == "latency" and config.unit_costs is None:
+            config.unit_costs = measured_costs(model, groups, config)
         check_reachable(groups, config)
         is_new = not (config.inference_mode or config.awaits_weights)
         if config.init_logits == "sensitivity" and config.initial_logits is None and is_new:
@@ -115,9 +118,10 @@ class MaskLoraModel(ExtModel):
     def stored_tensors(
         cls, model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """All; warns if the model was trained and the masks never moved."""
+        """All; warns if LoRA was trained and the masks never moved."""
         schedule = next((gate.schedule for gate in gates_of(model, adapter_name).values()), None)
-        if schedule is not None and schedule.was_used and schedule.step == 0:
+        moved = any(".mask_pruning_up." in key and bool(value.any()) for key, value in tensors.items())
+        if moved and schedule is not None and schedule.was_used and schedule.step == 0:
             warnings.warn(
                 f"Adapter {adapter_name!r} was trained, but its masks took part in no step: the optimizer does not own "
                 "them (it was made before the adapter, or holds flattened copies of the parameters). Nothing is "
