@@ -74,7 +74,9 @@ def cut(
         for table in group.tables:
             owner, _, key = table.rpartition(".")
             module = model.get_submodule(owner)
-            set_parameter(module, key, getattr(module, key).index_select(-1, stay[name].to(getattr(module, key).device)))
+            set_parameter(
+                module, key, getattr(module, key).index_select(-1, stay[name].to(getattr(module, key).device))
+            )
         _update_counts(model, group, len(stay[name]))
     return stay
 
@@ -99,9 +101,7 @@ def _channels(units: torch.Tensor, width: int) -> torch.Tensor:
     return (units[:, None] * width + torch.arange(width)).flatten()
 
 
-def _check(
-    model: nn.Module, groups: Mapping[str, Group], kept: Mapping[str, torch.Tensor], round_to: int
-) -> None:
+def _check(model: nn.Module, groups: Mapping[str, Group], kept: Mapping[str, torch.Tensor], round_to: int) -> None:
     if not (isinstance(round_to, int) and round_to > 0):
         raise ValueError(f"`round_to` must be a positive integer, got {round_to!r}.")
     for name, units in kept.items():
@@ -109,7 +109,9 @@ def _check(
             raise ValueError(f"`kept` names {name!r}, which is no group of this model.")
         last = groups[name].units - 1
         if len(units.unique()) != len(units) or any(not 0 <= unit <= last for unit in units.tolist()):
-            raise ValueError(f"The kept units of {name!r} must be different indices from 0 to {last}: {units.tolist()}")
+            raise ValueError(
+                f"The kept units of {name!r} must be different indices from 0 to {last}: {units.tolist()}"
+            )
     for name in {part.module for group in groups.values() for part in group.rows} | set(groups):
         refuse_quantised(name, model.get_submodule(name))
 

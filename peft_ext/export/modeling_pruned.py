@@ -73,7 +73,7 @@ class Pruned:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         per_layer = config.to_dict().get("per_layer_config")
         config.per_layer_config = None  # today's stock classes refuse it
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         shrink(self, config.pruned["shapes"], config.pruned["attributes"])  # type: ignore[arg-type]
         config.per_layer_config = per_layer
 

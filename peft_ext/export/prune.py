@@ -32,11 +32,14 @@ def prune_and_unload(
         name on it. Parameters are frozen as `merge_and_unload` leaves them; `model.requires_grad_()` makes them train.
 
     Raises:
+        TypeError: It is no PeftModel.
         ValueError: There is no such adapter, its masks are not decided yet, the base is quantised, or, with
             `keep_lora`, adapters are merged or more than one is active.
     """
     if not isinstance(model, PeftModel):
-        raise ValueError(f"`prune_and_unload` takes a PeftModel with a mask-pruning adapter, got {type(model).__name__}.")
+        raise TypeError(
+            f"`prune_and_unload` takes a PeftModel with a mask-pruning adapter, got {type(model).__name__}."
+        )
     groups, kept = _decided(model)
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, MaskLoraLayer):

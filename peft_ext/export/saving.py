@@ -35,8 +35,17 @@ from .modeling_pruned import Pruned, explained, pruned_class
 
 CODE = "modeling_pruned.py"
 _OURS = ("pruned", "auto_map", "per_layer_config")  # in a config, besides the fields of the stock class
-_REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError)
 
+# by which classes say that they cannot be built with such a config
+_REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
 # how config classes call the number of channels of a feed-forward block, and the number of heads
 _WIDTHS = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
 _RATIO = "mlp_ratio"
@@ -152,8 +161,8 @@ def fitting_fields(
         try:
             left = difference(_built(stock, model.config, candidate), model)
         except _REFUSALS:
-            continue
-        if sum(map(len, left)) < sum(map(len, best)):
+            left = best
+        if len(left[0]) + len(left[1]) < len(best[0]) + len(best[1]):
             best, fields = left, candidate
     return None if any(best) else fields
 
@@ -186,10 +195,8 @@ def _changes(
 
 def _replaced(new: Fields, old: Fields) -> Fields:
     """What `old` has in the places where `new` has something else."""
-    changed = {key: value for key, value in new.items() if value != old.get(key)}
-    return {
-        key: _replaced(value, old[key]) if isinstance(value, dict) else old.get(key) for key, value in changed.items()
-    }
+    changed = {key: value for key, value in new.items() if key in old and value != old[key]}
+    return {key: _replaced(value, old[key]) if isinstance(value, dict) else old[key] for key, value in changed.items()}
 
 
 def _merged(first: Fields, second: Fields) -> Fields:
@@ -220,7 +227,8 @@ def auto_classes(stock: type[PreTrainedModel], config: PreTrainedConfig) -> list
             classes = mapping[type(config)]
             if stock in (classes if isinstance(classes, tuple) else (classes,)):
                 found.append(name)
-    return found
+    general = {"AutoModelForPreTraining", "AutoModelForMaskedLM"}  # which also load models made for something else
+    return sorted(found, key=lambda name: name in general)
 
 
 def per_layer_sizes(model: nn.Module, plain: nn.Module, fields: Fields) -> dict[int, dict[str, int]] | None:
@@ -281,11 +289,11 @@ def save_pruned(
         kwargs: For `model.save_pretrained`.
 
     Raises:
-        ValueError: The model has adapters or is of no class of transformers, or the directory has another
-            `modeling_pruned.py`.
+        TypeError: The model has adapters.
+        ValueError: It is of no class of transformers, or the directory has another `modeling_pruned.py`.
     """
     if isinstance(model, PeftModel):
-        raise ValueError(
+        raise TypeError(
             "The model has adapters. Either `save_pruned(prune_and_unload(model), path)`; or, to keep them apart, "
             "`save_pruned(model.get_base_model(), path)` after `model.unload()`, and `model.save_pretrained` before."
         )
@@ -321,7 +329,7 @@ def push_pruned_to_hub(
         kwargs: For `model.save_pretrained`.
 
     Raises:
-        ValueError: As `save_pruned`.
+        TypeError, ValueError: As `save_pruned`.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -353,7 +361,7 @@ def load_pruned(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     stock = getattr(transformers, name, None)
     if stock is None:
         raise ValueError(f"`architectures` of the config in {path} is {name!r}, which is no class of transformers.")
-    model_class = stock
+    model_class: Any = stock
     if getattr(config, "pruned", None):
         model_class = pruned_class(stock)
         names = auto_classes(stock, config)
@@ -389,11 +397,14 @@ def _card_info(model: PreTrainedModel, info: CardInfo) -> CardInfo:
 
 def size_rows(dense: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
     """A row for each kind of channels, and one for the parameters: how many there were, are, and share that is left."""
-    rows = []
     before, after = groups_of(dense), groups_of(model)
+    counts = {}
     for kind, name in (("ffn", "Feed-forward channels"), ("heads", "Attention heads (with their keys)")):
-        counts = [sum(group.units for group in found.values() if group.kind == kind) for found in (before, after)]
-        if counts[0]:
-            rows.append((name, *counts))
-    rows.append(("Parameters", *(sum(p.numel() for p in found.parameters()) for found in (dense, model))))
-    return [{"": name, "Before": f"{old:,}", "Now": f"{new:,}", "Left": f"{new / old:.1%}"} for name, old, new in rows]
+        old, new = (sum(group.units for group in found.values() if group.kind == kind) for found in (before, after))
+        if old:
+            counts[name] = old, new
+    counts["Parameters"] = sum(p.numel() for p in dense.parameters()), sum(p.numel() for p in model.parameters())
+    return [
+        {"": name, "Before": f"{old:,}", "Now": f"{new:,}", "Left": f"{new / old:.1%}"}
+        for name, (old, new) in counts.items()
+    ]
