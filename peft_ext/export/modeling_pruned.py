@@ -64,7 +64,7 @@ def shrink(model: nn.Module, shapes: dict[str, list[int]], attributes: dict[str,
 
 
 def _fits(shape: list[int], largest: torch.Size) -> bool:
-    return len(shape) == len(largest) and all(0 < size <= most for size, most in zip(shape, largest))  # noqa: B905
+    return len(shape) == len(largest) and all(0 < size <= most for size, most in zip(shape, largest, strict=True))
 
 
 class Pruned:

@@ -381,18 +381,21 @@ def _refuse_other_code(code: str, where: Any) -> None:
 
 
 def _card_info(model: PreTrainedModel, info: CardInfo) -> CardInfo:
-    config: Any = model.config
-    stock = stock_class(model)
-    fields = {key: value for key, value in config.to_dict().items() if key not in (*_OURS, "unpruned")}
-    dense = _built(stock, config, _merged(fields, getattr(config, "unpruned", {})))
     return replace(
         info,
         method=info.method or "MASK_PRUNING",
         relation="finetune",
-        base_model=info.base_model or config.name_or_path or None,
-        base_class=info.base_class or stock.__name__,
-        sizes=info.sizes or size_rows(dense, model),
+        base_model=info.base_model or model.config.name_or_path or None,
+        base_class=info.base_class or stock_class(model).__name__,
+        sizes=info.sizes or size_rows(dense_model(model), model),
     )
+
+
+def dense_model(model: PreTrainedModel) -> PreTrainedModel:
+    """What the model was before anything was cut, on the meta device: its shapes, no weights."""
+    config: Any = model.config
+    fields = {key: value for key, value in config.to_dict().items() if key not in (*_OURS, "unpruned")}
+    return _built(stock_class(model), config, _merged(fields, getattr(config, "unpruned", {})))
 
 
 def size_rows(dense: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
