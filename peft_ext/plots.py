@@ -151,7 +151,7 @@ def kept_shares(model: nn.Module, adapter_name: str | None = None) -> dict[str, 
     shares: dict[str, dict[str, tuple[float, int]]] = defaultdict(dict)
     if isinstance(model, PeftModel):
         ratios = keep_ratios(model, adapter_name)
-        for name in adapter_name and [adapter_name] or model.active_adapters:
+        for name in (adapter_name and [adapter_name]) or model.active_adapters:
             for key, gate in gates_of(model, name).items():
                 shares[gate.group.kind][key] = (ratios[key] * gate.group.units, gate.group.units)
     elif isinstance(model, PreTrainedModel):

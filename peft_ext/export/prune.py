@@ -72,7 +72,8 @@ def _decided(model: PeftModel) -> tuple[dict[str, Group], dict[str, torch.Tensor
 
 def _lora(model: PeftModel) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """The adapter's LoRA in PEFT's words: config, and A `(r, inputs)` and B `(outputs, r)` by module."""
-    if len(model.active_adapters) != 1 or model.base_model.merged_adapters:  # type: ignore[union-attr]
+    merged = any(module.merged for module in model.modules() if isinstance(module, MaskLoraLayer))
+    if len(model.active_adapters) != 1 or merged:
         raise ValueError("`keep_lora` takes one active adapter that is not merged: `set_adapter`, `unmerge_adapter`.")
     adapter = model.active_adapters[0]
     config = model.peft_config[adapter]
