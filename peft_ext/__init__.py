@@ -2,6 +2,7 @@
 
 from .base import ExtConfig, PeftMixedModel
 from .calibrate import calibrate
+from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_pruned
 from .loading import load
 from .register import register_method
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
@@ -47,9 +48,13 @@ __all__ = [
     "import_lt_sft",
     "keep_ratios",
     "load",
+    "load_pruned",
     "lt_sft",
     "overlap",
+    "prune_and_unload",
+    "push_pruned_to_hub",
     "save_as_lora",
+    "save_pruned",
     "select_features",
 ]
 

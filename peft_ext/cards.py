@@ -160,6 +160,7 @@ class CardInfo:
         training: Hyper-parameters and data, one table row each.
         results: Evaluation results; they go to the card's `model-index` as well.
         comparison: Table rows, one a method (the base model, LoRA, ...); the keys are the columns.
+        sizes: Table rows of what was cut out of a pruned model; the keys are the columns.
         limits: What the adapter is not good for; one line each.
         trainable_parameters: `model.get_nb_trainable_parameters()[0]`; by default the parameters in the file.
         relation: `"adapter"`, or what a merged model is to its base.
@@ -176,6 +177,7 @@ class CardInfo:
     training: Mapping[str, Any] | None = None
     results: Sequence[EvalResult] = ()
     comparison: Sequence[Mapping[str, Any]] = ()
+    sizes: Sequence[Mapping[str, Any]] = ()
     limits: Sequence[str] = ()
     trainable_parameters: int | None = None
     relation: Literal["adapter", "finetune", "quantized"] = "adapter"
@@ -347,7 +349,19 @@ def _usage(saved: _Saved, info: CardInfo, method: Method) -> str:
             code.append("model = model.merge_and_unload()  # optional: folds the adapter into the base's weights")
     else:
         lines.append("The adapter is merged into the weights: the model is loaded like any other of its class.")
-        code += ["", f'model = {base_class or "AutoModel"}.from_pretrained("{info.repo_id or "path/to/model"}")']
+        where = info.repo_id or "path/to/model"
+        merged = _read_json(saved.directory / "config.json")
+        if "pruned" in merged:
+            auto = next(iter(merged.get("auto_map") or {}), "AutoModel")
+            lines[-1] = (
+                "Its layers differ in size, so it comes with the code that builds them, `modeling_pruned.py`; or "
+                "[peft-ext](https://pypi.org/project/peft-ext/) loads it without that."
+            )
+            code = [f"from transformers import {auto}", ""]
+            code += [f'model = {auto}.from_pretrained("{where}", trust_remote_code=True)', "# or, the same:"]
+            code += ["import peft_ext", f'model = peft_ext.load_pruned("{where}")']
+        else:
+            code += ["", f'model = {base_class or "AutoModel"}.from_pretrained("{where}")']
     return "\n".join([*lines, "", "```python", *code, "```"])
 
 
@@ -355,6 +369,8 @@ def _details(saved: _Saved, info: CardInfo, method: Method) -> str:
     parts = []
     if info.training:
         parts += ["## How it was trained", _table([{"Setting": k, "Value": v} for k, v in info.training.items()])]
+    if info.sizes:
+        parts += ["## What was cut", _table(info.sizes)]
     if saved.shapes:
         stored = sum(math.prod(shape) for shape in saved.shapes.values())
         count = f"{info.trainable_parameters:,} trainable" if info.trainable_parameters else f"{stored:,} stored"

@@ -7,9 +7,13 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from .base import layer_and_type
+from .export.saving import dense_model, groups_of
+from .tuners.mask_pruning import gates_of, keep_ratios
 from .tuners.sparse_ft.model import deltas
 from .tuners.spt.layer import SPTLayer
 from .tuners.vqt.model import QueryHead, active_adapter_of, attention_maps, layer_of
@@ -156,4 +160,50 @@ def sparse_support(model: nn.Module, adapter_name: str = "default") -> Figure:
     when.plot(steps, [turnover[step][0] / turnover[step][1] for step in steps], marker="o")
     when.set(xlabel="optimizer step", ylabel="fraction replaced", title="turnover of the support")
     when.set_ylim(bottom=0)
+    return figure
+
+
+def kept_shares(model: nn.Module, adapter_name: str | None = None) -> dict[str, dict[str, tuple[float, int]]]:
+    """How many units each group keeps, and of how many, by kind and name of the group.
+
+    Args:
+        model: A model with a mask-pruning adapter, its masks decided or not (then in expectation); or one that was cut.
+        adapter_name: The adapter; `None`: the active one.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    shares: dict[str, dict[str, tuple[float, int]]] = defaultdict(dict)
+    if isinstance(model, PeftModel):
+        ratios = keep_ratios(model, adapter_name)
+        for name in (adapter_name and [adapter_name]) or model.active_adapters:
+            for key, gate in gates_of(model, name).items():
+                shares[gate.group.kind][key] = (ratios[key] * gate.group.units, gate.group.units)
+    elif isinstance(model, PreTrainedModel):
+        after = groups_of(model)
+        for key, group in groups_of(dense_model(model)).items():
+            shares[group.kind][key] = (after[key].units, group.units)
+    if not shares:
+        raise ValueError(
+            f"This {type(model).__name__} has no masks, and nothing is cut out of it that could be shown."
+        )
+    return dict(shares)
+
+
+def kept_channels(model: nn.Module, adapter_name: str | None = None) -> Figure:
+    """A figure for each kind of channels: a bar for every layer, filled as far as it keeps them.
+
+    Raises:
+        ValueError: See `kept_shares`.
+    """
+    shares = kept_shares(model, adapter_name)
+    titles = {"ffn": "feed-forward channels", "heads": "attention heads (with their keys)"}
+    figure, axes = _pyplot().subplots(
+        1, len(shares), figsize=(5 * len(shares), 3), layout="constrained", squeeze=False
+    )
+    for axis, (kind, layers) in zip(axes[0], shares.items(), strict=True):
+        axis.bar(range(len(layers)), [units for _, units in layers.values()], color="lightgrey", label="cut")
+        axis.bar(range(len(layers)), [kept for kept, _ in layers.values()], label="kept")
+        axis.set(xlabel="layer", title=titles[kind])
+        axis.legend()
     return figure

@@ -1,0 +1,9 @@
+"""Cutting masked channels out, and saving and loading what is left."""
+
+from .cut import cut
+from .prune import prune_and_unload
+from .report import markdown, report
+from .saving import load_pruned, push_pruned_to_hub, save_pruned
+
+
+__all__ = ["cut", "load_pruned", "markdown", "prune_and_unload", "push_pruned_to_hub", "report", "save_pruned"]

@@ -1,0 +1,125 @@
+"""From a model with masks to one without what they cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..tuners.mask_pruning import Group, MaskLoraConfig, MaskLoraLayer, gates_of, kept_units
+from .cut import cut, refuse_quantised, slices
+from .saving import settle
+
+
+def prune_and_unload(
+    model: PeftModel, *, keep_lora: bool = False, round_to: int = 1, uniform: bool = False
+) -> PreTrainedModel | PeftModel:
+    """Cuts out what the masks of the active adapter cut, and takes the adapter off; consumes the model.
+
+    Args:
+        model: A model with a mask-pruning adapter whose masks are decided.
+        keep_lora: Leave LoRA unmerged, as PEFT's own, so that training can go on.
+        round_to: Feed-forward blocks keep a multiple of so many channels (a few more than the masks say), which suits
+            the hardware.
+        uniform: All layers keep as many as the one with the most, so that a stock class can load the model.
+
+    Returns:
+        The smaller model, LoRA merged into its weights; with `keep_lora` a `PeftModel` with a LoRA adapter of the same
+        name on it. Parameters are frozen as `merge_and_unload` leaves them; `model.requires_grad_()` makes them train.
+
+    Raises:
+        TypeError: It is no PeftModel.
+        ValueError: There is no such adapter, its masks are not decided yet, the base is quantised, or, with
+            `keep_lora`, adapters are merged or more than one is active.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"`prune_and_unload` takes a PeftModel with a mask-pruning adapter, got {type(model).__name__}."
+        )
+    groups, kept = _decided(model)
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, MaskLoraLayer):
+            refuse_quantised(name, module.get_base_layer())
+    if not keep_lora:
+        base: Any = model.merge_and_unload()
+        cut(base, groups, kept, round_to=round_to, uniform=uniform)
+        settle(base)
+        return base
+    config, lora = _lora(model)
+    adapter = model.active_adapter
+    base = model.unload()
+    stay = cut(base, groups, kept, round_to=round_to, uniform=uniform)
+    settle(base)
+    pruned = get_peft_model(base, config, adapter_name=adapter)
+    _fill(pruned, adapter, lora, groups, kept, stay)
+    return pruned
+
+
+def _decided(model: PeftModel) -> tuple[dict[str, Group], dict[str, torch.Tensor]]:
+    """Groups of the active adapters, and the units that none of them cuts."""
+    groups: dict[str, Group] = {}
+    kept: dict[str, torch.Tensor] = {}
+    for adapter in model.active_adapters:
+        for name, units in kept_units(model, adapter).items():
+            kept[name] = units[torch.isin(units, kept[name])] if name in kept else units
+        groups |= {name: gate.group for name, gate in gates_of(model, adapter).items()}
+    return groups, kept
+
+
+def _lora(model: PeftModel) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """The adapter's LoRA in PEFT's words: config, and A `(r, inputs)` and B `(outputs, r)` by module."""
+    merged = any(module.merged for module in model.modules() if isinstance(module, MaskLoraLayer))
+    if len(model.active_adapters) != 1 or merged:
+        raise ValueError("`keep_lora` takes one active adapter that is not merged: `set_adapter`, `unmerge_adapter`.")
+    adapter = model.active_adapters[0]
+    config = model.peft_config[adapter]
+    assert isinstance(config, MaskLoraConfig)
+    tensors = {}
+    transposed = False
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, MaskLoraLayer) and adapter in module.mask_pruning_down:
+            down: Any = module.mask_pruning_down[adapter]
+            up: Any = module.mask_pruning_up[adapter]
+            tensors[name] = (down.weight.detach(), up.weight.detach())
+            transposed |= isinstance(module.get_base_layer(), Conv1D)
+    if not tensors:
+        raise ValueError("The adapter has masks but no LoRA to keep.")
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        use_rslora=config.use_rslora,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(tensors),
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        fan_in_fan_out=transposed,
+    )
+    return lora, tensors
+
+
+@torch.no_grad()
+def _fill(
+    pruned: PeftModel,
+    adapter: str,
+    lora: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    groups: dict[str, Group],
+    kept: dict[str, torch.Tensor],
+    stay: dict[str, torch.Tensor],
+) -> None:
+    """Copies what is left of A and B; A reads padding as little as the base does."""
+    rows, columns = slices(groups, stay)
+    base: nn.Module = pruned.get_base_model()
+    for name, (down, up) in lora.items():
+        layer: Any = base.get_submodule(name)
+        if name in columns:
+            group = groups[name]
+            read = torch.isin(torch.arange(group.units), kept[name]).repeat_interleave(group.width).to(down.device)
+            down = (down * read)[:, columns[name].to(down.device)]
+        if name in rows:
+            up = up[rows[name].to(up.device)]
+        layer.lora_A[adapter].weight.copy_(down)
+        layer.lora_B[adapter].weight.copy_(up)

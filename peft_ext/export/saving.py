@@ -1,0 +1,413 @@
+"""Saving what is left, so that it loads again.
+
+(a) If the stock class builds it from a changed config, the config is all that changes.
+(b) If not, `pruned` in `config.json` lists what differs, and `modeling_pruned.py` beside the weights applies it.
+(c) The sizes then stand there also in the schema that transformers has for layers that differ (`per_layer_config`),
+    for the day when its model classes read it; inside of `pruned` where even its config classes refuse it today.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..cards import CardInfo, update_card
+from ..tuners.mask_pruning import Group, find_groups
+from . import modeling_pruned
+from .modeling_pruned import Pruned, explained, pruned_class
+
+
+CODE = "modeling_pruned.py"
+_OURS = ("pruned", "auto_map", "per_layer_config")  # in a config, besides the fields of the stock class
+
+# by which classes say that they cannot be built with such a config
+_REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
+# how config classes call the number of channels of a feed-forward block, and the number of heads
+_WIDTHS = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
+_RATIO = "mlp_ratio"
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_KEY_HEADS = "num_key_value_heads"
+# what modules compute with besides their parameters
+_ATTRIBUTES = (
+    *("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "num_key_value_groups", "all_head_size"),
+    *("split_size", "head_dim", "attention_head_size", "scaling", "scale", "intermediate_size"),
+)
+
+Fields = dict[str, Any]
+Difference = tuple[dict[str, list[int]], dict[str, dict[str, Any]]]  # shapes and attributes, as `shrink` takes them
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Lets a model that was cut describe itself, so that `save_pretrained` writes what loads again.
+
+    Either its config changes and fits the stock class; or the config gets `pruned`, and the model becomes one of the
+    class of that name in `modeling_pruned.py`. Of a model that was not cut nothing changes.
+
+    Raises:
+        ValueError: It is of no class of transformers.
+    """
+    stock = stock_class(model)
+    config: Any = model.config
+    before = config.to_dict()
+    fields = {key: value for key, value in before.items() if key not in _OURS}
+    plain = _built(stock, config, fields)
+    found = difference(plain, model)
+    changed = fitting_fields(model, stock, fields, plain) if any(found) else fields
+    for key in _OURS[:2]:
+        config.__dict__.pop(key, None)
+    config.per_layer_config = None
+    if changed is not None:
+        if changed != fields:
+            config.unpruned = _merged(_replaced(changed, fields), getattr(config, "unpruned", {}))
+            _assign(config, changed)
+        model.__class__ = stock
+        return
+    config.pruned = {"shapes": found[0], "attributes": found[1]}
+    names = auto_classes(stock, config)
+    config.auto_map = {name: f"{Path(CODE).stem}.{stock.__name__}" for name in names}
+    if (per_layer := per_layer_sizes(model, plain, fields)) is not None:
+        if _carries(config, per_layer):
+            config.per_layer_config = per_layer
+        else:
+            config.pruned["per_layer_config"] = per_layer
+    model.__class__ = pruned_class(stock)
+    model.__class__._auto_class = names[0] if names else None  # makes `save_pretrained` copy the code
+
+
+def stock_class(model: nn.Module) -> type[PreTrainedModel]:
+    """The class of transformers that a model is of, or extends as a pruned one."""
+    for cls in type(model).__mro__:
+        if cls.__module__.startswith("transformers.models."):
+            if cls is not type(model) and type(model).__name__ != cls.__name__:
+                break
+            return cls
+    raise ValueError(
+        f"{type(model).__name__} is no class of transformers, which alone can be saved with channels cut out."
+    )
+
+
+def difference(plain: nn.Module, model: nn.Module) -> Difference:
+    """What distinguishes a model that was cut from the one that its config builds."""
+    expected = dict(plain.named_parameters(remove_duplicate=False))
+    shapes = {
+        name: list(parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in expected and parameter.shape != expected[name].shape
+    }
+    attributes: dict[str, dict[str, Any]] = defaultdict(dict)
+    modules: dict[str, Any] = dict(plain.named_modules())
+    for name, module in model.named_modules():
+        if name not in modules:
+            continue
+        for key in _ATTRIBUTES:
+            value = getattr(module, key, None)
+            if isinstance(value, (int, float)) and value != getattr(modules[name], key, None):
+                attributes[name][key] = value
+        own = getattr(getattr(module, "config", None), "own", {})  # of a LayerConfig
+        if own and any(value != getattr(modules[name].config, key) for key, value in own.items()):
+            attributes[name]["config"] = dict(own)
+    return shapes, dict(attributes)
+
+
+def _built(stock: type[PreTrainedModel], config: PreTrainedConfig, fields: Fields) -> PreTrainedModel:
+    with torch.device("meta"):
+        return stock(type(config).from_dict(copy.deepcopy(fields)))
+
+
+# (a)
+
+
+def fitting_fields(
+    model: PreTrainedModel, stock: type[PreTrainedModel], fields: Fields, plain: nn.Module
+) -> Fields | None:
+    """The config from which the stock class builds this model, if there is one; found by building."""
+    best = difference(plain, model)
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    sizes: dict[int, set[int]] = defaultdict(set)
+    for name, shape in best[0].items():
+        for old, new in zip(parameters[name].shape, shape, strict=True):
+            if new != old:
+                sizes[old].add(new)
+    for path, change in _changes(fields, sizes):
+        candidate = copy.deepcopy(fields)
+        section = candidate
+        for key in path:
+            section = section[key]
+        section.update(change)
+        try:
+            left = difference(_built(stock, model.config, candidate), model)
+        except _REFUSALS:
+            left = best
+        if len(left[0]) + len(left[1]) < len(best[0]) + len(best[1]):
+            best, fields = left, candidate
+    return None if any(best) else fields
+
+
+def _changes(
+    fields: Fields, sizes: Mapping[int, set[int]], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Fields]]:
+    """Changes of one section of a config each that may turn these old sizes into these new ones."""
+    for key, value in fields.items():
+        if isinstance(value, dict) and "model_type" in value:
+            yield from _changes(value, sizes, (*path, key))
+    heads = next((key for key in _HEADS if fields.get(key)), None)
+    hidden = next((fields[key] for key in ("hidden_size", "n_embd", "dim", "d_model") if fields.get(key)), 0)
+    for old, new in sizes.items():
+        if len(new) > 2:  # two sections at most share a size; else these layers differ
+            continue
+        for size in new:
+            for key in _WIDTHS:
+                if key in fields and fields[key] in (old, None):
+                    yield path, {key: size}
+            if fields.get(_RATIO):
+                yield path, {_RATIO: fields[_RATIO] * size / old}
+            head_dim = heads and (fields.get("head_dim") or hidden // fields[heads])
+            if heads and head_dim and old == fields[heads] * head_dim and size % head_dim == 0:
+                change = {heads: size // head_dim, "head_dim": head_dim}
+                if fields.get(_KEY_HEADS):
+                    change[_KEY_HEADS] = fields[_KEY_HEADS] * change[heads] // fields[heads]
+                yield path, change
+
+
+def _replaced(new: Fields, old: Fields) -> Fields:
+    """What `old` has in the places where `new` has something else."""
+    changed = {key: value for key, value in new.items() if key in old and value != old[key]}
+    return {key: _replaced(value, old[key]) if isinstance(value, dict) else old[key] for key, value in changed.items()}
+
+
+def _merged(first: Fields, second: Fields) -> Fields:
+    """Both, section by section; the second wins."""
+    both = {key: _merged(first[key], second[key]) for key in first if isinstance(second.get(key), dict)}
+    return {**first, **second, **both}
+
+
+def _assign(config: Any, fields: Fields) -> None:
+    """Sets the fields of a config that is in use; its modules share it."""
+    for key, value in fields.items():
+        current = getattr(config, key, None)
+        if isinstance(current, PreTrainedConfig):
+            _assign(current, value)
+        elif key not in ("model_type", "transformers_version", "dtype") and value != current:
+            setattr(config, key, value)
+
+
+# (b) and (c)
+
+
+def auto_classes(stock: type[PreTrainedModel], config: PreTrainedConfig) -> list[str]:
+    """The names of the Auto classes that load a stock class."""
+    found = []
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is not None and type(config) in mapping:
+            classes = mapping[type(config)]
+            if stock in (classes if isinstance(classes, tuple) else (classes,)):
+                found.append(name)
+    general = {"AutoModelForPreTraining", "AutoModelForMaskedLM"}  # which also load models made for something else
+    return sorted(found, key=lambda name: name in general)
+
+
+def per_layer_sizes(model: nn.Module, plain: nn.Module, fields: Fields) -> dict[int, dict[str, int]] | None:
+    """The sizes of each layer by the names that the config has for them; `None` if it has none for layers like these."""
+    layers = getattr(plain.config, "num_hidden_layers", None)
+    heads = next((key for key in _HEADS if fields.get(key)), None)
+    sizes: dict[int, dict[str, int]] = defaultdict(dict)
+    before = groups_of(plain)
+    for name, group in groups_of(model).items():
+        numbers = re.findall(r"\.(\d+)\.", name)
+        if len(numbers) != 1 or not isinstance(layers, int):
+            return None
+        if group.kind == "heads":
+            own = {heads: group.units * group.width // group.head_dim}
+            own |= {_KEY_HEADS: group.units} if fields.get(_KEY_HEADS) else {}
+        else:
+            width = next((k for k in _WIDTHS if k in fields and fields[k] in (before[name].units, None)), None)
+            own = {width: group.units}
+        layer = sizes[int(numbers[0])]
+        if None in own or own.keys() & layer.keys():  # no such name, or two groups for it
+            return None
+        layer.update(own)  # type: ignore[arg-type]
+    return dict(sizes) if sizes and set(sizes) == set(range(layers or 0)) else None
+
+
+def groups_of(model: nn.Module) -> dict[str, Group]:
+    """All groups of a model, none if its architecture is unknown."""
+    found: dict[str, Group] = {}
+    for kind in ("heads", "ffn"):
+        try:
+            found |= find_groups(model, [kind])
+        except ValueError:
+            continue
+    return found
+
+
+def _carries(config: PreTrainedConfig, per_layer: dict[int, dict[str, int]]) -> bool:
+    """Whether the config can be saved and loaded with these sizes of layers."""
+    try:
+        type(config).from_dict({**config.to_dict(), "per_layer_config": copy.deepcopy(per_layer)}).validate()
+    except _REFUSALS:
+        return False
+    return True
+
+
+# files
+
+
+def save_pruned(
+    model: PreTrainedModel, path: str | os.PathLike[str], info: CardInfo | None = None, **kwargs: Any
+) -> None:
+    """Writes a model that was cut: weights, config, a card, and the code that loads it if no stock class can.
+
+    Args:
+        model: What `prune_and_unload` returned, or `load_pruned`, trained further or not.
+        path: A directory.
+        info: What the card says besides, metrics for example.
+        kwargs: For `model.save_pretrained`.
+
+    Raises:
+        TypeError: The model has adapters.
+        ValueError: It is of no class of transformers, or the directory has another `modeling_pruned.py`.
+    """
+    if isinstance(model, PeftModel):
+        raise TypeError(
+            "The model has adapters. Either `save_pruned(prune_and_unload(model), path)`; or, to keep them apart, "
+            "`save_pruned(model.get_base_model(), path)` after `model.unload()`, and `model.save_pretrained` before."
+        )
+    settle(model)
+    directory = Path(path)
+    if isinstance(model, Pruned) and (directory / CODE).is_file():
+        _refuse_other_code((directory / CODE).read_text(encoding="utf-8"), directory)
+    model.save_pretrained(directory, **kwargs)
+    update_card(directory, _card_info(model, info or CardInfo()))
+
+
+def push_pruned_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    info: CardInfo | None = None,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload pruned model",
+    **kwargs: Any,
+) -> str:
+    """Like `save_pruned`, to a repository on the Hub, which is made if need be; returns the commit's URL.
+
+    Args:
+        model: See `save_pruned`.
+        repo_id: The repository.
+        info: What the card says besides.
+        private: Of a new repository.
+        token: Of the Hub; by default the one that is stored.
+        revision: A branch.
+        commit_message: Of the commit.
+        kwargs: For `model.save_pretrained`.
+
+    Raises:
+        TypeError, ValueError: As `save_pruned`.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if api.file_exists(repo_id, CODE, revision=revision):
+        there = Path(hf_hub_download(repo_id, CODE, revision=revision, token=token))
+        _refuse_other_code(there.read_text(encoding="utf-8"), repo_id)
+    with TemporaryDirectory() as folder:
+        save_pruned(model, folder, replace(info or CardInfo(), repo_id=repo_id), **kwargs)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+        )
+    return commit.commit_url
+
+
+def load_pruned(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Loads what `save_pruned` wrote, with no code from there.
+
+    Args:
+        path: A directory, or a repository on the Hub.
+        kwargs: For `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...
+
+    Raises:
+        ValueError: The config does not say of which class of transformers it is, or does not fit the weights.
+    """
+    path = os.fspath(path)
+    where = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+    config = AutoConfig.from_pretrained(path, **{key: kwargs[key] for key in where if key in kwargs})
+    name = (getattr(config, "architectures", None) or [""])[0]
+    stock = getattr(transformers, name, None)
+    if stock is None:
+        raise ValueError(f"`architectures` of the config in {path} is {name!r}, which is no class of transformers.")
+    model_class: Any = stock
+    if getattr(config, "pruned", None):
+        model_class = pruned_class(stock)
+        names = auto_classes(stock, config)
+        model_class._auto_class = names[0] if names else None
+    try:
+        return model_class.from_pretrained(path, **kwargs)
+    except RuntimeError as error:
+        raise explained(error, path) from error
+
+
+def _refuse_other_code(code: str, where: Any) -> None:
+    if code != Path(modeling_pruned.__file__).read_text(encoding="utf-8"):
+        raise ValueError(
+            f"{where} has another {CODE} already, on which a model there may depend. Save to an empty place, or delete "
+            "that file if it is of no use."
+        )
+
+
+def _card_info(model: PreTrainedModel, info: CardInfo) -> CardInfo:
+    return replace(
+        info,
+        method=info.method or "MASK_PRUNING",
+        relation="finetune",
+        base_model=info.base_model or model.config.name_or_path or None,
+        base_class=info.base_class or stock_class(model).__name__,
+        sizes=info.sizes or size_rows(dense_model(model), model),
+    )
+
+
+def dense_model(model: PreTrainedModel) -> PreTrainedModel:
+    """What the model was before anything was cut, on the meta device: its shapes, no weights."""
+    config: Any = model.config
+    fields = {key: value for key, value in config.to_dict().items() if key not in (*_OURS, "unpruned")}
+    return _built(stock_class(model), config, _merged(fields, getattr(config, "unpruned", {})))
+
+
+def size_rows(dense: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
+    """A row for each kind of channels, and one for the parameters: how many there were, are, and share that is left."""
+    before, after = groups_of(dense), groups_of(model)
+    counts = {}
+    for kind, name in (("ffn", "Feed-forward channels"), ("heads", "Attention heads (with their keys)")):
+        old, new = (sum(group.units for group in found.values() if group.kind == kind) for found in (before, after))
+        if old:
+            counts[name] = old, new
+    counts["Parameters"] = sum(p.numel() for p in dense.parameters()), sum(p.numel() for p in model.parameters())
+    return [
+        {"": name, "Before": f"{old:,}", "Now": f"{new:,}", "Left": f"{new / old:.1%}"}
+        for name, (old, new) in counts.items()
+    ]
