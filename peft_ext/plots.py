@@ -178,7 +178,7 @@ def kept_shares(model: nn.Module, adapter_name: str | None = None) -> dict[str, 
         ratios = keep_ratios(model, adapter_name)
         for name in (adapter_name and [adapter_name]) or model.active_adapters:
             for key, gate in gates_of(model, name).items():
-                shares[gate.group.kind][key] = (ratios[key] * gate.group.units, gate.group.units)
+                shares[gate.group.kind][key] = (round(ratios[key] * gate.group.units, 3), gate.group.units)
     elif isinstance(model, PreTrainedModel):
         after = groups_of(model)
         for key, group in groups_of(dense_model(model)).items():

@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -234,7 +234,8 @@ def auto_classes(stock: type[PreTrainedModel], config: PreTrainedConfig) -> list
 def per_layer_sizes(model: nn.Module, plain: nn.Module, fields: Fields) -> dict[int, dict[str, int]] | None:
     """The sizes of each layer by the names that the config has for them; `None` if it has none for layers like these."""
     layers = getattr(plain.config, "num_hidden_layers", None)
-    heads = next((key for key in _HEADS if fields.get(key)), None)
+    declared = {field.name for field in dataclasses.fields(plain.config)} & fields.keys()  # type: ignore[arg-type]
+    heads = next((key for key in _HEADS if key in declared), None)
     sizes: dict[int, dict[str, int]] = defaultdict(dict)
     before = groups_of(plain)
     for name, group in groups_of(model).items():
@@ -245,7 +246,7 @@ def per_layer_sizes(model: nn.Module, plain: nn.Module, fields: Fields) -> dict[
             own = {heads: group.units * group.width // group.head_dim}
             own |= {_KEY_HEADS: group.units} if fields.get(_KEY_HEADS) else {}
         else:
-            width = next((k for k in _WIDTHS if k in fields and fields[k] in (before[name].units, None)), None)
+            width = next((k for k in _WIDTHS if k in declared and fields[k] in (before[name].units, None)), None)
             own = {width: group.units}
         layer = sizes[int(numbers[0])]
         if None in own or own.keys() & layer.keys():  # no such name, or two groups for it
@@ -337,7 +338,7 @@ def push_pruned_to_hub(
         there = Path(hf_hub_download(repo_id, CODE, revision=revision, token=token))
         _refuse_other_code(there.read_text(encoding="utf-8"), repo_id)
     with TemporaryDirectory() as folder:
-        save_pruned(model, folder, replace(info or CardInfo(), repo_id=repo_id), **kwargs)
+        save_pruned(model, folder, dataclasses.replace(info or CardInfo(), repo_id=repo_id), **kwargs)
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
         )
@@ -381,7 +382,7 @@ def _refuse_other_code(code: str, where: Any) -> None:
 
 
 def _card_info(model: PreTrainedModel, info: CardInfo) -> CardInfo:
-    return replace(
+    return dataclasses.replace(
         info,
         method=info.method or "MASK_PRUNING",
         relation="finetune",
