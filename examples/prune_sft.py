@@ -1,7 +1,7 @@
-"""A language model that is pruned while it is fine-tuned with TRL, distilled from itself, then cut and saved.
+"""A language model that is pruned while it is fine-tuned with TRL, then cut and saved.
 
     python examples/prune_sft.py                             # SmolLM2-135M on a bot's answers, no network needed
-    python examples/prune_sft.py --target-sparsity 0.25 --distillation 0
+    python examples/prune_sft.py --target-sparsity 0.25 --learning-rate 3e-3
     python examples/prune_sft.py --train-file ../shared/data/instruct/gsm8k_train.parquet \
         --prompt-column question --completion-column answer
 """
@@ -33,7 +33,6 @@ def main() -> None:
     parser.add_argument("--completion-column", default="completion")
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--target-sparsity", type=float, default=0.2, help="share of the prunable weights to cut")
-    parser.add_argument("--distillation", type=float, default=0.5, help="weight of the divergence from the full model")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-steps", type=int, default=100)
@@ -52,9 +51,7 @@ def main() -> None:
         processing_class=tokenizer,
         train_dataset=split["train"],
         eval_dataset=split["test"],
-        peft_config=MaskLoraConfig(
-            target_sparsity=args.target_sparsity, distillation=args.distillation, task_type="CAUSAL_LM"
-        ),
+        peft_config=MaskLoraConfig(target_sparsity=args.target_sparsity, task_type="CAUSAL_LM"),
         callbacks=[MaskLoraCallback()],
         args=SFTConfig(
             output_dir=str(args.output_dir / "trainer"),

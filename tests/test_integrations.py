@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import peft_ext
-from peft_ext import SSFConfig
+from peft_ext import MaskLoraConfig, SPTConfig, SSFConfig
 
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(34))]
@@ -124,20 +125,16 @@ def test_trainer_options(tmp_path: Path, fields: dict[str, Any]) -> None:
     assert all(value.isfinite().all() for value in after.values())
 
 
-def test_sft_trainer(tmp_path: Path) -> None:
-    words = tokenizer()
-    data = Dataset.from_dict(
-        {
-            "messages": [
-                [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": f"w{i + 2}"}]
-                for i in range(16)
-            ]
-        }
-    )
-    trainer = SFTTrainer(
-        tiny("llama"),
+def sft_trainer(path: Path, words: PreTrainedTokenizerFast | None = None, **fields: Any) -> SFTTrainer:
+    """On a tiny Llama, or on `model=`; three steps."""
+    messages = [
+        [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": f"w{i + 2}"}]
+        for i in range(16)
+    ]
+    return SFTTrainer(
+        fields.pop("model", None) or tiny("llama"),
         SFTConfig(
-            output_dir=str(tmp_path),
+            output_dir=str(path),
             max_steps=3,
             per_device_train_batch_size=4,
             report_to="none",
@@ -148,10 +145,16 @@ def test_sft_trainer(tmp_path: Path) -> None:
             bf16=False,
             dataloader_pin_memory=False,
         ),
-        train_dataset=data,
-        processing_class=words,
-        peft_config=SSFConfig(task_type="CAUSAL_LM", trainable_token_indices=[4, 5]),
+        train_dataset=Dataset.from_dict({"messages": messages}),
+        processing_class=words or tokenizer(),
+        **fields,
     )
+
+
+def test_sft_trainer(tmp_path: Path) -> None:
+    words = tokenizer()
+    peft_config = SSFConfig(task_type="CAUSAL_LM", trainable_token_indices=[4, 5])
+    trainer = sft_trainer(tmp_path, words, peft_config=peft_config)
     before = ssf_state(trainer.model)
     trainer.train()
     assert any(not torch.equal(before[key], value) for key, value in ssf_state(trainer.model).items())
@@ -161,6 +164,38 @@ def test_sft_trainer(tmp_path: Path) -> None:
     assert "import peft_ext" in (tmp_path / "adapter" / "README.md").read_text()
     loaded = PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(logits(loaded, inputs("llama")), logits(trainer.model.eval(), inputs("llama")))
+
+
+def test_a_config_calibrated_on_what_sft_trainer_sees(tmp_path: Path) -> None:
+    """The way that is documented: one SFTTrainer without an adapter to look at, the config into a second."""
+    model = tiny("llama")
+    untouched = copy.deepcopy(model.state_dict())
+    config = SPTConfig(budget=200, r=2, task_type="CAUSAL_LM")
+    peft_ext.calibrate(model, config, trainer=sft_trainer(tmp_path, model=model), num_batches=2, progress=False)
+    assert all(torch.equal(value, untouched[key]) for key, value in model.state_dict().items())
+    trainer = sft_trainer(tmp_path, model=model, peft_config=config)
+    assert trainer.model.get_nb_trainable_parameters()[0] == 200
+    before = {key: p.detach().clone() for key, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert any(not torch.equal(before[key], p) for key, p in trainer.model.named_parameters() if key in before)
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(loaded, inputs("llama")), logits(trainer.model.eval(), inputs("llama")))
+
+
+def test_sft_trainer_prunes(tmp_path: Path) -> None:
+    fields = {"num_attention_heads": 4, "head_dim": 4, "num_key_value_heads": 4}
+    config = MaskLoraConfig(r=2, target_sparsity=0.3, task_type="CAUSAL_LM")
+    callbacks = [peft_ext.MaskLoraCallback()]
+    trainer = sft_trainer(tmp_path, model=tiny("llama", **fields), peft_config=config, callbacks=callbacks)
+    trainer.train()
+    assert config.total_steps == 3
+    with pytest.raises(ValueError, match=r"TRL's SFTTrainer computes its loss itself"):
+        sft_trainer(tmp_path, peft_config=replace(config, distillation=0.5)).train()
+    expected = logits(trainer.model.eval(), inputs("llama"))
+    pruned = peft_ext.prune_and_unload(trainer.model)
+    torch.testing.assert_close(logits(pruned, inputs("llama")), expected, atol=1e-5, rtol=1e-4)
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in tiny("llama", **fields).parameters())
 
 
 def test_trainable_tokens_beside_the_adapter() -> None:

@@ -251,3 +251,31 @@ def test_config_refuses(fields: dict[str, Any], message: str) -> None:
 def test_candidates_leave_out_heads_and_embeddings() -> None:
     names = SPTModel.candidates(SPTConfig(budget=10), tiny("bert"))
     assert names and not any("classifier" in name or "embeddings.word" in name for name in names)
+
+
+def test_the_allocation_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    from peft_ext import plots
+
+    base = tiny("bert")
+    config = SPTConfig(budget=400, r=2, task_type="SEQ_CLS")
+    peft_ext.calibrate(base, config, [inputs("bert")])
+    lines = capsys.readouterr().out.splitlines()
+    assert config.kinds is not None and config.counts is not None
+    assert lines[0] == "400 trainable parameters for a BertForSequenceClassification:"
+    header = [cell.strip() for cell in lines[1].strip("|").split("|")]
+    rows = {line.split("|")[1].strip(): line.strip("|").split("|") for line in lines[3:]}
+    assert any("encoder.layer." in name for name in config.kinds)
+    for name, kind in config.kinds.items():
+        layer, _, rest = name.partition("encoder.layer.")[2].partition(".")
+        rest = rest or name  # the pooler and the norm of the embeddings are in no layer
+        cell = rows[layer][header.index(rest.removesuffix(".weight"))].strip()
+        size = "" if kind == "whole" else f" {(config.ranks or {}).get(name) or config.counts[name]}"
+        assert cell == kind + size
+    model = get_peft_model(base, config)
+    figure = plots.spt_allocation(model)
+    values = figure.axes[0].images[0].get_array()
+    assert values is not None and values.sum() == 400
+    figure.savefig(tmp_path / "allocation.png")
+    with pytest.raises(ValueError, match="no SPT adapter named 'other'"):
+        plots.spt_allocation(model, "other")

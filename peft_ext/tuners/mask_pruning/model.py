@@ -187,7 +187,10 @@ class MaskLoraModel(ExtModel):
         if not (weight and self.training and torch.is_grad_enabled()):
             return output
         if getattr(output, "loss", None) is None or getattr(output, "logits", None) is None:
-            raise ValueError("`distillation` needs a model that returns `loss` and `logits`: pass `labels` to it.")
+            raise ValueError(
+                "`distillation` is added to the `loss` that the model returns beside its `logits`: pass `labels` to it. "
+                "TRL's SFTTrainer computes its loss itself; use `Trainer` there, or `distillation=0`."
+            )
         assert isinstance(config, MaskLoraConfig)
         with torch.no_grad(), without_adapters(self.model):
             dense = super().forward(*args, **kwargs)
