@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -252,6 +253,14 @@ def test_lora_stays_if_asked_and_merges_to_the_same(name: str) -> None:
     assert all(gradient is not None for gradient in gradients) and any(gradient.any() for gradient in gradients)  # type: ignore[union-attr]
 
 
+def test_base_and_lora_are_saved_apart(tmp_path: Path) -> None:
+    model = prune_and_unload(masked("llama"), keep_lora=True)
+    save_pruned(copy.deepcopy(model).unload(), tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_pruned(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(outputs("llama", again), outputs("llama", model.eval()))
+
+
 def test_a_trained_head_is_kept() -> None:
     model = masked("bert", modules_to_save=["classifier"])
     with torch.no_grad():
@@ -421,6 +430,14 @@ def test_generation_with_a_cache(name: str, mode: str, tmp_path: Path) -> None:
     assert torch.equal(model.generate(ids, **options), expected)
     if name in ("llama", "opt", "phi3"):
         assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
+def test_pickling_and_copying() -> None:
+    for name in ("bert", "phi3"):
+        model = cut_model(name, "layers")
+        settle(model)
+        for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert type(again) is type(model) and torch.equal(outputs(name, again), outputs(name, model))
 
 
 def test_in_a_pipeline(tmp_path: Path) -> None:
@@ -665,6 +682,12 @@ def test_quantised_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'model.layers.0.mlp.down_proj'.*Linear4bit.*Dequantise first"):
         cut(model, groups, choose(groups))
     assert layer.gate_proj.out_features == 24  # nothing has been touched
+    adapted = get_peft_model(model, MaskLoraConfig(r=2, total_steps=10, target_sparsity=0.3))
+    for gate in gates_of(adapted, "default").values():
+        gate.fix(torch.arange(gate.group.units) == 0)
+    with pytest.raises(ValueError, match="is quantised and cannot be cut"):
+        prune_and_unload(adapted)
+    assert gates_of(adapted, "default")  # the adapter is still there
 
 
 def test_kept_units_that_do_not_exist() -> None:

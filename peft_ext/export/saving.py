@@ -295,8 +295,9 @@ def save_pruned(
     """
     if isinstance(model, PeftModel):
         raise TypeError(
-            "The model has adapters. Either `save_pruned(prune_and_unload(model), path)`; or, to keep them apart, "
-            "`save_pruned(model.get_base_model(), path)` after `model.unload()`, and `model.save_pretrained` before."
+            "The model has adapters. Merge them first (`prune_and_unload(model)`, `model.merge_and_unload()`); or save "
+            "base and adapter apart: `save_pruned(copy.deepcopy(model).unload(), base_path)` and "
+            "`model.save_pretrained(adapter_path)`."
         )
     settle(model)
     directory = Path(path)
