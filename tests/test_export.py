@@ -172,6 +172,19 @@ def test_towers_are_uniform_each_for_itself() -> None:
     assert model.config.unpruned["text_config"] == {"intermediate_size": 24}
 
 
+def test_uniform_and_rounded_together_in_a_hierarchical_model() -> None:
+    model = model_of("swin")
+    groups = {key: group for key, group in groups_of("swin", model).items() if group.kind == "ffn"}
+    assert [group.units for group in groups.values()] == [32, 32, 64]
+    kept = {key: torch.arange(24 if group.units == 64 else 5) for key, group in groups.items()}
+    masked_model = mask(model, groups, kept)
+    left = cut(model, groups, kept, round_to=8, uniform=True)
+    assert [len(units) for units in left.values()] == [16, 16, 32]  # 24 of 64 are 12 of 32, rounded to 16
+    torch.testing.assert_close(outputs("swin", model), outputs("swin", masked_model), rtol=0, atol=1e-5)
+    settle(model)
+    assert model.config.mlp_ratio == 2 and not isinstance(model, Pruned)
+
+
 def test_attention_keeps_its_scale_and_its_groups() -> None:
     for name in ("bert", "llama", "opt", "deberta-v2", "phi3"):
         model = model_of(name)
@@ -395,6 +408,20 @@ def test_saving_again_and_pruning_again(tmp_path: Path) -> None:
         twice = load_pruned(tmp_path / f"{number}a")
         torch.testing.assert_close(outputs("vit", twice), expected, rtol=0, atol=1e-5)
         assert "| Feed-forward channels | 48 |" in (tmp_path / f"{number}a" / "README.md").read_text()
+
+
+def test_a_second_cut_can_lead_back_to_the_stock_class(tmp_path: Path) -> None:
+    model = cut_model("vit", "layers")
+    settle(model)
+    groups = groups_of("vit", model)
+    least = {kind: min(g.units for g in groups.values() if g.kind == kind) for kind in ("ffn", "heads")}
+    cut(model, groups, {key: torch.arange(least[group.kind]) for key, group in groups.items()})
+    save_pruned(model, tmp_path)
+    assert type(model) is tf.ViTForImageClassification and not (tmp_path / "modeling_pruned.py").exists()
+    assert not {"pruned", "auto_map", "per_layer_config"} & json.loads((tmp_path / "config.json").read_text()).keys()
+    again = tf.ViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(outputs("vit", again), outputs("vit", model))
+    assert "| Feed-forward channels | 48 |" in (tmp_path / "README.md").read_text()
 
 
 def test_masks_on_a_pruned_model(tmp_path: Path) -> None:
@@ -688,6 +715,15 @@ def test_quantised_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="is quantised and cannot be cut"):
         prune_and_unload(adapted)
     assert gates_of(adapted, "default")  # the adapter is still there
+
+
+def test_float8_weights_are_refused() -> None:
+    model = model_of("bert")
+    consumer = model.bert.encoder.layer[0].output.dense
+    consumer.weight = nn.Parameter(consumer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    groups = groups_of("bert", model)
+    with pytest.raises(ValueError, match="is quantised and cannot be cut"):
+        cut(model, groups, choose(groups))
 
 
 def test_kept_units_that_do_not_exist() -> None:

@@ -100,11 +100,9 @@ def settle(model: PreTrainedModel) -> None:
 
 def stock_class(model: nn.Module) -> type[PreTrainedModel]:
     """The class of transformers that a model is of, or extends as a pruned one."""
-    for cls in type(model).__mro__:
-        if cls.__module__.startswith("transformers.models."):
-            if cls is not type(model) and type(model).__name__ != cls.__name__:
-                break
-            return cls
+    known = [cls for cls in type(model).__mro__ if getattr(transformers, cls.__name__, None) is cls]
+    if known and known[0].__name__ == type(model).__name__:
+        return known[0]
     raise ValueError(
         f"{type(model).__name__} is no class of transformers, which alone can be saved with channels cut out."
     )
