@@ -2,7 +2,7 @@
 
     python examples/lt_sft.py
     python examples/lt_sft.py --train-file ../shared/data/text/sst2_train.parquet \\
-        --test-file ../shared/data/text/sst2_validation.parquet --text-column text
+        --test-file ../shared/data/text/sst2_validation.parquet --text-column sentence
 
 Each task is trained twice: densely, to see which weights move, and then on these alone. The second task is the first
 with the labels of half of the texts' lengths, so that something can be composed without a second data set.

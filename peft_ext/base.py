@@ -541,6 +541,11 @@ class ExtModel(BaseTuner):
         raise NotImplementedError
 
     @classmethod
+    def calibration_report(cls, config: Any) -> str:
+        """What a calibration decided, to be printed; empty if there is nothing to show."""
+        return ""
+
+    @classmethod
     def with_budget(cls, config: Any, budget: float) -> Any:
         """A copy of the config with another budget, for a calibration for several."""
         raise TypeError(f"{config.METHOD} has no budget of its own to vary: calibrate once for each.")
@@ -915,6 +920,12 @@ def resolved_targets(tuner: type[ExtModel], config: ExtConfig, model: nn.Module)
     config = tuner.default_targets(config, model_config.to_dict() if model_config is not None else {}, model)
     tuner.check_modules(config, model)
     return dict(matched_targets(config, model))
+
+
+def layer_and_type(name: str) -> tuple[int, str]:
+    """The number of the layer that a module is in, -1 if in none, and its name within the layer."""
+    match = re.search(r"(?:^|\.)(\d+)\.", name)
+    return (int(match[1]), name[match.end() :]) if match else (-1, name)
 
 
 def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

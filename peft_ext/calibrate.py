@@ -188,7 +188,7 @@ def calibrate(
         kind: `"sensitivity"`, `"fisher"`, `"magnitude"` or `"snip"`; see the top of `calibrate.py`. `None` takes what
             suits the method: `"magnitude"` for masks, else `"sensitivity"`.
         memory: `"exact"`, four bytes a weight on the host, or `"pool"`, about one.
-        progress: Show a bar.
+        progress: Show a bar, and print what was decided.
 
     Returns:
         The config itself; with `budgets` a dict of a copy for each.
@@ -219,6 +219,8 @@ def calibrate(
             tuner.take_scores(other, model, measured)
         return configs
     tuner.take_scores(config, model, measured)
+    if progress and _is_first_process() and (report := tuner.calibration_report(config)):
+        tqdm.write(report)
     return config
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from .base import layer_and_type
 from .export.saving import dense_model, groups_of
 from .tuners.mask_pruning import gates_of, keep_ratios
 from .tuners.sparse_ft.model import deltas
+from .tuners.spt.layer import SPTLayer
 from .tuners.vqt.model import QueryHead, active_adapter_of, attention_maps, layer_of
 from .tuners.vqt.selection import feature_sources
 
@@ -100,6 +101,40 @@ def token_grid(weights: torch.Tensor) -> torch.Tensor:
     return weights[extra:].float().cpu().reshape(side, side)
 
 
+def _heat_map(axes: Any, values: dict[tuple[int, str], float], title: str) -> None:
+    """Layers from above to below, types of module from left to right."""
+    layers = sorted({layer for layer, _ in values})
+    types = list(dict.fromkeys(kind for _, kind in values))
+    grid = [[values.get((layer, kind), 0.0) for kind in types] for layer in layers]
+    image = axes.imshow(grid, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(types)), types, rotation=45, ha="right")
+    axes.set_yticks(range(len(layers)), [str(layer) if layer >= 0 else "-" for layer in layers])
+    axes.set(ylabel="layer", title=title)
+    axes.figure.colorbar(image, ax=axes)
+
+
+def spt_allocation(model: nn.Module, adapter_name: str = "default") -> Figure:
+    """A figure of where the budget of an SPT adapter went: trained parameters by layer (rows) and module (columns).
+
+    Raises:
+        ValueError: The model has no such SPT adapter.
+    """
+    trained: dict[tuple[int, str], float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SPTLayer) and adapter_name in module.present([adapter_name]):
+            leaves = [
+                getattr(module, key)[adapter_name]
+                for key in module.adapter_layer_names
+                if adapter_name in getattr(module, key)
+            ]
+            trained[layer_and_type(name)] = float(sum(p.numel() for leaf in leaves for p in leaf.parameters()))
+    if not trained:
+        raise ValueError(f"There is no SPT adapter named {adapter_name!r} on this model.")
+    figure, axes = _pyplot().subplots(figsize=(8, 4), layout="constrained")
+    _heat_map(axes, trained, "trained parameters")
+    return figure
+
+
 def sparse_support(model: nn.Module, adapter_name: str = "default") -> Figure:
     """A figure of a sparse adapter: where its delta lives, layer by layer, and how its support turned over.
 
@@ -115,22 +150,12 @@ def sparse_support(model: nn.Module, adapter_name: str = "default") -> Figure:
     norms: dict[tuple[int, str], float] = {}
     turnover: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for name, leaf in leaves.items():
-        layer = re.search(r"\.(\d+)\.", name)
-        number = int(layer.group(1)) if layer else -1
-        kind = name.split(f".{number}.", 1)[-1]
-        norms[number, kind] = float(leaf.weight.detach().norm())
+        norms[layer_and_type(name)] = float(leaf.weight.detach().norm())
         for step, moved in leaf.tracker.reselections if leaf.tracker is not None else ():
             turnover[step][0] += moved
             turnover[step][1] += leaf.weight.numel()
-    layers = sorted({layer for layer, _ in norms})
-    kinds = list(dict.fromkeys(kind for _, kind in norms))
     figure, (where, when) = _pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
-    grid = [[norms.get((layer, kind), 0.0) for kind in kinds] for layer in layers]
-    image = where.imshow(grid, aspect="auto", cmap="viridis")
-    where.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
-    where.set_yticks(range(len(layers)), [str(layer) if layer >= 0 else "-" for layer in layers])
-    where.set(ylabel="layer", title="norm of the delta")
-    figure.colorbar(image, ax=where)
+    _heat_map(where, norms, "norm of the delta")
     steps = sorted(turnover)
     when.plot(steps, [turnover[step][0] / turnover[step][1] for step in steps], marker="o")
     when.set(xlabel="optimizer step", ylabel="fraction replaced", title="turnover of the support")

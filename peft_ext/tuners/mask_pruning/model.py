@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...base import (
     ExtConfig,
@@ -156,22 +157,25 @@ class MaskLoraModel(ExtModel):
 
     @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Scores) -> None:
-        """First logits by the rank of what a unit's columns score, for each parameter that goes with it.
+        """First logits by the rank, among its kind, of what a unit's columns score.
 
-        They are quantiles of a normal distribution around `initial_logit` with a standard deviation of two.
+        They are quantiles of a normal distribution around `initial_logit` with a standard deviation of two. Kinds are
+        ranked apart: by first-order scores, heads as a whole would be cut before almost any feed-forward channel.
         """
         groups = groups_of(config, model)
-        values = []
-        for name, group in groups.items():
-            parameter = scores.of(name).clamp(min=0)
-            features = group.units * group.width
-            is_linear = isinstance(model.get_submodule(name), nn.Linear)
-            matrix = parameter.view(-1, features) if is_linear else parameter.view(features, -1).T
-            values.append(matrix.sum(0).view(group.units, group.width).sum(1) / group.parameters)
-        ranks = torch.cat(values).argsort().argsort()
-        quantiles = torch.special.ndtri((ranks + 0.5) / len(ranks))
-        logits = (config.initial_logit + 2 * quantiles).split([group.units for group in groups.values()])
-        config.initial_logits = dict(zip(groups, logits, strict=True))
+        config.initial_logits = {}
+        for kind in config.prune:
+            names = [name for name, group in groups.items() if group.kind == kind]
+            values = []
+            for name in names:
+                group, features = groups[name], groups[name].units * groups[name].width
+                found = scores.of(name).clamp(min=0)
+                is_transposed = isinstance(model.get_submodule(name), Conv1D)
+                matrix = found.view(features, -1).T if is_transposed else found.view(-1, features)
+                values.append(matrix.sum(0).view(group.units, group.width).sum(1))
+            ranks = torch.cat(values).argsort().argsort()
+            quantiles = config.initial_logit + 2 * torch.special.ndtri((ranks + 0.5) / len(ranks))
+            config.initial_logits |= zip(names, quantiles.split([groups[name].units for name in names]), strict=True)
 
     # Distillation
 

@@ -16,13 +16,14 @@ from ...base import (
     backbone_linears,
     backbone_modules,
     count_parameters,
+    layer_and_type,
     matched_targets,
     resolved_targets,
 )
 from ...calibrate import Scores
 from ...delta import layer_operation
 from ...sparse import LinearOperation
-from .allocation import Allocation, allocate
+from .allocation import allocate
 from .config import SPTConfig
 from .layer import SPTLayer, SPTLinear
 
@@ -133,6 +134,12 @@ class SPTModel(ExtModel):
         config.allocation = found
 
     @classmethod
+    def calibration_report(cls, config: Any) -> str:
+        """The allocation by layer and type."""
+        total = config.allocation.total
+        return f"{total:,} trainable parameters for a {config.architecture}:\n{allocation_table(config)}"
+
+    @classmethod
     def with_budget(cls, config: Any, budget: float) -> Any:
         """A copy of the config with another budget, for `calibrate(..., budgets=[...])`."""
         other = copy.deepcopy(config)
@@ -171,12 +178,19 @@ def budget_of(config: SPTConfig, model: nn.Module) -> int:
 
 
 def allocation_table(config: SPTConfig) -> str:
-    """What each module got, as a table in Markdown: kind, sensitive weights, trainable parameters."""
-    allocation: Allocation | None = getattr(config, "allocation", None)
-    kinds = config.kinds or {}
-    rows = ["| tensor | gets | sensitive weights | tuned weights or rank |", "|---|---|---:|---:|"]
-    for name, kind in kinds.items():
-        sensitive = "" if allocation is None else f"{allocation.sensitive[name]:,}"
-        size = (config.counts or {}).get(name, (config.ranks or {}).get(name))
-        rows.append(f"| {name} | {kind} | {sensitive} | {size:,} |")
+    """What each tensor got, as a table in Markdown: a row for each layer, a column for each kind of tensor.
+
+    `whole` is a vector that is tuned as it is, `sparse 12` a tensor of which 12 weights are tuned, `lora 8` a matrix
+    with an update of rank 8 (of an adapter: of width 8).
+    """
+    cells: dict[tuple[int, str], str] = {}
+    for name, kind in (config.kinds or {}).items():
+        size = (config.ranks or {}).get(name) or (config.counts or {}).get(name)
+        cells[layer_and_type(name.removesuffix(".weight"))] = kind if kind == "whole" else f"{kind} {size:,}"
+    layers = sorted({layer for layer, _ in cells})
+    types = list(dict.fromkeys(kind for _, kind in cells))
+    rows = [f"| layer | {' | '.join(types)} |", "|---" * (len(types) + 1) + "|"]
+    for layer in layers:
+        row = [cells.get((layer, kind), "") for kind in types]
+        rows.append(f"| {layer if layer >= 0 else ''} | {' | '.join(row)} |")
     return "\n".join(rows)
