@@ -241,6 +241,7 @@ def test_pruning_a_trained_model(name: str) -> None:
     torch.testing.assert_close(outputs(name, pruned), expected, rtol=0, atol=1e-5)
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in merged.parameters())
     assert not any("mask_pruning" in key or "lora" in key for key in pruned.state_dict())
+    assert not any(parameter.requires_grad for parameter in pruned.parameters())  # as of merge_and_unload
     for options in ({"round_to": 8}, {"uniform": True}):
         torch.testing.assert_close(
             outputs(name, prune_and_unload(copy.deepcopy(model), **options)), expected, rtol=0, atol=1e-5
@@ -365,6 +366,8 @@ def test_sizes_are_also_written_as_transformers_will_read_them(name: str, tmp_pa
         }
         width = layer.ffn_dim if name == "opt" else layer.intermediate_size
         assert sizes == {"ffn": width, "heads": layer.num_attention_heads}
+    load_pruned(tmp_path).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
     with pytest.raises(RuntimeError):  # the day is not today
         type(model).__mro__[2].from_pretrained(tmp_path)
 
@@ -615,6 +618,12 @@ def test_the_card_says_what_was_cut_and_how_to_load_it(tmp_path: Path) -> None:
         names: dict[str, Any] = {}
         exec(code, names)  # noqa: S102
         assert torch.equal(outputs("bert", names["model"].eval()), outputs("bert", model))
+
+
+def test_the_card_shows_the_auto_class_of_the_task(tmp_path: Path) -> None:
+    save_pruned(cut_model("bart", "layers"), tmp_path)
+    assert "from transformers import AutoModelForSeq2SeqLM\n" in (tmp_path / "README.md").read_text()
+    assert len(json.loads((tmp_path / "config.json").read_text())["auto_map"]) > 1
 
 
 # the Hub

@@ -87,15 +87,13 @@ def settle(model: PreTrainedModel) -> None:
         model.__class__ = stock
         return
     config.pruned = {"shapes": found[0], "attributes": found[1]}
-    names = auto_classes(stock, config)
-    config.auto_map = {name: f"{Path(CODE).stem}.{stock.__name__}" for name in names}
+    config.auto_map = {name: f"{Path(CODE).stem}.{stock.__name__}" for name in auto_classes(stock, config)}
     if (per_layer := per_layer_sizes(model, plain, fields)) is not None:
         if _carries(config, per_layer):
             config.per_layer_config = per_layer
         else:
             config.pruned["per_layer_config"] = per_layer
-    model.__class__ = pruned_class(stock)
-    model.__class__._auto_class = names[0] if names else None  # makes `save_pretrained` copy the code
+    model.__class__ = _class_for(config, stock)
 
 
 def stock_class(model: nn.Module) -> type[PreTrainedModel]:
@@ -227,6 +225,14 @@ def auto_classes(stock: type[PreTrainedModel], config: PreTrainedConfig) -> list
                 found.append(name)
     general = {"AutoModelForPreTraining", "AutoModelForMaskedLM"}  # which also load models made for something else
     return sorted(found, key=lambda name: name in general)
+
+
+def _class_for(config: PreTrainedConfig, stock: type[PreTrainedModel]) -> Any:
+    """The class for a config with `pruned`; `save_pretrained` copies its code."""
+    model_class: Any = pruned_class(stock)
+    names = auto_classes(stock, config)
+    model_class._auto_class = names[0] if names else None
+    return model_class
 
 
 def per_layer_sizes(model: nn.Module, plain: nn.Module, fields: Fields) -> dict[int, dict[str, int]] | None:
@@ -361,13 +367,8 @@ def load_pruned(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     stock = getattr(transformers, name, None)
     if stock is None:
         raise ValueError(f"`architectures` of the config in {path} is {name!r}, which is no class of transformers.")
-    model_class: Any = stock
-    if getattr(config, "pruned", None):
-        model_class = pruned_class(stock)
-        names = auto_classes(stock, config)
-        model_class._auto_class = names[0] if names else None
     try:
-        return model_class.from_pretrained(path, **kwargs)
+        return (_class_for(config, stock) if hasattr(config, "pruned") else stock).from_pretrained(path, **kwargs)
     except RuntimeError as error:
         raise explained(error, path) from error
 
