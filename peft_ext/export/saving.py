@@ -223,8 +223,7 @@ def auto_classes(stock: type[PreTrainedModel], config: PreTrainedConfig) -> list
             classes = mapping[type(config)]
             if stock in (classes if isinstance(classes, tuple) else (classes,)):
                 found.append(name)
-    general = {"AutoModelForPreTraining", "AutoModelForMaskedLM"}  # which also load models made for something else
-    return sorted(found, key=lambda name: name in general)
+    return found
 
 
 def _class_for(config: PreTrainedConfig, stock: type[PreTrainedModel]) -> Any:
