@@ -292,7 +292,7 @@ def _fill(card: ModelCard, saved: _Saved, info: CardInfo, usage_only: bool = Fal
     configured = _hub_ids([saved.config.get("base_model_name_or_path"), known_base])
     bases = [info.base_model] if info.base_model else named or configured[:1]
     info = replace(info, repo_id=info.repo_id or known_repo, base_model=bases[0] if bases else None)
-    stand_in = f"{method.name} adapter"
+    stand_in = f"{method.name} {'adapter' if info.relation == 'adapter' else 'model'}"
     title = info.title or (info.repo_id or stand_in).split("/")[-1]
     _fill_metadata(data, saved, info, method, title, bases)
 
@@ -352,7 +352,9 @@ def _usage(saved: _Saved, info: CardInfo, method: Method) -> str:
         where = info.repo_id or "path/to/model"
         merged = _read_json(saved.directory / "config.json")
         if "pruned" in merged:
-            auto = next(iter(merged.get("auto_map") or {}), "AutoModel")
+            # those that also load models made for something else say the least about this one
+            general = {"AutoModelForPreTraining", "AutoModelForMaskedLM"}
+            auto = min(merged.get("auto_map") or ["AutoModel"], key=lambda name: name in general)
             lines[-1] = (
                 "Its layers differ in size, so it comes with the code that builds them, `modeling_pruned.py`; or "
                 "[peft-ext](https://pypi.org/project/peft-ext/) loads it without that."

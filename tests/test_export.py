@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -171,6 +172,19 @@ def test_towers_are_uniform_each_for_itself() -> None:
     assert model.config.unpruned["text_config"] == {"intermediate_size": 24}
 
 
+def test_uniform_and_rounded_together_in_a_hierarchical_model() -> None:
+    model = model_of("swin")
+    groups = {key: group for key, group in groups_of("swin", model).items() if group.kind == "ffn"}
+    assert [group.units for group in groups.values()] == [32, 32, 64]
+    kept = {key: torch.arange(24 if group.units == 64 else 5) for key, group in groups.items()}
+    masked_model = mask(model, groups, kept)
+    left = cut(model, groups, kept, round_to=8, uniform=True)
+    assert [len(units) for units in left.values()] == [16, 16, 32]  # 24 of 64 are 12 of 32, rounded to 16
+    torch.testing.assert_close(outputs("swin", model), outputs("swin", masked_model), rtol=0, atol=1e-5)
+    settle(model)
+    assert model.config.mlp_ratio == 2 and not isinstance(model, Pruned)
+
+
 def test_attention_keeps_its_scale_and_its_groups() -> None:
     for name in ("bert", "llama", "opt", "deberta-v2", "phi3"):
         model = model_of(name)
@@ -227,6 +241,7 @@ def test_pruning_a_trained_model(name: str) -> None:
     torch.testing.assert_close(outputs(name, pruned), expected, rtol=0, atol=1e-5)
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in merged.parameters())
     assert not any("mask_pruning" in key or "lora" in key for key in pruned.state_dict())
+    assert not any(parameter.requires_grad for parameter in pruned.parameters())  # as of merge_and_unload
     for options in ({"round_to": 8}, {"uniform": True}):
         torch.testing.assert_close(
             outputs(name, prune_and_unload(copy.deepcopy(model), **options)), expected, rtol=0, atol=1e-5
@@ -250,6 +265,14 @@ def test_lora_stays_if_asked_and_merges_to_the_same(name: str) -> None:
     logits(pruned, inputs(name)).square().mean().backward()
     gradients = [parameter.grad for parameter in pruned.parameters() if parameter.requires_grad]
     assert all(gradient is not None for gradient in gradients) and any(gradient.any() for gradient in gradients)  # type: ignore[union-attr]
+
+
+def test_base_and_lora_are_saved_apart(tmp_path: Path) -> None:
+    model = prune_and_unload(masked("llama"), keep_lora=True)
+    save_pruned(copy.deepcopy(model).unload(), tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_pruned(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(outputs("llama", again), outputs("llama", model.eval()))
 
 
 def test_a_trained_head_is_kept() -> None:
@@ -343,6 +366,8 @@ def test_sizes_are_also_written_as_transformers_will_read_them(name: str, tmp_pa
         }
         width = layer.ffn_dim if name == "opt" else layer.intermediate_size
         assert sizes == {"ffn": width, "heads": layer.num_attention_heads}
+    load_pruned(tmp_path).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
     with pytest.raises(RuntimeError):  # the day is not today
         type(model).__mro__[2].from_pretrained(tmp_path)
 
@@ -388,6 +413,20 @@ def test_saving_again_and_pruning_again(tmp_path: Path) -> None:
         assert "| Feed-forward channels | 48 |" in (tmp_path / f"{number}a" / "README.md").read_text()
 
 
+def test_a_second_cut_can_lead_back_to_the_stock_class(tmp_path: Path) -> None:
+    model = cut_model("vit", "layers")
+    settle(model)
+    groups = groups_of("vit", model)
+    least = {kind: min(g.units for g in groups.values() if g.kind == kind) for kind in ("ffn", "heads")}
+    cut(model, groups, {key: torch.arange(least[group.kind]) for key, group in groups.items()})
+    save_pruned(model, tmp_path)
+    assert type(model) is tf.ViTForImageClassification and not (tmp_path / "modeling_pruned.py").exists()
+    assert not {"pruned", "auto_map", "per_layer_config"} & json.loads((tmp_path / "config.json").read_text()).keys()
+    again = tf.ViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(outputs("vit", again), outputs("vit", model))
+    assert "| Feed-forward channels | 48 |" in (tmp_path / "README.md").read_text()
+
+
 def test_masks_on_a_pruned_model(tmp_path: Path) -> None:
     save_pruned(prune_and_unload(masked("bert")), tmp_path)
     with warnings.catch_warnings():
@@ -421,6 +460,14 @@ def test_generation_with_a_cache(name: str, mode: str, tmp_path: Path) -> None:
     assert torch.equal(model.generate(ids, **options), expected)
     if name in ("llama", "opt", "phi3"):
         assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
+def test_pickling_and_copying() -> None:
+    for name in ("bert", "phi3"):
+        model = cut_model(name, "layers")
+        settle(model)
+        for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert type(again) is type(model) and torch.equal(outputs(name, again), outputs(name, model))
 
 
 def test_in_a_pipeline(tmp_path: Path) -> None:
@@ -573,6 +620,12 @@ def test_the_card_says_what_was_cut_and_how_to_load_it(tmp_path: Path) -> None:
         assert torch.equal(outputs("bert", names["model"].eval()), outputs("bert", model))
 
 
+def test_the_card_shows_the_auto_class_of_the_task(tmp_path: Path) -> None:
+    save_pruned(cut_model("bart", "layers"), tmp_path)
+    assert "from transformers import AutoModelForSeq2SeqLM\n" in (tmp_path / "README.md").read_text()
+    assert len(json.loads((tmp_path / "config.json").read_text())["auto_map"]) > 1
+
+
 # the Hub
 
 
@@ -665,6 +718,21 @@ def test_quantised_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'model.layers.0.mlp.down_proj'.*Linear4bit.*Dequantise first"):
         cut(model, groups, choose(groups))
     assert layer.gate_proj.out_features == 24  # nothing has been touched
+    adapted = get_peft_model(model, MaskLoraConfig(r=2, total_steps=10, target_sparsity=0.3))
+    for gate in gates_of(adapted, "default").values():
+        gate.fix(torch.arange(gate.group.units) == 0)
+    with pytest.raises(ValueError, match="is quantised and cannot be cut"):
+        prune_and_unload(adapted)
+    assert gates_of(adapted, "default")  # the adapter is still there
+
+
+def test_float8_weights_are_refused() -> None:
+    model = model_of("bert")
+    consumer = model.bert.encoder.layer[0].output.dense
+    consumer.weight = nn.Parameter(consumer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    groups = groups_of("bert", model)
+    with pytest.raises(ValueError, match="is quantised and cannot be cut"):
+        cut(model, groups, choose(groups))
 
 
 def test_kept_units_that_do_not_exist() -> None:

@@ -22,7 +22,8 @@ def prune_and_unload(
 
     Args:
         model: A model with a mask-pruning adapter whose masks are decided.
-        keep_lora: Leave LoRA unmerged, as PEFT's own, so that training can go on.
+        keep_lora: Leave LoRA unmerged, as PEFT's own, so that training can go on. This adapter fits the cut base only:
+            save both, `save_pruned(copy.deepcopy(model).unload(), path)` and `model.save_pretrained(adapter_path)`.
         round_to: Feed-forward blocks keep a multiple of so many channels (a few more than the masks say), which suits
             the hardware.
         uniform: All layers keep as many as the one with the most, so that a stock class can load the model.

@@ -87,24 +87,20 @@ def settle(model: PreTrainedModel) -> None:
         model.__class__ = stock
         return
     config.pruned = {"shapes": found[0], "attributes": found[1]}
-    names = auto_classes(stock, config)
-    config.auto_map = {name: f"{Path(CODE).stem}.{stock.__name__}" for name in names}
+    config.auto_map = {name: f"{Path(CODE).stem}.{stock.__name__}" for name in auto_classes(stock, config)}
     if (per_layer := per_layer_sizes(model, plain, fields)) is not None:
         if _carries(config, per_layer):
             config.per_layer_config = per_layer
         else:
             config.pruned["per_layer_config"] = per_layer
-    model.__class__ = pruned_class(stock)
-    model.__class__._auto_class = names[0] if names else None  # makes `save_pretrained` copy the code
+    model.__class__ = _class_for(config, stock)
 
 
 def stock_class(model: nn.Module) -> type[PreTrainedModel]:
     """The class of transformers that a model is of, or extends as a pruned one."""
-    for cls in type(model).__mro__:
-        if cls.__module__.startswith("transformers.models."):
-            if cls is not type(model) and type(model).__name__ != cls.__name__:
-                break
-            return cls
+    known = [cls for cls in type(model).__mro__ if getattr(transformers, cls.__name__, None) is cls]
+    if known and known[0].__name__ == type(model).__name__:
+        return known[0]
     raise ValueError(
         f"{type(model).__name__} is no class of transformers, which alone can be saved with channels cut out."
     )
@@ -227,8 +223,15 @@ def auto_classes(stock: type[PreTrainedModel], config: PreTrainedConfig) -> list
             classes = mapping[type(config)]
             if stock in (classes if isinstance(classes, tuple) else (classes,)):
                 found.append(name)
-    general = {"AutoModelForPreTraining", "AutoModelForMaskedLM"}  # which also load models made for something else
-    return sorted(found, key=lambda name: name in general)
+    return found
+
+
+def _class_for(config: PreTrainedConfig, stock: type[PreTrainedModel]) -> Any:
+    """The class for a config with `pruned`; `save_pretrained` copies its code."""
+    model_class: Any = pruned_class(stock)
+    names = auto_classes(stock, config)
+    model_class._auto_class = names[0] if names else None
+    return model_class
 
 
 def per_layer_sizes(model: nn.Module, plain: nn.Module, fields: Fields) -> dict[int, dict[str, int]] | None:
@@ -295,8 +298,9 @@ def save_pruned(
     """
     if isinstance(model, PeftModel):
         raise TypeError(
-            "The model has adapters. Either `save_pruned(prune_and_unload(model), path)`; or, to keep them apart, "
-            "`save_pruned(model.get_base_model(), path)` after `model.unload()`, and `model.save_pretrained` before."
+            "The model has adapters. Merge them first (`prune_and_unload(model)`, `model.merge_and_unload()`); or save "
+            "base and adapter apart: `save_pruned(copy.deepcopy(model).unload(), base_path)` and "
+            "`model.save_pretrained(adapter_path)`."
         )
     settle(model)
     directory = Path(path)
@@ -362,13 +366,8 @@ def load_pruned(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     stock = getattr(transformers, name, None)
     if stock is None:
         raise ValueError(f"`architectures` of the config in {path} is {name!r}, which is no class of transformers.")
-    model_class: Any = stock
-    if getattr(config, "pruned", None):
-        model_class = pruned_class(stock)
-        names = auto_classes(stock, config)
-        model_class._auto_class = names[0] if names else None
     try:
-        return model_class.from_pretrained(path, **kwargs)
+        return (_class_for(config, stock) if hasattr(config, "pruned") else stock).from_pretrained(path, **kwargs)
     except RuntimeError as error:
         raise explained(error, path) from error
 
