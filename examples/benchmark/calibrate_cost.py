@@ -3,8 +3,8 @@
     python examples/benchmark/calibrate_cost.py --json           # into results/calibrate-cost.json
     python examples/benchmark/calibrate_cost.py --write README.md
 
-- **memory**: the most that a process of its own ever held (its resident set), less what the same process needs that
-  makes the same backward passes and releases each gradient at once. In multiples of the candidates' size in fp32.
+- **memory**: by how much the resident set of a process of its own grows at most during the pass, less what it grows
+  by if it makes the same backward passes and releases each gradient at once. In multiples of the candidates' fp32 size.
 - **time**: of the pass over that of as many plain backward passes, in turns; median of the rounds.
 - **overlap**: of the weights that a budget of LoRA r=8 goes to, the share that the smaller memory finds too.
 
@@ -18,9 +18,9 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -90,10 +90,25 @@ def run(mode: str, parts: tuple[Any, Any, Any], keep: bool = True) -> Scores | N
 
 
 def peak(mode: str, args: argparse.Namespace) -> None:
-    """In a process of its own: prints the largest resident set of this process, in bytes."""
+    """In a process of its own: prints by how many bytes the resident set grew at most during the passes."""
     parts = prepared(args)
+    run("plain", (*parts[:2], parts[2][:1]), keep=False)  # what a first pass sets up for good
+    page, done, most = os.sysconf("SC_PAGE_SIZE"), threading.Event(), [0]
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            most[0] = max(most[0], resident())
+
+    before = resident()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     run(mode, parts, keep=False)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    done.set()
+    watcher.join()
+    print(most[0] - before)
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -103,7 +118,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, __file__, "--peak", mode, *sizes(args)]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
-    peaks = {mode: median(alone(mode) for _ in range(args.rounds)) for mode in MODES}
+    peaks = {mode: alone(mode) for mode in MODES}
     parts = prepared(args)
     wanted = sum(p.numel() for p in parts[1].values()) * 4
     found = {mode: run(mode, parts) for mode in MODES}
