@@ -57,7 +57,7 @@ class Setting:
     share: float
     steps: int
     seed: int
-    batches: DataLoader[Any]
+    batches: DataLoader[Any] | None = None
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -239,6 +239,22 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     },
 }
 METHODS = (PROBE, FULL, *CONFIGS)
+COST_NAMES = {  # as `cost.py` calls them
+    PROBE: "linear probe",
+    FULL: "full fine-tuning",
+    LORA: "LoRA r=8",
+    "dora": "DoRA r=8",
+    "adalora": "AdaLoRA",
+    "ia3": "IA3",
+    "ln": "LN-tuning",
+    "shira": "SHiRA r=8",
+    "super-tuning": "Super-Tuning",
+    "ssf": "SSF",
+    "vqt": "VQT, 4 queries",
+    "spiel-ag": "SpIEL-AG",
+    "spt-random": "SPT, at random",
+    "mask-25": "mask-pruning LoRA r=8",
+}
 OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt")
 
 
