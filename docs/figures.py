@@ -23,11 +23,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
-from common import label_names, quiet  # noqa: E402
-from image_classification import digits, make_trainer, pretrained_on_digits, with_pixels  # noqa: E402
+from common import label_names, quiet
+from image_classification import digits, make_trainer, pretrained_on_digits, with_pixels
 
-import peft_ext  # noqa: E402
-from peft_ext import (  # noqa: E402
+import peft_ext
+from peft_ext import (
     MaskLoraCallback,
     MaskLoraConfig,
     SparseFTCallback,

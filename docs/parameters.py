@@ -1,7 +1,7 @@
 """Writes the parameter tables of the method pages from the configs: their fields, defaults and docstrings.
 
-    python docs/parameters.py            # every table between <!-- parameters:CONFIG --> and <!-- /parameters -->
-    python docs/parameters.py --check    # exit status 1 if a page is not up to date
+python docs/parameters.py            # every table between <!-- parameters:CONFIG --> and <!-- /parameters -->
+python docs/parameters.py --check    # exit status 1 if a page is not up to date
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from peft_ext import ExtConfig
 
 
 DOCS = Path(__file__).resolve().parent
-BLOCK = re.compile(r"(<!-- parameters:(\w+) -->\n).*?(<!-- /parameters -->)", re.S)
+BLOCK = re.compile(r"(<!-- parameters:(\w+) -->\n).*?(<!-- /parameters -->)", re.DOTALL)
 
 
 def descriptions(config: type) -> dict[str, str]:
     """What the `Args:` of the config's docstring say of each field, on one line."""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(config.__doc__ or ""), re.M | re.S)
-    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", section[1] if section else "", re.M | re.S)
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(config.__doc__ or ""), re.MULTILINE | re.DOTALL)
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", section[1] if section else "", re.MULTILINE | re.DOTALL)
     return {name: " ".join(text.split()) for name, text in entries}
 
 

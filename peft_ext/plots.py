@@ -132,7 +132,9 @@ def ssf_offsets(model: nn.Module, adapter_name: str = "default") -> Figure:
     if not offsets["scale - 1"]:
         raise ValueError(f"There is no SSF adapter named {adapter_name!r} on this model.")
     found = {title: values for title, values in offsets.items() if values}
-    figure, axes = _pyplot().subplots(len(found), 1, figsize=(8, 3.5 * len(found)), layout="constrained", squeeze=False)
+    figure, axes = _pyplot().subplots(
+        len(found), 1, figsize=(8, 3.5 * len(found)), layout="constrained", squeeze=False
+    )
     for axis, (title, values) in zip(axes[:, 0], found.items(), strict=True):
         _heat_map(axis, values, f"quadratic mean of {title}")
     return figure
