@@ -204,6 +204,7 @@ def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
 # Saving and loading
 
 
+@pytest.mark.capability("save and load")
 @everywhere
 def test_save_and_load(method: str, name: str, tmp_path: Path) -> None:
     model, batch = adapted(method, name), inputs(name)
@@ -294,6 +295,7 @@ def test_loading_with_mismatched_shapes_names_the_module(tmp_path: Path) -> None
 # Merging
 
 
+@pytest.mark.capability("merge")
 @mergeable
 def test_merge_and_unload(method: str, name: str, tmp_path: Path) -> None:
     model, batch = adapted(method, name), inputs(name)
@@ -343,6 +345,7 @@ def test_unload_gives_the_base_back(method: str, name: str) -> None:
     assert [key for key, _ in base.named_modules()] == [key for key, _ in tiny(name).named_modules()]
 
 
+@pytest.mark.capability("merge in fp16 and bf16")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @mergeable
 def test_merge_in_half_precision(method: str, name: str, dtype: torch.dtype) -> None:
@@ -359,6 +362,7 @@ def test_merge_in_half_precision(method: str, name: str, dtype: torch.dtype) -> 
     assert_same_state(model.state_dict(), before)
 
 
+@pytest.mark.capability("merge of several adapters")
 @mergeable
 def test_merging_several_adapters(method: str, name: str) -> None:
     model, batch = adapted(method, name), inputs(name)
@@ -415,6 +419,7 @@ def test_training_a_merged_model_is_refused(method: str) -> None:
 # Switching
 
 
+@pytest.mark.capability("switching off")
 @everywhere
 def test_disabling(method: str, name: str) -> None:
     base, model, batch = tiny(name), adapted(method, name), inputs(name)
@@ -433,6 +438,7 @@ def test_disabling(method: str, name: str) -> None:
         close(logits(model, batch), expected)
 
 
+@pytest.mark.capability("several active adapters")
 @everywhere
 def test_several_active_adapters_and_deletion(method: str, name: str) -> None:
     model, batch = adapted(method, name), inputs(name)
@@ -499,6 +505,7 @@ def test_status(method: str, name: str) -> None:
     assert METHODS[method].prefix in repr(model)
 
 
+@pytest.mark.capability("several adapters in one batch", only_if="mixes_batches")
 @everywhere
 def test_one_batch_through_several_adapters(method: str, name: str) -> None:
     batch = inputs(name, batch=3)
@@ -549,6 +556,7 @@ def test_every_trainable_parameter_moves_and_nothing_else(method: str, name: str
             assert torch.equal(before[key], value), key
 
 
+@pytest.mark.capability("`modules_to_save`")
 @on_a_few
 def test_modules_to_save(method: str, name: str, tmp_path: Path) -> None:
     head = {"mlp": "head", "llama": "lm_head", "vit": "classifier"}[name]
@@ -568,6 +576,7 @@ def test_modules_to_save(method: str, name: str, tmp_path: Path) -> None:
         close(logits(loaded.merge_and_unload(), inputs(name)), expected)
 
 
+@pytest.mark.capability("fp16 and bf16 base")
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @on_a_few
@@ -584,6 +593,7 @@ def test_half_precision_base(method: str, name: str, dtype: torch.dtype, autocas
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.capability("fp16 and bf16 autocast")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @everywhere
 def test_autocast(method: str, name: str, dtype: torch.dtype) -> None:
@@ -601,6 +611,7 @@ def test_autocast(method: str, name: str, dtype: torch.dtype) -> None:
             assert error < 0.25, (key, error)
 
 
+@pytest.mark.capability("gradient checkpointing")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize(("method", "name"), [case for case in CASES if case[1] not in (*PLAIN_TARGETS, "swin")])
 def test_gradient_checkpointing(method: str, name: str, use_reentrant: bool) -> None:
@@ -624,6 +635,7 @@ def test_gradient_checkpointing(method: str, name: str, use_reentrant: bool) -> 
             close(checkpointed[key], gradient)
 
 
+@pytest.mark.capability("`layers_to_transform`")
 @pytest.mark.parametrize("layers", [0, [0], [1], [0, 1]])
 @pytest.mark.parametrize(("method", "name"), [case for case in FEW if case[1] != "mlp"])
 def test_layers_to_transform(method: str, name: str, layers: int | list[int]) -> None:
@@ -654,6 +666,7 @@ def test_targets(method: str) -> None:
     assert set(model.peft_config["second"].target_modules) == linears
 
 
+@pytest.mark.capability("`generate`")
 @pytest.mark.parametrize(("method", "name"), [case for case in CASES if case[1] in ("llama", "gpt2", "t5", "bart")])
 def test_generate(method: str, name: str) -> None:
     model = adapted(method, name, task_type="SEQ_2_SEQ_LM" if name in ("t5", "bart") else "CAUSAL_LM")
@@ -705,6 +718,7 @@ def test_an_adapter_of_an_unknown_method(tmp_path: Path) -> None:
 # Through transformers, and beside other methods
 
 
+@pytest.mark.capability("transformers' `add_adapter`")
 @pytest.mark.parametrize(("method", "name"), [case for case in CASES if case[1] not in PLAIN_TARGETS])
 def test_the_adapter_methods_of_transformers(method: str, name: str, tmp_path: Path) -> None:
     model, batch = tiny(name), inputs(name)
@@ -731,6 +745,7 @@ def test_the_adapter_methods_of_transformers(method: str, name: str, tmp_path: P
     assert set(other.peft_config) == {"default"}
 
 
+@pytest.mark.capability("Auto classes")
 @pytest.mark.parametrize(
     ("method", "name"), [case for case in CASES if case[1] in ("llama", "gpt2", "bert", "vit", "convnext")]
 )
@@ -790,6 +805,7 @@ def test_beside_lora_through_transformers(method: str, name: str, ours_first: bo
     assert all(p.grad is not None for key, p in model.named_parameters() if any(prefix in key for prefix in prefixes))
 
 
+@pytest.mark.capability("beside LoRA in one model")
 @pytest.mark.parametrize(("method", "name"), [case for case in CASES if case[1] in ("mlp", "llama", "gpt2", "vit")])
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_beside_lora_in_a_mixed_model(method: str, name: str, ours_first: bool, tmp_path: Path) -> None:

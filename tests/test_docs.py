@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import capabilities
 import hub_server
 import pytest
 import torch
@@ -341,3 +342,55 @@ def test_stale_tables_and_undocumented_fields_are_found() -> None:
 
     with pytest.raises(ValueError, match="Undocumented and its fields differ in missing"):
         PARAMETERS["table"](Undocumented)
+
+
+# the table of capabilities
+
+
+def test_table_of_capabilities_is_what_the_tests_show() -> None:
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        assert capabilities.updated(text) == text, f"run `python tests/capabilities.py --write {page}`"
+
+
+def test_stale_table_of_capabilities_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "page.md"
+    file.write_text("before\n<!-- capabilities -->\n| merge | - |\n<!-- /capabilities -->\nafter\n")
+    monkeypatch.setattr("sys.argv", ["capabilities.py", "--write", str(file)])
+    capabilities.main()
+    text = file.read_text()
+    assert text.startswith("before\n<!-- capabilities -->\n| | SSF | VQT |") and text.endswith(
+        "capabilities -->\nafter\n"
+    )
+    assert capabilities.updated(text) == text
+    stale = text.replace("| merge | ✓ |", "| merge | - |")
+    assert stale != text and capabilities.updated(stale) == text
+
+
+def test_capabilities_come_from_marks_and_rows() -> None:
+    matrix = pytest.mark.parametrize(("method", "name"), [("ssf", "bert"), ("ssf", "vit"), ("spt", "bert")])
+
+    @pytest.mark.capability("mixes", only_if="mixes_batches")
+    @matrix
+    def test_matrix() -> None: ...
+
+    @pytest.mark.capability("alone", "vqt", refused=True)
+    @pytest.mark.parametrize("name", ["beit"])
+    def test_alone() -> None: ...
+
+    @pytest.mark.capability("mixes", "spt")
+    def test_contradiction() -> None: ...
+
+    @pytest.mark.capability("mixes", "ssff")
+    def test_typo() -> None: ...
+
+    found = capabilities.Capabilities()
+    found.add(test_matrix)
+    found.add(test_alone)
+    assert found.cells == {"mixes": {"ssf": "✓", "spt": "refused"}, "alone": {"vqt": "refused"}}
+    assert found.models == {"ssf": {"bert", "vit"}, "spt": {"bert"}, "vqt": {"beit"}}
+    assert "| mixes | ✓ | - | - | refused | - |\n| alone | - | refused | - | - | - |" in found.table()
+    with pytest.raises(ValueError, match="test_contradiction contradicts another test on 'mixes' of 'spt'"):
+        found.add(test_contradiction)
+    with pytest.raises(ValueError, match="'ssff', which is no method"):
+        found.add(test_typo)

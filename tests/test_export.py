@@ -117,6 +117,7 @@ def cut_model(name: str, mode: str) -> Any:
 # cutting
 
 
+@pytest.mark.capability("a smaller model", "mask_pruning")
 @pytest.mark.parametrize("way", ["as_chosen", "rounded", "uniform", "emptied"])
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_cut_model_computes_what_the_masked_one_did(name: str, way: str) -> None:
@@ -248,6 +249,7 @@ def test_pruning_a_trained_model(name: str) -> None:
         )
 
 
+@pytest.mark.capability("conversion to LoRA", "mask_pruning")
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_lora_stays_if_asked_and_merges_to_the_same(name: str) -> None:
     model = masked(name, lora_dropout=0.1, use_rslora=name == "llama")
