@@ -974,7 +974,7 @@ def linear_features(base_layer: nn.Module) -> tuple[int, int] | None:
 
 
 def linear_out_features(base_layer: nn.Module) -> int | None:
-    """Output features of a dense or quantised linear layer, `None` if it is neither."""
+    """Output features of a dense or quantised linear layer (or GPT-2's Conv1D), `None` if it is neither."""
     features = linear_features(base_layer)
     return None if features is None else features[1]
 

@@ -2,15 +2,18 @@
 
     python examples/benchmark/compare.py sst2 cola trec --methods lora spiel-ag     # runs what is missing
     python examples/benchmark/compare.py gsm8k --methods lora spiel-ag --train 256 --epochs 1 --batch 4
+    python examples/benchmark/compare.py text:dair-ai/emotion:text:label            # any set on the Hub, see tasks.py
+    python examples/benchmark/compare.py trec --methods examples/benchmark/experiments/ssf/*    # PEFT's own format
     python examples/benchmark/compare.py --table                                    # prints what there is
     python examples/benchmark/compare.py --write README.md                          # puts it between the markers
 
 Every run is one line of `results/compare.jsonl`: a run that has its line is not made again, so several processes can
 share the work with `--part 0/2`, `--part 1/2`. The learning rate is chosen for each task, method and budget with the
-first seed on the validation split (never on test), and the other seeds are run with it. All adapters have the same
-number of trained weights: that of LoRA r=8 on all Linear modules, times `--budget`. The head is trained with each.
+first seed on the validation split (never on test), and the other seeds are run with it. With `--extend` the grid of
+`--rates` grows, for every method alike, as long as the best rate is its smallest or its largest.
 
-Data: the parquet files of `--data` (see the README there).
+What the methods are stands in `methods.py`, what the tasks are in `tasks.py`. Data: the parquet files of `--data` (see
+the README there), or the Hub's.
 """
 
 from __future__ import annotations
@@ -27,264 +30,33 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import datasets
-import numpy as np
 import peft
 import torch
 import transformers
-from datasets import Dataset, load_dataset
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from tqdm import tqdm
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import resolve_model
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from methods import LORA, METHODS, OF_THEIR_OWN_SIZE, Setting, adapt, callbacks, is_experiment
+from tasks import TASKS, Limits, Prepared, exact_match, find_task, prepare, scores, splits
 
 import peft_ext
-from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, fix_masks
-from peft_ext.base import tuner_of
-from peft_ext.calibrate import ExactScores
-from peft_ext.tuners.mask_pruning import MaskLoraLayer
 
 
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
-PROBE, LORA = "probe", "lora"
-
-
-# Tasks
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set, the model that is adapted to it, and how it is scored.
-
-    Args:
-        kind: `text`, `image` or `causal`.
-        model: What `common.resolve_model` knows, or a path below `--data`, or a name on the Hub.
-        metric: `accuracy`, `matthews` or `loss`; of `loss` less is better.
-        files: The files with the splits; a split that is missing is taken from the training data.
-        columns: The columns of the input and the label, or of prompt and completion.
-    """
-
-    kind: str
-    model: str
-    metric: str
-    files: dict[str, str]
-    columns: tuple[str, str]
-
-
-def _text(name: str, metric: str, column: str, **files: str) -> Task:
-    paths = {split: f"text/{name}_{file}.parquet" for split, file in files.items()}
-    return Task("text", "minilm", metric, paths, (column, "label"))
-
-
-def _image(name: str, train: str, test: str) -> Task:
-    files = {"train": f"vision/{name}_{train}.parquet", "test": f"vision/{name}_{test}.parquet"}
-    return Task("image", "models/vit-tiny-imagenet32", "accuracy", files, ("image", "label"))
-
-
-TASKS = {
-    "sst2": _text("sst2", "accuracy", "sentence", train="train", validation="validation", test="test"),
-    "cola": _text("cola", "matthews", "sentence", train="train", test="validation"),
-    "trec": _text("trec", "accuracy", "text", train="train", test="test"),
-    "subj": _text("subj", "accuracy", "text", train="train", test="test"),
-    "signdigits": _image("signdigits", "train1000", "test"),
-    "mnist": _image("mnist", "train1000", "test2000"),
-    "cifar10": _image("cifar10", "train1000", "test2000"),
-    "clothing10": _image("clothing10", "train", "test"),
-    "gsm8k": Task(
-        "causal",
-        "smollm2",
-        "loss",
-        {"train": "instruct/gsm8k_train.parquet", "test": "instruct/gsm8k_test.parquet"},
-        ("question", "answer"),
-    ),
-}
-
-
-def splits(task: Task, args: argparse.Namespace) -> dict[str, Dataset]:
-    """The three splits as the model takes them, the same for all methods and seeds."""
-    files = {name: str(args.data / file) for name, file in task.files.items()}
-    data = load_dataset("parquet", data_files=files)
-    data = {name: data[name].shuffle(seed=0) for name in data}
-    spare = len(data["train"]) - args.train
-    if "validation" not in data:
-        held = min(args.held_out, spare if spare >= 100 else len(data["train"]) // 5)
-        data["validation"] = data["train"].select(range(len(data["train"]) - held, len(data["train"])))
-        data["train"] = data["train"].select(range(len(data["train"]) - held))
-    limits = {"train": args.train, "validation": args.held_out, "test": 2 * args.held_out}
-    return {name: data[name].select(range(min(limit, len(data[name])))) for name, limit in limits.items()}
-
-
-def prepared(task: Task, args: argparse.Namespace) -> tuple[dict[str, Dataset], Callable[[], nn.Module], Any]:
-    """The data, a function that makes the model, and the collator."""
-    name = resolve_model(task.model)
-    name = str(args.data / name) if (args.data / name).exists() else name
-    data = splits(task, args)
-    source, target = task.columns
-    if task.kind == "causal":
-        tokenizer = AutoTokenizer.from_pretrained(name)
-
-        def tokens(row: dict[str, Any]) -> dict[str, Any]:
-            turn = [{"role": "user", "content": row[source]}]
-            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            before = tokenizer(prompt, add_special_tokens=False).input_ids
-            after = tokenizer(row[target] + tokenizer.eos_token, add_special_tokens=False).input_ids
-            ids = (before + after)[: args.length]
-            return {"input_ids": ids, "labels": ([-100] * len(before) + after)[: args.length]}
-
-        def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            longest = max(len(row["input_ids"]) for row in rows)
-            fill = {"input_ids": tokenizer.eos_token_id, "labels": -100, "attention_mask": 0}
-            for row in rows:
-                row["attention_mask"] = [1] * len(row["input_ids"])
-            padded = {key: [row[key] + [fill[key]] * (longest - len(row[key])) for row in rows] for key in fill}
-            return {key: torch.tensor(value) for key, value in padded.items()}
-
-        data = {split: rows.map(tokens, remove_columns=rows.column_names) for split, rows in data.items()}
-        return data, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), pad
-    labels = sorted(set(data["train"][target]))
-    auto: Any = AutoModelForSequenceClassification if task.kind == "text" else AutoModelForImageClassification
-    number = {label: index for index, label in enumerate(labels)}
-
-    def model() -> nn.Module:
-        return auto.from_pretrained(name, num_labels=len(labels), ignore_mismatched_sizes=True, dtype=torch.float32)
-
-    if task.kind == "text":
-        tokenizer = AutoTokenizer.from_pretrained(name)
-
-        def encode(row: dict[str, Any]) -> dict[str, Any]:
-            return {**tokenizer(row[source], truncation=True, max_length=args.length), "labels": number[row[target]]}
-
-        collator: Any = DataCollatorWithPadding(tokenizer)
-    else:
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-
-        def encode(row: dict[str, Any]) -> dict[str, Any]:
-            pixels = processor(row[source].convert("RGB"), return_tensors="np")["pixel_values"][0]
-            return {"pixel_values": pixels, "labels": number[row[target]]}
-
-        collator = default_data_collator
-    data = {split: rows.map(encode, remove_columns=rows.column_names) for split, rows in data.items()}
-    if task.kind == "image":
-        data = {split: rows.with_format("torch") for split, rows in data.items()}
-    return data, model, collator
-
-
-# Methods
-
-
-def budget_of(model: nn.Module, task: Task, share: float) -> tuple[list[str], int]:
-    """The names of the Linear modules of the backbone, and so many weights as LoRA r=8 has on them, times `share`."""
-    heads = {"classifier", "score", "lm_head", "pooler"}
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not heads & set(name.split("."))
-    }
-    weights = sum(8 * (linear.in_features + linear.out_features) for linear in linears.values())
-    return list(linears), int(share * weights)
-
-
-def adapter_config(
-    method: str, model: nn.Module, task: Task, share: float, steps: int, seed: int, batches: DataLoader[Any]
-) -> PeftConfig:
-    """The method's config at this budget; those that look at data first see `batches`."""
-    names, budget = budget_of(model, task, share)
-    task_type = {"text": "SEQ_CLS", "image": "SEQ_CLS", "causal": "CAUSAL_LM"}[task.kind]
-    common: dict[str, Any] = {"task_type": task_type, "target_modules": names}
-    rank = max(1, round(8 * share))
-    if pruned := pruning(method):
-        how, sparsity = pruned
-        # the controls train LoRA alone until their masks are set, by `SetMasks`
-        phases = {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0} if how != "mask" else {"fix_ratio": FIX_RATIO}
-        return MaskLoraConfig(
-            r=rank, lora_alpha=2 * rank, target_sparsity=sparsity, total_steps=steps, seed=seed, **phases, **common
-        )
-    if method in ("spt", "spt-random"):
-        # no dropout, as for LoRA: only where the parameters are differs
-        config = SPTConfig(task_type=task_type, budget=budget, r=8, lora_alpha=16, dropout=0.0, drop_path=0.0)
-        if method == "spt":
-            return peft_ext.calibrate(model, config, batches, num_batches=16, progress=False)
-        tuner = tuner_of(config)  # the same budget, the same kinds of module, but spent without having looked
-        chance = ExactScores({name: weight.numel() for name, weight in tuner.candidates(config, model).items()})
-        generator = torch.Generator().manual_seed(seed)
-        for sums in chance.sums.values():
-            sums.uniform_(generator=generator)
-        tuner.take_scores(config, model, chance)
-        return config
-    configs: dict[str, Callable[[], PeftConfig]] = {
-        "lora": lambda: LoraConfig(r=rank, lora_alpha=2 * rank, **common),
-        "ssf": lambda: SSFConfig(task_type=task_type),
-        **{
-            selection: lambda: SparseFTConfig(
-                selection=method, num_tunable_weights=budget, total_steps=steps, seed=seed, **common
-            )
-            for selection in ("spiel-ag", "spiel-ma", "random")
-        },
-    }
-    return configs[method]()
-
-
-def pruning(method: str) -> tuple[str, float] | None:
-    """How units are chosen, and the share of the prunable weights that goes, of `mask-25` and the like."""
-    how, _, percent = method.rpartition("-")
-    return (how, int(percent) / 100) if percent.isdecimal() else None
-
-
-class SetMasks(TrainerCallback):
-    """The controls of mask pruning: decides the masks by the weights' magnitude, or at random, while LoRA trains.
-
-    At random from the first step on; by magnitude when learnt masks would be decided too, by the weights with LoRA in
-    them: the mean square of a unit's columns, as a multiple of the group's mean.
-    """
-
-    def __init__(self, how: str, steps: int, seed: int) -> None:
-        self.how, self.seed = how, seed
-        self.when = 1 if how == "random" else round(FIX_RATIO * steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step != self.when:
-            return
-        generator = torch.Generator().manual_seed(self.seed)
-        for module in kwargs["model"].modules():
-            if isinstance(module, MaskLoraLayer) and "default" in module.mask_pruning_gate:
-                gate: Any = module.mask_pruning_gate["default"]
-                units, width = gate.group.units, gate.group.width
-                if self.how == "random":
-                    values = torch.rand(units, generator=generator)
-                else:
-                    weight = module.merged_tensors("default")["weight"].detach()
-                    values = weight.square().mean(0).view(units, width).mean(1)
-                    values = values / values.mean()
-                gate.weight.data = values / gate.rate
-        fix_masks(kwargs["model"])
-
-
-METHODS = ["probe", "lora", "ssf", "spiel-ag", "spiel-ma", "random", "spt", "spt-random"]
-METHODS += [f"{how}-{share}" for share in (25, 50) for how in ("mask", "magnitude", "random")]
-FIX_RATIO = 0.5  # of the steps, after which the masks are decided
+GRID = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]  # what `--extend` goes along
 
 
 # Runs
@@ -302,90 +74,79 @@ class Plan:
     settings: str  # what else the scores depend on
 
 
-def scores(task: Task) -> Callable[[Any], dict[str, float]] | None:
-    """`compute_metrics` for the task; `None` where the loss itself is the score."""
-    if task.metric == "loss":
-        return None
-
-    def compute(prediction: Any) -> dict[str, float]:
-        found, labels = prediction.predictions.argmax(-1), prediction.label_ids
-        if task.metric == "accuracy":
-            return {"score": float((found == labels).mean())}
-        counts = np.histogram2d(found, labels, bins=2, range=[[0, 1], [0, 1]])[0]
-        rows, columns = counts.sum(1), counts.sum(0)
-        norm = math.sqrt(float(rows.prod() * columns.prod()))
-        return {"score": float(counts[0, 0] * counts[1, 1] - counts[0, 1] * counts[1, 0]) / norm if norm else 0.0}
-
-    return compute
-
-
-def run(plan: Plan, args: argparse.Namespace, made: tuple[Any, Any, Any]) -> dict[str, Any]:
+def run(plan: Plan, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
     """Trains once; returns the line for the results."""
-    task = TASKS[plan.task]
-    data, make_model, collator = made
+    task, data = find_task(plan.task), made.data
     set_seed(plan.seed)
-    model: Any = make_model()
     steps = math.ceil(len(data["train"]) / args.batch) * args.epochs
-    before = 0.0
-    if plan.method == PROBE:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("classifier" in name.split("."))
-    else:
-        batches = DataLoader(data["train"], batch_size=32, collate_fn=collator)  # type: ignore[arg-type]
-        start = time.perf_counter()
-        config = adapter_config(plan.method, model, task, plan.budget, steps, plan.seed, batches)
-        before = time.perf_counter() - start
-        model = get_peft_model(model, config)
-        if task.kind == "image":
-            model.base_model.model.classifier.requires_grad_(True)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    task_type = "CAUSAL_LM" if task.kind == "causal" else "SEQ_CLS"
+    batches = DataLoader(data["train"], batch_size=32, collate_fn=made.collate)  # type: ignore[arg-type]
+    setting = Setting(made.make_model(), task_type, plan.budget, steps, plan.seed, batches)
     with tempfile.TemporaryDirectory() as directory:
-        arguments = TrainingArguments(
-            directory,
-            learning_rate=plan.learning_rate,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch,
-            per_device_eval_batch_size=4 * args.batch if task.kind != "causal" else args.batch,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, steps // 20),
-            weight_decay=0.0,
-            seed=plan.seed,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            label_names=["labels"],
-            prediction_loss_only=task.metric == "loss",
-            remove_unused_columns=False,
-        )
-        trainer = Trainer(
-            model,
-            arguments,
-            train_dataset=data["train"],
-            data_collator=collator,
-            compute_metrics=scores(task),
-        )
-        if (pruned := pruning(plan.method)) and pruned[0] != "mask":
-            trainer.add_callback(SetMasks(pruned[0], steps, plan.seed))
-        trainer.remove_callback(PrinterCallback)
+
+        def make_trainer(model: nn.Module) -> Trainer:
+            # the dense phase of LT-SFT, like full fine-tuning, wants a smaller rate than the adapter of the second
+            dense = plan.method == "lt-sft" and not isinstance(model, PeftModel)
+            arguments = TrainingArguments(
+                directory,
+                learning_rate=plan.learning_rate / 10 if dense else plan.learning_rate,
+                num_train_epochs=args.epochs,
+                per_device_train_batch_size=args.batch,
+                per_device_eval_batch_size=4 * args.batch if task.kind != "causal" else args.batch,
+                lr_scheduler_type="cosine",
+                warmup_steps=max(1, steps // 20),
+                weight_decay=0.0,
+                seed=plan.seed,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+                label_names=["labels"],
+                prediction_loss_only=task.metric == "loss",
+                remove_unused_columns=False,
+            )
+            trainer = Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=data["train"],
+                data_collator=made.collate,
+                compute_metrics=scores(task),
+                callbacks=callbacks(plan.method, setting),
+            )
+            trainer.remove_callback(PrinterCallback)
+            return trainer
+
         start = time.perf_counter()
-        trainer.train()
-        seconds = before + time.perf_counter() - start
+        model, config = adapt(plan.method, setting)
+        if plan.method == "lt-sft":
+            model = peft_ext.lt_sft(model, config, make_trainer)  # type: ignore[arg-type]
+            trainer = make_trainer(model)
+        else:
+            trainer = make_trainer(model)
+            trainer.train()
+        seconds = time.perf_counter() - start
         key = "eval_loss" if task.metric == "loss" else "eval_score"
         found = {split: trainer.evaluate(data[split])[key] for split in ("validation", "test")}
-    sizes = {split: len(rows) for split, rows in data.items()}
+    if args.answers and task.kind == "causal":
+        rows = splits(task, limits(args), args.data)["test"]
+        rows = rows.select(range(min(args.answers, len(rows))))
+        found["exact_match"] = exact_match(model, task, rows, args.data, args.length)
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     return {
         **asdict(plan),
         **found,
-        "trained": trained,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 1),
-        "sizes": sizes,
+        "sizes": {split: len(rows) for split, rows in data.items()},
         "metric": task.metric,
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else machine,
     }
+
+
+def limits(args: argparse.Namespace) -> Limits:
+    return Limits(args.train, args.held_out, args.length)
 
 
 def load_results(file: Path) -> list[dict[str, Any]]:
@@ -396,8 +157,10 @@ def _key(row: dict[str, Any]) -> Plan:
     return Plan(**{name: row[name] for name in Plan.__dataclass_fields__})
 
 
-def best_rate(rows: Sequence[dict[str, Any]], task: str, method: str, budget: float, settings: str) -> float | None:
-    """The learning rate of the best validation score with the first seed; `None` if there is no run."""
+def tried(
+    rows: Sequence[dict[str, Any]], task: str, method: str, budget: float, settings: str
+) -> dict[float, dict[str, Any]]:
+    """The runs with the first seed by learning rate, the best by the validation split first."""
     own = [
         row
         for row in rows
@@ -405,23 +168,43 @@ def best_rate(rows: Sequence[dict[str, Any]], task: str, method: str, budget: fl
         == (task, method, budget, settings, 0)
     ]
     sign = -1 if own and own[0]["metric"] == "loss" else 1
-    return max(own, key=lambda row: sign * row["validation"])["learning_rate"] if own else None
+    return {row["learning_rate"]: row for row in sorted(own, key=lambda row: -sign * row["validation"])}
+
+
+def best_rate(rows: Sequence[dict[str, Any]], *cell: Any) -> float | None:
+    """The learning rate of the best validation score with the first seed; `None` if there is no run."""
+    return next(iter(tried(rows, *cell)), None)
+
+
+def beyond(rates: dict[float, Any]) -> float | None:
+    """The next learning rate of the grid if the best (the first) is the smallest or the largest so far."""
+    best, known = next(iter(rates)), sorted(rates)
+    place = GRID.index(best) if best in GRID else -1
+    if best == known[-1] and 0 <= place < len(GRID) - 1:
+        return GRID[place + 1]
+    return GRID[place - 1] if best == known[0] and place > 0 else None
 
 
 def plans(args: argparse.Namespace) -> Iterator[Plan]:
     """All runs that are asked for; the learning rate of the later seeds is known only when the first are done."""
-    settings = f"{args.train} examples, {args.epochs} epochs of batches of {args.batch}, at most {args.length} tokens"
-    cells = [(task, method, budget) for task in args.tasks for method in args.methods for budget in args.budgets]
+    size = f"{args.train} examples" if args.train else "all examples"
+    settings = f"{size}, {args.epochs} epochs of batches of {args.batch}, at most {args.length} tokens"
+    cells = [
+        (task, method, budget)
+        for task in args.tasks
+        for method in args.methods
+        for budget in (args.budgets[:1] if method in OF_THEIR_OWN_SIZE or is_experiment(method) else args.budgets)
+    ]
     part, parts = (int(number) for number in args.part.split("/"))
-    for task, method, budget in cells[part::parts]:
-        if method == PROBE and budget != args.budgets[0]:
-            continue
+    for cell in cells[part::parts]:
         for rate in args.rates:
-            yield Plan(task, method, budget, rate, 0, settings)
-        rate = best_rate(load_results(args.results), task, method, budget, settings)
+            yield Plan(*cell, rate, 0, settings)
+        while args.extend and (further := beyond(tried(load_results(args.results), *cell, settings))):
+            yield Plan(*cell, further, 0, settings)
+        rate = best_rate(load_results(args.results), *cell, settings)
         for seed in range(1, args.seeds):
             assert rate is not None
-            yield Plan(task, method, budget, rate, seed, settings)
+            yield Plan(*cell, rate, seed, settings)
 
 
 # Tables
@@ -450,7 +233,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             low, high = bootstrap(differences)
             against = f"{mean(differences):+.3f} ({low:+.3f} to {high:+.3f})"
         first = next(iter(seeds.values()))
-        share = "" if budget == 1.0 or method == PROBE else f", budget x {budget:g}"
+        share = "" if budget == 1.0 or method in OF_THEIR_OWN_SIZE else f", budget x {budget:g}"
         lines.append(
             f"| {task} ({first['metric']}) | {method}{share} | {first['trained']:,} | {first['learning_rate']:g} | "
             f"{mean(values):.3f}{spread} | {against} | {mean(row['seconds'] for row in seeds.values()):.0f} |"
@@ -495,16 +278,20 @@ def write_table(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", help=", ".join(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("tasks", nargs="*", help=f"{', '.join(TASKS)}, or a description of another (tasks.py)")
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, help=f"{', '.join(METHODS)}, or folders with an adapter_config.json"
+    )
     parser.add_argument("--budgets", nargs="+", type=float, default=[1.0], help="of LoRA r=8's number of weights")
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--extend", action="store_true", help="go on while the best rate is at the grid's end")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=1000)
+    parser.add_argument("--train", type=int, default=1000, help="training examples; 0: all")
     parser.add_argument("--held-out", type=int, default=500, help="validation examples; twice as many of test")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64, help="tokens at most")
+    parser.add_argument("--answers", type=int, default=0, help="generated answers for the exact match of causal tasks")
     parser.add_argument("--part", default="0/1", help="this process's share of the work, as number/processes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -512,8 +299,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--write", type=Path, help="a file with markers for the tables")
     args = parser.parse_args()
-    if unknown := [name for name in args.tasks if name not in TASKS]:
-        parser.error(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+    try:
+        for name in args.tasks:
+            find_task(name)
+    except ValueError as error:
+        parser.error(str(error))
+    if unknown := [name for name in args.methods if name not in METHODS and not is_experiment(name)]:
+        parser.error(f"no method and no folder with an adapter_config.json: {unknown[0]!r}")
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -521,17 +313,20 @@ def main() -> None:
     logging.getLogger("datasets").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     args.results.parent.mkdir(exist_ok=True)
-    made: dict[str, Any] = {}
-    for plan in plans(args):
+    made: dict[str, Prepared] = {}
+    bar = tqdm(plans(args), desc="runs", unit="run", disable=not (args.tasks and sys.stderr.isatty()))
+    for plan in bar:
         if any(_key(row) == plan for row in load_results(args.results)):
             continue
         if plan.task not in made:
-            made = {plan.task: prepared(TASKS[plan.task], args)}
+            made = {plan.task: prepare(find_task(plan.task), limits(args), args.data)}
         row = run(plan, args, made[plan.task])
         with args.results.open("a") as file:  # one write of one line, so that processes do not mix
             file.write(json.dumps(row) + "\n")
-        print(f"{plan.task} {plan.method} x{plan.budget:g} lr {plan.learning_rate:g} seed {plan.seed}: ", end="")
-        print(f"{row['validation']:.4f} validation, {row['test']:.4f} test, {row['seconds']:.0f} s", flush=True)
+        bar.write(
+            f"{plan.task} {plan.method} x{plan.budget:g} lr {plan.learning_rate:g} seed {plan.seed}: "
+            f"{row['validation']:.4f} validation, {row['test']:.4f} test, {row['seconds']:.0f} s"
+        )
     rows = load_results(args.results)
     if args.table:
         print(table(rows))

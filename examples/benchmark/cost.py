@@ -61,6 +61,10 @@ import peft_ext
 from peft_ext import MaskLoraConfig, SSFConfig
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from methods import CONFIGS, COST_NAMES, Setting
+
+
 RESULTS = Path(__file__).parent / "results"
 FROZEN, LORA = "frozen backbone", "LoRA r=8"  # what the ratios refer to
 MIB = 2**20
@@ -139,6 +143,19 @@ def _vit_6x384() -> nn.Module:
     return AutoModelForImageClassification.from_config(ViTConfig(**shape, num_labels=10, **NO_DROPOUT))
 
 
+def _vit_tiny() -> nn.Module:
+    """In the shape of the small pretrained one that the comparison adapts."""
+    shape: dict[str, Any] = {
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    return AutoModelForImageClassification.from_config(ViTConfig(**shape, num_labels=10, **NO_DROPOUT))
+
+
 def _vit_b16() -> nn.Module:
     return AutoModelForImageClassification.from_config(ViTConfig(num_labels=100, **NO_DROPOUT))
 
@@ -178,6 +195,7 @@ PRESETS = {
         ),
         Workload("vit-b16", _vit_b16, "image", 4, image_size=224, about="ViT-B/16"),
         Workload("smollm2-135m", _smollm2, "causal", 4, length=128, about="Llama in the shape of SmolLM2-135M"),
+        Workload("vit-tiny", _vit_tiny, "image", 16, image_size=32, about="ViT, 6 layers of width 192, 8-px patches"),
         Workload("minilm", _minilm, "text", 32, length=64, about="BERT, 6 layers of width 384, as MiniLM-L6"),
         Workload("linear-8x1024", lambda: Stack(8, 1024), "stack", 64, length=1024, about="8 x Linear(1024, 1024)"),
     )
@@ -248,6 +266,17 @@ def _ia3_targets(model: nn.Module) -> dict[str, Any]:
     return {}
 
 
+def _compared(name: str) -> Callable[[nn.Module, dict[str, Any]], PeftConfig]:
+    """As the comparison of `compare.py` has it, at the size of LoRA r=8 where it can choose."""
+
+    def config(model: nn.Module, common: dict[str, Any]) -> PeftConfig:
+        if common["task_type"] is None:
+            raise ValueError("it is for transformers models here, not for a stack of layers")
+        return CONFIGS[name](Setting(model, str(common["task_type"]), share=1.0, steps=1_000_000, seed=0))
+
+    return config
+
+
 def _ssf_targets(model: nn.Module) -> dict[str, Any]:
     return {"target_modules": "all-linear"} if isinstance(model, Stack) else {}
 
@@ -264,6 +293,10 @@ ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
     "mask-pruning LoRA r=8": lambda model, common: MaskLoraConfig(
         target_sparsity=0.25, total_steps=1_000_000, warmup_ratio=0.0, **common
     ),
+    **{
+        COST_NAMES[name]: _compared(name)
+        for name in ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt")
+    },
 }
 METHODS = (*REFERENCES, *ADAPTERS)
 
@@ -372,8 +405,10 @@ class Job:
         return clock.laps["forward"]
 
     def merged(self) -> nn.Module | None:
-        """A merged copy; `None` for what is no adapter."""
-        return copy.deepcopy(self.model).merge_and_unload() if isinstance(self.model, PeftModel) else None
+        """A merged copy; `None` for what is no adapter or cannot be merged."""
+        if not isinstance(self.model, PeftModel) or self.model.peft_type == "VQT":
+            return None
+        return copy.deepcopy(self.model).merge_and_unload()
 
     def saved_bytes(self) -> int:
         """Bytes of the distinct storages that the backward keeps, besides parameters and buffers."""
@@ -502,6 +537,7 @@ def no_foreign_warnings() -> Iterator[None]:
             "Sparse invariant checks are implicitly disabled",  # SHiRA
             "Unsupported layer type .*Norm",  # LN-tuning
             "Could not find a config file",  # the model has random weights, and so no name
+            "The support of the sparse adapter",  # saved before its first reselection
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
@@ -586,7 +622,8 @@ def _time(
     adapters = {method: job for method, job in jobs.items() if isinstance(job.model, PeftModel)}
     merged = {method: job.merged() for method, job in adapters.items()}
     turns: list[tuple[str, str]] = [("step", method) for method in jobs]
-    turns += [(kind, method) for kind in ("unmerged", "merged") for method in adapters]
+    turns += [("unmerged", method) for method in adapters]
+    turns += [("merged", method) for method in adapters if merged[method] is not None]
     turns.append(("base", ""))
     rng = random.Random(settings.seed)
     base_seconds: list[float] = []

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ...base import ExtLayer, ExtModel, linear_out_features
 from .config import DEFAULT_EXCLUSIONS, DEFAULT_SITES, SSFConfig
@@ -32,7 +31,7 @@ class SSFModel(ExtModel):
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
         """`SSFLinear` for dense layers, `SSFLayer` for the rest; `TypeError` for what SSF cannot adapt."""
         site_of(base_layer)
-        is_linear = isinstance(base_layer, Conv1D) or linear_out_features(base_layer) is not None
+        is_linear = linear_out_features(base_layer) is not None
         return SSFLinear if is_linear else SSFLayer
 
     @classmethod

@@ -65,9 +65,7 @@ def site_of(module: Any) -> Site:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise TypeError("it belongs to an nn.MultiheadAttention, which reads its weight and never calls it.")
     if (features := linear_out_features(module)) is not None:
-        return Site(features, dim=-1, weight_dim=0)
-    if isinstance(module, Conv1D):
-        return Site(module.nf, dim=-1, weight_dim=1)
+        return Site(features, dim=-1, weight_dim=1 if isinstance(module, Conv1D) else 0)
     if isinstance(module, _ConvNd):
         transposed = isinstance(module, _ConvTransposeNd)
         return Site(

@@ -1,0 +1,289 @@
+"""The methods of the comparison: what each puts on a model, at a given number of trained weights.
+
+The budget is counted in multiples of what LoRA r=8 has on all Linear modules of the backbone; `OF_THEIR_OWN_SIZE` are
+the methods that cannot choose. The classification head is trained with each and does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    ShiraConfig,
+    SupertuningConfig,
+    get_peft_model,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+import peft_ext
+from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig, fix_masks
+from peft_ext.base import tuner_of
+from peft_ext.calibrate import ExactScores
+from peft_ext.tuners.mask_pruning import MaskLoraLayer
+
+
+PROBE, FULL, LORA = "probe", "full", "lora"
+HEADS = {"classifier", "score", "lm_head", "pooler"}
+FIX_RATIO = 0.5  # of the steps, after which the masks of mask pruning are decided
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method's config depends on.
+
+    Args:
+        model: The pretrained model.
+        task_type: PEFT's.
+        share: The budget in multiples of LoRA r=8's.
+        steps: Of the whole training.
+        seed: Of what is chosen at random.
+        batches: Of the training data, for those that look at data first.
+    """
+
+    model: nn.Module
+    task_type: str
+    share: float
+    steps: int
+    seed: int
+    batches: DataLoader[Any] | None = None
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """The Linear modules of the backbone."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and not HEADS & set(name.split("."))
+        }
+
+    @property
+    def budget(self) -> int:
+        """Trained weights."""
+        return int(self.share * 8 * sum(linear.in_features + linear.out_features for linear in self.linears.values()))
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {"task_type": self.task_type, "target_modules": list(self.linears)}
+
+    def ranked(self) -> dict[str, Any]:
+        """Rank and targets of a low-rank method: all Linears; below rank 1 on those, the queries and values.
+
+        Raises:
+            ValueError: The budget is below that, too.
+        """
+        rank = round(8 * self.share)
+        if rank >= 1:
+            return {"r": rank, "lora_alpha": 2 * rank, **self.common}
+        ends = ("query", "value", "q_proj", "v_proj")
+        fewer = {name: linear for name, linear in self.linears.items() if name.endswith(ends)}
+        rank = self.budget // max(1, sum(linear.in_features + linear.out_features for linear in fewer.values()))
+        if rank < 1:
+            raise ValueError(f"a budget of {self.budget} weights is below rank 1 on the queries and values")
+        return {"r": rank, "lora_alpha": 2 * rank, "task_type": self.task_type, "target_modules": list(fewer)}
+
+
+# PEFT's own
+
+
+def _adalora(setting: Setting) -> PeftConfig:
+    options = setting.ranked()
+    rank = options.pop("r")
+    early, late = setting.steps // 10, setting.steps // 3
+    return AdaLoraConfig(
+        target_r=rank,
+        init_r=round(1.5 * rank),
+        total_step=setting.steps,
+        tinit=early,
+        tfinal=late,
+        deltaT=5,
+        **options,
+    )
+
+
+def _ia3(setting: Setting) -> PeftConfig:
+    """Keys, values and the second layer of the MLP, as published."""
+    keys_and_values = ("key", "value", "k_proj", "v_proj")
+    second = ("output.dense", "down_proj", "mlp.fc2")
+    feedforward = [
+        name for name in setting.linears if name.endswith(second) and not name.endswith("attention.output.dense")
+    ]
+    targets = [name for name in setting.linears if name.endswith(keys_and_values)] + feedforward
+    return IA3Config(task_type=setting.task_type, target_modules=targets, feedforward_modules=feedforward)
+
+
+def _ln(setting: Setting) -> PeftConfig:
+    norms = [name for name, module in setting.model.named_modules() if type(module).__name__.endswith("Norm")]
+    return LNTuningConfig(task_type=setting.task_type, target_modules=norms)
+
+
+def _shira(setting: Setting) -> PeftConfig:
+    options = setting.ranked()
+    del options["lora_alpha"]
+    return ShiraConfig(random_seed=setting.seed, **options)
+
+
+def _supertuning(setting: Setting) -> PeftConfig:
+    targeted = sum(linear.weight.numel() for linear in setting.linears.values())
+    return SupertuningConfig(sparsity=1 - setting.budget / targeted, **setting.common)
+
+
+# This package's
+
+
+def _sparse(setting: Setting, selection: str) -> PeftConfig:
+    return SparseFTConfig(
+        selection=selection,
+        num_tunable_weights=setting.budget,
+        total_steps=setting.steps if selection.startswith("spiel") else None,
+        seed=setting.seed,
+        **setting.common,
+    )
+
+
+def _spt(setting: Setting, at_random: bool) -> PeftConfig:
+    """Without dropout, as LoRA here: only where the parameters are differs."""
+    config = SPTConfig(
+        task_type=setting.task_type, budget=setting.budget, r=8, lora_alpha=16, dropout=0.0, drop_path=0.0
+    )
+    if not at_random:
+        return peft_ext.calibrate(setting.model, config, setting.batches, num_batches=16, progress=False)
+    tuner = tuner_of(config)  # the same budget, the same kinds of module, but spent without having looked
+    candidates = tuner.candidates(config, setting.model)
+    chance = ExactScores({name: weight.numel() for name, weight in candidates.items()})
+    generator = torch.Generator().manual_seed(setting.seed)
+    for sums in chance.sums.values():
+        sums.uniform_(generator=generator)
+    tuner.take_scores(config, setting.model, chance)
+    return config
+
+
+def _vqt(setting: Setting) -> PeftConfig:
+    return VQTConfig(task_type=setting.task_type if hasattr(setting.model, "bert") else None, num_queries=4)
+
+
+def _pruning(setting: Setting, how: str, sparsity: float) -> PeftConfig:
+    # the controls train LoRA alone until `SetMasks` decides
+    phases = {"fix_ratio": FIX_RATIO} if how == "mask" else {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0}
+    return MaskLoraConfig(
+        target_sparsity=sparsity, total_steps=setting.steps, seed=setting.seed, **phases, **setting.ranked()
+    )
+
+
+class SetMasks(TrainerCallback):
+    """The controls of mask pruning: decides the masks by the weights' magnitude, or at random, while LoRA trains.
+
+    At random from the first step on; by magnitude when learnt masks would be decided too, by the weights with LoRA in
+    them: the mean square of a unit's columns, as a multiple of the group's mean.
+    """
+
+    def __init__(self, how: str, steps: int, seed: int) -> None:
+        self.how, self.seed = how, seed
+        self.when = 1 if how == "random" else round(FIX_RATIO * steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != self.when:
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        for module in kwargs["model"].modules():
+            if isinstance(module, MaskLoraLayer) and "default" in module.mask_pruning_gate:
+                gate: Any = module.mask_pruning_gate["default"]
+                units, width = gate.group.units, gate.group.width
+                if self.how == "random":
+                    values = torch.rand(units, generator=generator)
+                else:
+                    weight = module.merged_tensors("default")["weight"].detach()
+                    values = weight.square().mean(0).view(units, width).mean(1)
+                    values = values / values.mean()
+                gate.weight.data = values / gate.rate
+        fix_masks(kwargs["model"])
+
+
+class Reallocate(TrainerCallback):
+    """What AdaLoRA needs after each step, while the gradients are there."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].base_model.update_and_allocate(state.global_step + 1)
+
+
+# All of them
+
+CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
+    LORA: lambda setting: LoraConfig(**setting.ranked()),
+    "dora": lambda setting: LoraConfig(use_dora=True, **setting.ranked()),
+    "adalora": _adalora,
+    "ia3": _ia3,
+    "ln": _ln,
+    "shira": _shira,
+    "super-tuning": _supertuning,
+    "ssf": lambda setting: SSFConfig(task_type=setting.task_type),
+    "vqt": _vqt,
+    **{name: partial(_sparse, selection=name) for name in ("spiel-ag", "spiel-ma", "lt-sft", "random", "smallest")},
+    "spt": partial(_spt, at_random=False),
+    "spt-random": partial(_spt, at_random=True),
+    **{
+        f"{how}-{percent}": partial(_pruning, how=how, sparsity=percent / 100)
+        for percent in (20, 25, 50)
+        for how in ("mask", "magnitude", "random")
+    },
+}
+METHODS = (PROBE, FULL, *CONFIGS)
+COST_NAMES = {  # as `cost.py` calls them
+    PROBE: "linear probe",
+    FULL: "full fine-tuning",
+    LORA: "LoRA r=8",
+    "dora": "DoRA r=8",
+    "adalora": "AdaLoRA",
+    "ia3": "IA3",
+    "ln": "LN-tuning",
+    "shira": "SHiRA r=8",
+    "super-tuning": "Super-Tuning",
+    "ssf": "SSF",
+    "vqt": "VQT, 4 queries",
+    "spiel-ag": "SpIEL-AG",
+    "spt-random": "SPT, at random",
+    "mask-25": "mask-pruning LoRA r=8",
+}
+OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt")
+
+
+def is_experiment(method: str) -> bool:
+    """Whether it is a folder of PEFT's method comparison: an `adapter_config.json` and perhaps more."""
+    return (Path(method) / "adapter_config.json").exists()
+
+
+def adapt(method: str, setting: Setting) -> tuple[nn.Module, PeftConfig | None]:
+    """The model with `method` on it, ready to be trained, and the config if there is one.
+
+    With LT-SFT the model comes back as it is, since `peft_ext.lt_sft` adapts it.
+    """
+    model: Any = setting.model
+    if method == FULL:
+        return model.requires_grad_(True), None
+    if method == PROBE:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool({"classifier", "score"} & set(name.split("."))))
+        return model, None
+    config = PeftConfig.from_pretrained(method) if is_experiment(method) else CONFIGS[method](setting)
+    if method == "lt-sft":
+        return model, config
+    return get_peft_model(model, config), config
+
+
+def callbacks(method: str, setting: Setting) -> list[TrainerCallback]:
+    """What the `Trainer` needs for it."""
+    how, _, percent = method.rpartition("-")
+    if how in ("magnitude", "random") and percent.isdecimal():
+        return [SetMasks(how, setting.steps, setting.seed)]
+    return [Reallocate()] if method == "adalora" else []
