@@ -127,7 +127,7 @@ def ssf_offsets(model: nn.Module, adapter_name: str = "default") -> Figure:
         if isinstance(module, SSFLayer):
             for title, leaves in zip(offsets, (module.ssf_scale, module.ssf_shift), strict=True):
                 if adapter_name in leaves:  # the scale is stored as its offset from one
-                    mean_square = leaves[adapter_name].weight.detach().float().square().mean()
+                    mean_square = leaves[adapter_name].get_parameter("weight").detach().float().square().mean()
                     offsets[title][layer_and_type(name)] = float(mean_square.sqrt())
     if not offsets["scale - 1"]:
         raise ValueError(f"There is no SSF adapter named {adapter_name!r} on this model.")

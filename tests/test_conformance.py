@@ -671,7 +671,9 @@ def test_layers_to_transform(method: str, name: str, layers: int | list[int]) ->
     assert found == wanted
 
 
-@pytest.mark.parametrize("method", [method for method, row in METHODS.items() if row.adapts_modules and not row.looks_at_data])
+@pytest.mark.parametrize(
+    "method", [method for method, row in METHODS.items() if row.adapts_modules and not row.looks_at_data]
+)
 def test_targets(method: str) -> None:
     def sites(**fields: Any) -> set[str]:
         model = adapted(method, "llama", **fields)

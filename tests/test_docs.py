@@ -26,10 +26,9 @@ import capabilities
 import hub_server
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, only_local
 from models import tiny
 from peft import LoraConfig, PeftConfig, get_peft_model
-from test_hub import only_local
 from test_sparse_ft import lt_sft_file
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments, ViTModel, set_seed

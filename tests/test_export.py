@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
-from hub_server import HubServer
+from hub_server import HubServer, only_local
 from huggingface_hub import EvalResult, HfApi
 from models import ARCHITECTURES, CLASSES, MORE_ARCHITECTURES, inputs, logits, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -629,13 +629,6 @@ def test_the_card_shows_the_auto_class_of_the_task(tmp_path: Path) -> None:
 
 
 # the Hub
-
-
-def only_local() -> None:
-    def check(event: str, args: tuple[Any, ...]) -> None:
-        assert event != "socket.connect" or args[1][0] == "127.0.0.1", f"traffic to {args[1]}"
-
-    sys.addaudithook(check)
 
 
 def push_and_load(repo_id: str, mode: str) -> dict[str, Any]:
