@@ -16,6 +16,7 @@ from .export.saving import dense_model, groups_of
 from .tuners.mask_pruning import gates_of, keep_ratios
 from .tuners.sparse_ft.model import deltas
 from .tuners.spt.layer import SPTLayer
+from .tuners.ssf.layer import SSFLayer
 from .tuners.vqt.model import QueryHead, active_adapter_of, attention_maps, layer_of
 from .tuners.vqt.selection import feature_sources
 
@@ -102,15 +103,41 @@ def token_grid(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _heat_map(axes: Any, values: dict[tuple[int, str], float], title: str) -> None:
-    """Layers from above to below, types of module from left to right."""
+    """Layers from above to below, types of module from left to right; white where there is no value."""
     layers = sorted({layer for layer, _ in values})
     types = list(dict.fromkeys(kind for _, kind in values))
-    grid = [[values.get((layer, kind), 0.0) for kind in types] for layer in layers]
+    grid = [[values.get((layer, kind), math.nan) for kind in types] for layer in layers]
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(types)), types, rotation=45, ha="right")
+    labels = [".".join(kind.split(".")[-2:]) for kind in types]  # outside layers, full names would fill the figure
+    axes.set_xticks(range(len(types)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(layers)), [str(layer) if layer >= 0 else "-" for layer in layers])
     axes.set(ylabel="layer", title=title)
     axes.figure.colorbar(image, ax=axes)
+
+
+def ssf_offsets(model: nn.Module, adapter_name: str = "default") -> Figure:
+    """A figure of what SSF changes, by layer (rows) and module (columns): how far, in the quadratic mean over channels,
+    the scales are from one (above) and the shifts from zero (below).
+
+    Raises:
+        ValueError: The model has no such SSF adapter.
+    """
+    offsets: dict[str, dict[tuple[int, str], float]] = {"scale - 1": {}, "shift": {}}
+    for name, module in model.named_modules():
+        if isinstance(module, SSFLayer):
+            for title, leaves in zip(offsets, (module.ssf_scale, module.ssf_shift), strict=True):
+                if adapter_name in leaves:  # the scale is stored as its offset from one
+                    mean_square = leaves[adapter_name].get_parameter("weight").detach().float().square().mean()
+                    offsets[title][layer_and_type(name)] = float(mean_square.sqrt())
+    if not offsets["scale - 1"]:
+        raise ValueError(f"There is no SSF adapter named {adapter_name!r} on this model.")
+    found = {title: values for title, values in offsets.items() if values}
+    figure, axes = _pyplot().subplots(
+        len(found), 1, figsize=(8, 3.5 * len(found)), layout="constrained", squeeze=False
+    )
+    for axis, (title, values) in zip(axes[:, 0], found.items(), strict=True):
+        _heat_map(axis, values, f"quadratic mean of {title}")
+    return figure
 
 
 def spt_allocation(model: nn.Module, adapter_name: str = "default") -> Figure:
@@ -205,5 +232,6 @@ def kept_channels(model: nn.Module, adapter_name: str | None = None) -> Figure:
         axis.bar(range(len(layers)), [units for _, units in layers.values()], color="lightgrey", label="cut")
         axis.bar(range(len(layers)), [kept for kept, _ in layers.values()], label="kept")
         axis.set(xlabel="layer", title=titles[kind])
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     return figure

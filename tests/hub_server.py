@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import json
 import re
+import sys
 import threading
 from base64 import b64decode
 from dataclasses import dataclass, field
@@ -72,6 +73,18 @@ class Repo:
         self.commits[commit.sha] = commit
         self.branches[branch] = commit.sha
         return commit
+
+
+def only_local() -> None:
+    """Any traffic to another host than 127.0.0.1 is an error."""
+
+    def check(event: str, args: tuple[Any, ...]) -> None:
+        if event == "socket.connect":
+            assert args[1][0] == "127.0.0.1", f"traffic to {args[1]}"
+        elif event == "socket.getaddrinfo":
+            assert args[0] in ("127.0.0.1", "localhost", None), f"look-up of {args[0]}"
+
+    sys.addaudithook(check)
 
 
 class HubError(Exception):

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
-from hub_server import HubServer
+from hub_server import HubServer, only_local
 from huggingface_hub import EvalResult, HfApi
 from models import ARCHITECTURES, CLASSES, MORE_ARCHITECTURES, inputs, logits, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -117,6 +117,7 @@ def cut_model(name: str, mode: str) -> Any:
 # cutting
 
 
+@pytest.mark.capability("a smaller model", "mask_pruning")
 @pytest.mark.parametrize("way", ["as_chosen", "rounded", "uniform", "emptied"])
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_cut_model_computes_what_the_masked_one_did(name: str, way: str) -> None:
@@ -248,6 +249,7 @@ def test_pruning_a_trained_model(name: str) -> None:
         )
 
 
+@pytest.mark.capability("conversion to LoRA", "mask_pruning")
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_lora_stays_if_asked_and_merges_to_the_same(name: str) -> None:
     model = masked(name, lora_dropout=0.1, use_rslora=name == "llama")
@@ -627,13 +629,6 @@ def test_the_card_shows_the_auto_class_of_the_task(tmp_path: Path) -> None:
 
 
 # the Hub
-
-
-def only_local() -> None:
-    def check(event: str, args: tuple[Any, ...]) -> None:
-        assert event != "socket.connect" or args[1][0] == "127.0.0.1", f"traffic to {args[1]}"
-
-    sys.addaudithook(check)
 
 
 def push_and_load(repo_id: str, mode: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hub_server import HubServer
+from hub_server import HubServer, only_local
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer
@@ -64,18 +63,6 @@ Client = Callable[..., Any]
 
 
 # what runs in the client process
-
-
-def only_local() -> None:
-    """Any traffic to another host than 127.0.0.1 is an error."""
-
-    def check(event: str, args: tuple[Any, ...]) -> None:
-        if event == "socket.connect":
-            assert args[1][0] == "127.0.0.1", f"traffic to {args[1]}"
-        elif event == "socket.getaddrinfo":
-            assert args[0] in ("127.0.0.1", "localhost", None), f"look-up of {args[0]}"
-
-    sys.addaudithook(check)
 
 
 def push_base() -> None:

@@ -223,6 +223,7 @@ def quantised_llama() -> nn.Module:
     return model
 
 
+@pytest.mark.capability("4-bit base", "ssf")
 @pytest.mark.filterwarnings("ignore:.*ecompile.*", "ignore:.*quant_state.*")
 def test_4bit_base() -> None:
     model = get_peft_model(quantised_llama(), SSFConfig(shift=False)).eval()

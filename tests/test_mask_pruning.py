@@ -647,6 +647,7 @@ def test_layers_and_exclusions() -> None:
     assert len(gates_of(model, "default")) == 3
 
 
+@pytest.mark.capability("4-bit base", "mask_pruning")
 def test_a_quantised_base_trains_and_says_how_to_cut() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)

@@ -762,6 +762,7 @@ def dense_delta(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.capability("adapters added into one", "sparse_ft")
 def test_several_active_adapters_are_their_weighted_sum(tmp_path: Path) -> None:
     model = two_adapters()
     x = torch.randn(5, 6)
@@ -1142,6 +1143,7 @@ def test_figure(tmp_path: Path) -> None:
         plots.sparse_support(model, "other")
 
 
+@pytest.mark.capability("4-bit base", "sparse_ft")
 def test_4_bit_base(tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)

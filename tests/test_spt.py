@@ -198,6 +198,7 @@ def test_without_or_with_anothers_calibration() -> None:
         get_peft_model(tiny("llama"), config)
 
 
+@pytest.mark.capability("conversion to LoRA", "spt")
 def test_as_lora(tmp_path: Path) -> None:
     model, config = calibrated("llama", unstructured=False, task_type="CAUSAL_LM")
     base = copy.deepcopy(model)

@@ -147,6 +147,7 @@ def reference(
     return features @ head.T + bias
 
 
+@pytest.mark.capability("gradient checkpointing", "vqt")
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equals_the_straightforward_implementation(name: str, checkpointing: bool) -> None:
@@ -223,6 +224,7 @@ def test_queries_of_a_layer_do_not_influence_another(name: str) -> None:
             assert (grad[other].abs().max() > 0) == (other == index)
 
 
+@pytest.mark.capability("switching off", "vqt")
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_base_model_is_untouched(name: str, attention: str) -> None:
@@ -431,6 +433,7 @@ def test_initialisation() -> None:
     assert torch.equal(head.bias, torch.full_like(head.bias, -math.log(99)))
 
 
+@pytest.mark.capability("`layers_to_transform`", "vqt")
 @pytest.mark.parametrize(("layers", "count"), [(0, 1), ([1], 1), (None, 2)])
 def test_layers_to_transform(layers: Any, count: int) -> None:
     model = vqt("vit", layers_to_transform=layers)
@@ -519,6 +522,7 @@ def _auto(name: str, directory: Path, base: Any) -> Any:
     return AUTO[name].from_pretrained(directory)
 
 
+@pytest.mark.capability("save and load", "vqt")
 @pytest.mark.parametrize("name", ALL)
 def test_save_and_load(name: str, tmp_path: Path) -> None:
     model, batch = vqt(name, pooling="weighted"), batch_of(name)
@@ -595,6 +599,7 @@ def test_each_head_has_a_problem_type_of_its_own() -> None:
     model(**{**batch, "labels": torch.randn(2)}).loss.backward()
 
 
+@pytest.mark.capability("several active adapters", "vqt", refused=True)
 def test_two_adapters_cannot_be_active_together() -> None:
     model = vqt("vit")
     model.add_adapter("other", VQTConfig())
@@ -635,6 +640,7 @@ def test_copy_and_pickle() -> None:
     assert not head._forward_hooks
 
 
+@pytest.mark.capability("transformers' `add_adapter`", "vqt")
 def test_transformers_adapter_methods(tmp_path: Path) -> None:
     model, batch = tiny("vit"), batch_of("vit")
     expected = stock("vit", batch)
@@ -786,6 +792,7 @@ def _trained(kind: str, directory: Path, batch: dict[str, Any], **fields: Any) -
     return logits(model, batch)
 
 
+@pytest.mark.capability("beside LoRA in one model", "vqt")
 @pytest.mark.parametrize("kind", ["lora", "ssf"])
 def test_on_top_of_a_trained_adapter(kind: str, tmp_path: Path) -> None:
     batch = batch_of("vit")
@@ -964,6 +971,7 @@ def test_cache_refuses(tmp_path: Path) -> None:
 # Precision
 
 
+@pytest.mark.capability("fp16 and bf16 base", "vqt")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base(dtype: torch.dtype) -> None:
     model, batch = vqt("vit", dtype), batch_of("vit")
@@ -978,6 +986,7 @@ def test_half_precision_base(dtype: torch.dtype) -> None:
     torch.testing.assert_close(output.logits.float(), full, rtol=0, atol=0.15)
 
 
+@pytest.mark.capability("fp16 and bf16 autocast", "vqt")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_autocast(checkpointing: bool) -> None:
     model, batch = vqt("vit"), batch_of("vit")
@@ -1057,6 +1066,7 @@ def test_targets_are_not_for_the_user() -> None:
         vqt("vit", target_modules=["q_proj"])
 
 
+@pytest.mark.capability("merge", "vqt", refused=True)
 def test_merging_says_why_not() -> None:
     model = vqt("vit")
     for merge in (model.merge_adapter, model.merge_and_unload):
@@ -1065,6 +1075,7 @@ def test_merging_says_why_not() -> None:
     model(**batch_of("vit"))
 
 
+@pytest.mark.capability("several adapters in one batch", "vqt", refused=True)
 def test_mixed_batches_are_refused() -> None:
     model = vqt("vit")
     with pytest.raises(ValueError, match="adapter_names"):

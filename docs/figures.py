@@ -1,0 +1,94 @@
+"""Draws the figures of the method pages: one adapter of each method, trained on real data on a CPU.
+
+    python docs/figures.py            # all that this script makes
+    python docs/figures.py ssf spt
+
+The model is the tiny ViT of `examples/image_classification.py`, trained on the digits 0 to 4 of scikit-learn (made
+once, a minute); each method adapts it to the digits 5 to 9, which takes seconds. The figures show what an adapter
+looks like, and are no benchmark. VQT's are drawn by `examples/vqt_image_classification.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent / "examples"))
+
+from common import label_names, quiet
+from image_classification import digits, make_trainer, pretrained_on_digits, with_pixels
+
+import peft_ext
+from peft_ext import (
+    MaskLoraCallback,
+    MaskLoraConfig,
+    SparseFTCallback,
+    SparseFTConfig,
+    SPTConfig,
+    SSFConfig,
+    plots,
+)
+
+
+# name of the file: config, learning rate, callbacks, what draws the trained model
+FIGURES: dict[str, tuple[Any, float, list[Any], Any]] = {
+    "ssf": (SSFConfig(modules_to_save=["classifier"]), 1e-2, [], plots.ssf_offsets),
+    "sparse": (
+        SparseFTConfig(density=0.02, modules_to_save=["classifier"]),
+        5e-3,
+        [SparseFTCallback()],
+        plots.sparse_support,
+    ),
+    "spt": (SPTConfig(budget=0.05, r=4, modules_to_save=["classifier"]), 5e-3, [], plots.spt_allocation),
+    "mask_pruning": (
+        MaskLoraConfig(target_sparsity=0.25, modules_to_save=["classifier"]),
+        5e-3,
+        [MaskLoraCallback()],
+        plots.kept_channels,
+    ),
+}
+
+
+def draw(name: str, file: Path, epochs: int = 20) -> None:
+    """Trains the adapter of the method `name` and writes its figure, a PNG, to `file`."""
+    config, learning_rate, callbacks, plot = FIGURES[name]
+    set_seed(0)
+    base = pretrained_on_digits()
+    data = digits(range(5, 10), train=200, validation=200)
+    inputs = with_pixels(data, AutoImageProcessor.from_pretrained(base))
+    model = AutoModelForImageClassification.from_pretrained(base, **label_names(data), ignore_mismatched_sizes=True)
+    if isinstance(config, SPTConfig):
+        batches = make_trainer(model, inputs["train"], learning_rate, epochs)
+        peft_ext.calibrate(model, config, trainer=batches, num_batches=8, progress=False)
+    trainer = make_trainer(get_peft_model(model, config), inputs["train"], learning_rate, epochs)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    accuracy = trainer.evaluate(inputs["test"])["eval_accuracy"]
+    figure = plot(trainer.model)
+    figure.savefig(file, dpi=80)
+    print(f"{file}: test accuracy {accuracy:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(FIGURES), help=f"of {', '.join(FIGURES)}; default: all")
+    names = parser.parse_args().names
+    if unknown := set(names) - set(FIGURES):
+        parser.error(f"no such figure: {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
+    quiet()
+    torch.set_num_threads(1)
+    for name in names:
+        draw(name, DOCS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
