@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import EvalResult, snapshot_download
 from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
 
 from . import plots
 from .cards import ADAPTER_CONFIG, AUTO_CLASSES, CARD, METHODS, CardInfo, push_card, update_card
@@ -47,7 +48,7 @@ _COLUMNS = (
         ("rank", "rank", "{}"),
         ("parameters", "parameters", "{:,}"),
     ),
-    *(("tuned", "tuned", "{:,}"), ("density", "density", "{:.2%}"), ("units", "units", "{:,}")),
+    *(("tuned", "tuned", "{:,}"), ("density", "density", "{:.2g}"), ("units", "units", "{:,}")),
     *(("kept", "kept", "{:,g}"), ("keep_ratio", "keep ratio", "{:.1%}"), ("queries", "queries", "{}")),
     *(("features", "features", "{:,}"), ("kept_features", "kept", "{:,}"), ("head_share", "share of head", "{:.1%}")),
     *(("scale_mean", "gamma-1 mean", "{:+.4f}"), ("scale_std", "std", "{:.4f}")),
@@ -58,16 +59,30 @@ _COLUMNS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status: 0, or 2 after one line on stderr that says what was wrong."""
     arguments = _parser().parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning):  # libraries among themselves
-                warnings.simplefilter("ignore", category)
+        with _quiet():
             arguments.run(arguments)
     except BadInput as error:
         print(f"peft-ext: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers reports of its loading, and what libraries tell each other."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,12 +225,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     for key in ("source", "method", "sites", "parameters"):
         table.add_row(key, *(_number(side[key]) for side in (first, second)))
     table.add_row("file", _bytes(first["file_bytes"]), _bytes(second["file_bytes"]))
-    console.print(table, "")
+    console.print(table)
     if found["config"]:
         table = _table("config", "first", "second")
         for key, values in found["config"].items():
             table.add_row(key, *(_brief(value) for value in values))
-        console.print(table, "")
+        console.print(table)
     sites = found["sites"]
     console.print(f"Sites in common: {len(sites['common'])}")
     for key, name in (("only_first", "first"), ("only_second", "second")):
@@ -225,7 +240,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     if cosine is not None:
         console.print("Cosine of the updates: " + ("unknown" if cosine["all"] is None else f"{cosine['all']:.4f}"))
     if overlap:
-        console.print("", f"Tuned by both: {_overlap_line(overlap[''])}")
+        console.print(f"Tuned by both: {_overlap_line(overlap[''])}")
     cosines = cosine["modules"] if cosine is not None else {}
     if not cosines and not overlap:
         return
@@ -234,7 +249,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         value, shared = cosines.get(module), overlap.get(module)
         cells = [f"{shared[key]:,}" for key in ("first", "second", "shared", "same_sign")] if shared else []
         table.add_row(module, "" if value is None else f"{value:.4f}", *cells)
-    console.print("", table)
+    console.print(table)
 
 
 def _overlap_line(found: Mapping[str, Any]) -> str:
@@ -273,29 +288,39 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _base_model(adapter: Adapter, base: str, arguments: argparse.Namespace) -> PreTrainedModel:
     """The model that the adapter goes on, of the class that it was trained on; from safetensors, with no remote code."""
-    options: dict[str, Any] = {"use_safetensors": True}
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     if arguments.dtype:
         options["dtype"] = DTYPES[arguments.dtype]
-    where = {} if arguments.base or not adapter.config.get("revision") else {"revision": adapter.config["revision"]}
+    revision = None if arguments.base else adapter.config.get("revision")
+    where = {} if revision is None else {"revision": revision}
     config = AutoConfig.from_pretrained(base, **where)
-    if hasattr(config, "pruned"):
-        return load_pruned(base, **options, **where)
-    mapping = adapter.config.get("auto_mapping") or {}
-    library, name = mapping.get("parent_library", ""), mapping.get("base_model_class")
-    if name and not library.startswith("transformers."):
+    load: Any = load_pruned
+    if not hasattr(config, "pruned"):
+        model_class = _base_class(adapter, config)
+        load = model_class.from_pretrained
+        heads = [t for key, t in adapter.others.items() if re.search(r"(classifier(\.out_proj)?|score)\.weight$", key)]
+        if model_class.__name__.endswith("Classification") and heads and len(heads[-1]) != config.num_labels:
+            options |= {"num_labels": len(heads[-1]), "ignore_mismatched_sizes": True}
+    model, info = load(base, **options, **where)
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    if random := sorted((set(info["missing_keys"]) | mismatched) - adapter.others.keys()):
         raise BadInput(
-            f"The base of {adapter.source} is a {name} of {library}, not of transformers: merge it in Python."
+            f"{base} has no weights that fit {random[0]!r} and {len(random) - 1} more of a {type(model).__name__}, and "
+            f"{adapter.source} does not bring them: give the model that it was trained on with `--base`."
         )
-    name = name or AUTO_CLASSES.get(str(adapter.config.get("task_type"))) or (config.architectures or [""])[0]
-    model_class = getattr(import_module(library or "transformers"), name, None)
+    return model
+
+
+def _base_class(adapter: Adapter, config: Any) -> Any:
+    mapping = adapter.config.get("auto_mapping") or {}
+    library, name = mapping.get("parent_library", "transformers."), mapping.get("base_model_class")
+    if not library.startswith("transformers."):
+        raise BadInput(f"The base of {adapter.source} is a {name} of {library}, not of transformers: use Python.")
+    name = name or AUTO_CLASSES.get(str(adapter.config.get("task_type"))) or (config.architectures or [None])[0]
+    model_class = getattr(import_module(library.rstrip(".")), str(name), None)
     if model_class is None:
-        raise BadInput(f"The class of the base model is not known ({name!r}): set `task_type` in {ADAPTER_CONFIG}.")
-    heads = [
-        t for key, t in adapter.others.items() if fnmatch(key, "*classifier*.weight") or fnmatch(key, "*score.weight")
-    ]
-    if name.endswith("Classification") and heads and len(heads[-1]) != config.num_labels:
-        options |= {"num_labels": len(heads[-1]), "ignore_mismatched_sizes": True}  # the adapter brings the head
-    return model_class.from_pretrained(base, **options, **where)
+        raise BadInput(f"transformers has no class {name!r} for the base model: set `task_type` in {ADAPTER_CONFIG}.")
+    return model_class
 
 
 def _check_merged(adapter: Adapter) -> None:
@@ -422,13 +447,15 @@ def _console() -> Console:
 
 
 def _print_json(found: Any) -> None:
-    print(json.dumps(found, indent=2, default=str))
+    plain = json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN
+    print(json.dumps(plain, indent=2))
 
 
 def _table(*headings: str) -> Table:
     table = Table(box=box.MARKDOWN)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold")
+        is_text = place == 0 or heading in ("gets", "shapes")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     return table
 
 
@@ -437,7 +464,7 @@ def _print_pairs(console: Console, pairs: Mapping[str, Any]) -> None:
     for key, value in pairs.items():
         if value not in (None, ""):
             table.add_row(key, _number(value))
-    console.print(table, "")
+    console.print(table)
 
 
 def _print_rows(console: Console, title: str, first: str, rows: Mapping[str, Row]) -> None:
@@ -450,9 +477,11 @@ def _print_rows(console: Console, title: str, first: str, rows: Mapping[str, Row
     for name, row in rows.items():
         cells = ["" if row.get(key) is None else form.format(row[key]) for key, _, form in columns]
         if has_shapes:
-            cells.append(", ".join(f"{leaf} {_shape(shape)}" for leaf, shape in row.get("shapes", {}).items()))
+            shapes = row.get("shapes", {}).items()
+            cells.append(", ".join(f"{leaf.removesuffix('.weight')} {_shape(shape)}" for leaf, shape in shapes))
         table.add_row(name, *cells)
-    console.print(title, table, "")
+    console.print(f"\n{title}")
+    console.print(table)
 
 
 def _number(value: Any) -> str:

@@ -499,8 +499,9 @@ def rows_of(adapter: Adapter) -> list[Row]:
         row |= figures
         if updates:
             row["norm"] = math.hypot(*(update.norm() for update in updates.values()))
-        rows.append(_with_ratios(row) | {"shapes": {name: list(leaf.shape) for name, leaf in site.leaves.items()}})
-    return sorted(rows, key=lambda row: (row["layer"] < 0, row["layer"]))  # what is in no layer last
+        shapes = {name: list(leaf.shape) for name, leaf in sorted(site.leaves.items()) if _is_trained(leaf)}
+        rows.append(_with_ratios(row) | {"shapes": shapes})
+    return sorted(rows, key=lambda row: (row["layer"] < 0, row["layer"], row["module"]))  # what is in no layer last
 
 
 def _with_ratios(row: Row) -> Row:
