@@ -548,7 +548,7 @@ def describe(source: str) -> dict[str, Any]:
     adapter = read_adapter(source)
     rows, tensors = rows_of(adapter), adapter.tensors()
     parameters = sum(tensor.numel() for tensor in tensors if _is_trained(tensor))
-    others = sum(tensor.numel() for tensor in adapter.others.values())
+    others = sum(tensor.numel() for tensor in adapter.others.values()) if adapter.sites else 0
     file_bytes = (adapter.directory / ADAPTER_WEIGHTS).stat().st_size
     return {
         "kind": "adapter",
