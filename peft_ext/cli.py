@@ -55,6 +55,8 @@ _COLUMNS = (
     *(("shift_mean", "beta mean", "{:+.4f}"), ("shift_std", "std", "{:.4f}"), ("norm", "norm", "{:.4g}")),
 )
 
+_NAMES = {"scale": "gamma - 1", "shift": "beta"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status: 0, or 2 after one line on stderr that says what was wrong."""
@@ -174,7 +176,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
                 **{key.replace("_", " "): value for key, value in found["settings"].items()},
                 "parameters": f"{counts['all']:,}{whole} ({', '.join(found['dtypes'])})",
                 "file": f"{_bytes(found['file_bytes'])}, {per_parameter:.2f} a parameter" if per_parameter else None,
-                **{key: _shown(value) for key, value in found["figures"].items()},
+                **{_NAMES.get(key, key): _shown(value) for key, value in found["figures"].items()},
                 **{f"whole: {name}": _shape(shape) for name, shape in found["saved_whole"].items()},
             },
         )

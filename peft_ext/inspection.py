@@ -206,7 +206,7 @@ def read_adapter(source: str, besides: Sequence[str] = ()) -> Adapter:
         raise BadInput(_no_adapter(source, directory))
     config = _json(directory / ADAPTER_CONFIG)
     method = config.get("peft_type")
-    if method not in {known.value for known in PEFT_TYPE_TO_CONFIG_MAPPING}:
+    if method not in [known.value for known in PEFT_TYPE_TO_CONFIG_MAPPING]:  # compared, for it may be of any type
         raise BadInput(
             f"{source} is of the method {method!r}, which neither the installed peft nor peft_ext has: "
             "`pip install -U peft peft-ext`, or import the package that it comes from in Python."

@@ -573,6 +573,9 @@ def damaged(case: str, path: Path) -> str:
     if case == "no method":
         edit(path, peft_type=None)
         return "of the method None"
+    if case == "method of another type":
+        edit(path, peft_type=["SSF"])
+        return "of the method ['SSF']"
     if case == "json":
         (path / "adapter_config.json").write_text("{")
         return "is no JSON"
@@ -596,7 +599,9 @@ def damaged(case: str, path: Path) -> str:
     raise AssertionError(case)
 
 
-@pytest.mark.parametrize("case", ["method", "no method", "json", "list", "no file", "pointer", "short", "index"])
+@pytest.mark.parametrize(
+    "case", ["method", "no method", "method of another type", "json", "list", "no file", "pointer", "short", "index"]
+)
 def test_damaged_adapters(case: str, adapters: dict[str, Saved], refused: Any, tmp_path: Path) -> None:
     path = shutil.copytree(adapters["sparse"].path, tmp_path / "adapter")
     message = damaged(case, path)
@@ -699,31 +704,33 @@ def test_a_repository_of_the_hub(hub: HubServer, adapters: dict[str, Saved], tmp
     settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_HUB_CACHE")}
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        command = [sys.executable, "-m", "peft_ext", *arguments]
-        done = subprocess.run(command, env=environment | settings, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout, done.stderr
+    def call(*command: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [sys.executable, *command], env=environment | settings, capture_output=True, text=True, check=True
+        )
+        assert "Traceback" not in done.stderr
+        return done.stdout, done.stderr
 
-    status, output, error = call("inspect", "alice/news", "--json")
-    assert status == 0, error
+    output, _ = call("-m", "peft_ext", "inspect", "alice/news", "--json")
     found = json.loads(output)
     assert found["method"] == "SSF" and found["totals"]["sites"] == 17
     assert found["file_bytes"] == (adapters["ssf"].path / "adapter_model.safetensors").stat().st_size
     assert not list(tmp_path.rglob("checkpoint"))  # what is not read is not fetched
 
-    status, output, error = call("inspect", "alice/pickled")
-    assert status == 2 and output == "" and "alice/pickled has no adapter_model.safetensors" in error
-    assert "Traceback" not in error
-    status, output, error = call("inspect", "alice/missing")
-    assert status == 2 and "no repository of that name" in error
-
-    status, output, error = call("card", "alice/news")
-    assert status == 2 and "--push alice/news" in error
     (tmp_path / "loss.json").write_text('{"loss": 0.5}')
-    status, output, error = call(
-        "card", "alice/news", "--push", "alice/news", "--metrics", str(tmp_path / "loss.json")
-    )
-    assert status == 0, error
-    assert output.startswith(f"Pushed {hub.url}")
+    lines = [
+        "inspect alice/pickled",
+        "inspect alice/missing",
+        "card alice/news",
+        f"card alice/news --push alice/news --metrics {tmp_path / 'loss.json'}",
+        "card alice/missing --push alice/missing",
+    ]
+    code = f"from peft_ext.cli import main\nprint([main(line.split()) for line in {lines}])"
+    output, error = call("-c", code)
+    pushed, statuses = output.splitlines()
+    assert statuses == "[2, 2, 2, 0, 2]" and pushed.startswith(f"Pushed {hub.url}")
+    errors = [line for line in error.splitlines() if line.startswith("peft-ext: ")]
+    parts = ["no adapter_model.safetensors", "no repository of that name", "--push alice/news", "alice/missing"]
+    assert len(errors) == 4 and all(part in line for part, line in zip(parts, errors, strict=True))
     card = hub.read("alice/news", "README.md").decode()
     assert "| loss | 0.5 |" in card and '"alice/news"' in card
