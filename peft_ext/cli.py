@@ -482,7 +482,7 @@ def _print_rows(console: Console, title: str, first: str, rows: Mapping[str, Row
             shapes = row.get("shapes", {}).items()
             cells.append(", ".join(f"{leaf.removesuffix('.weight')} {_shape(shape)}" for leaf, shape in shapes))
         table.add_row(name, *cells)
-    console.print(f"\n{title}")
+    console.print(title)
     console.print(table)
 
 

@@ -515,7 +515,10 @@ def _with_ratios(row: Row) -> Row:
 def totals(rows: Sequence[Row]) -> Row:
     """What rows have together: sums, the norm over all, and ratios of the sums."""
     result: Row = {"sites": len(rows)}
-    for key in ("parameters", "tuned", "size", "units", "kept", "queries", "features", "kept_features"):
+    keys = ["parameters", "tuned", "size", "queries", "features", "kept_features"]
+    if len({row.get("kind", row["type"]) for row in rows if "units" in row}) == 1:  # heads and channels do not add up
+        keys += ["units", "kept"]
+    for key in keys:
         values = [row[key] for row in rows if key in row]
         if values:
             result[key] = None if None in values else sum(values)
