@@ -467,6 +467,7 @@ def _print_pairs(console: Console, pairs: Mapping[str, Any]) -> None:
         if value not in (None, ""):
             table.add_row(key, _number(value))
     console.print(table)
+    console.print()
 
 
 def _print_rows(console: Console, title: str, first: str, rows: Mapping[str, Row]) -> None:
