@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, snapshot_download
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +28,7 @@ from transformers.utils import logging
 from . import plots
 from .cards import ADAPTER_CONFIG, AUTO_CLASSES, CARD, METHODS, CardInfo, push_card, update_card
 from .export import load_pruned, prune_and_unload, save_pruned
-from .inspection import Adapter, BadInput, Row, compare, describe, directory_of, read_adapter
+from .inspection import Adapter, BadInput, Row, by_site, compare, describe, directory_of, read_adapter
 from .tuners.spt import save_as_lora
 from .version import __version__
 
@@ -283,6 +283,9 @@ def _export(arguments: argparse.Namespace) -> None:
     with _explained(f"The adapter {adapter.source} does not fit {base}"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # it would do nothing there
         adapted = PeftModel.from_pretrained(model, str(adapter.directory))
+        found, _ = by_site(get_peft_model_state_dict(adapted, save_embedding_layers=False), adapter.method)
+        if lost := [name for name in adapter.sites if name not in found]:  # PEFT drops these without a word
+            raise BadInput(f"{base} has no place for {lost[0]!r} and {len(lost) - 1} more of {adapter.source}.")
     with _explained(f"{adapter.source} cannot be made {arguments.to}"):
         write(adapter, adapted.eval(), base, output)
     print(f"Wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")

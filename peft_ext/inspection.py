@@ -223,8 +223,7 @@ def read_adapter(source: str, besides: Sequence[str] = ()) -> Adapter:
             f"{ADAPTER_WEIGHTS} of {source} is no safetensors file ({error}): a damaged copy, or a pointer of git LFS "
             "(`git lfs pull`)."
         ) from None
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[method]
-    sites, others = _split(tensors, prefix)
+    sites, others = by_site(tensors, method)
     if not sites and method in _SITES.keys() | METHODS.keys():
         raise BadInput(
             f"{ADAPTER_CONFIG} of {source} says {method}, but {ADAPTER_WEIGHTS} has no tensor of that method "
@@ -272,8 +271,9 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(chosen[:3]) + (f" and {len(chosen) - 3} more" if len(chosen) > 3 else "")
 
 
-def _split(tensors: Mapping[str, torch.Tensor], prefix: str) -> tuple[dict[str, Site], dict[str, torch.Tensor]]:
-    """The tensors of the method by the module that they are on, and the others."""
+def by_site(tensors: Mapping[str, torch.Tensor], method: str) -> tuple[dict[str, Site], dict[str, torch.Tensor]]:
+    """The tensors of a method, as they are saved, by the module that they are on; and the others."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[method]  # type: ignore[index]  # its keys hash like their values
     sites: dict[str, Site] = {}
     others = {}
     for key, tensor in tensors.items():

@@ -500,6 +500,13 @@ def test_bases_that_do_not_fit(adapters: dict[str, Saved], refused: Any, tmp_pat
     assert "does not fit" in export("lora", "--base", tmp_path / "wide")
     tiny("llama", num_hidden_layers=1).save_pretrained(tmp_path / "short")
     assert "does not fit" in export("sparse", "--base", tmp_path / "short")
+    assert "no place for 'model.layers.1.self_attn.o_proj' and 1 more" in export(
+        "lora-2", "--base", tmp_path / "short"
+    )
+    tiny("llama", num_hidden_layers=3).save_pretrained(tmp_path / "tall")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so that it is not the tests' own filter that refuses
+        assert "missing adapter keys" in export("lora", "--base", tmp_path / "tall")
     base = shutil.copytree(adapters["lora"].base, tmp_path / "pickled")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
