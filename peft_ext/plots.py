@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,9 +54,12 @@ def layer_shares(model: nn.Module, adapter_name: str | None = None) -> dict[str,
 
 def plot_layers(model: nn.Module, adapter_name: str | None = None) -> Figure:
     """A bar for the class token and for each layer: the part of the head's squared weight that reads it."""
-    pyplot = _pyplot()
-    shares = layer_shares(model, adapter_name)
-    figure, axes = pyplot.subplots(figsize=(1.5 + 0.5 * len(shares), 3), layout="constrained")
+    return bars_of_layers(layer_shares(model, adapter_name))
+
+
+def bars_of_layers(shares: Mapping[str, float]) -> Figure:
+    """The same figure, of what `layer_shares` returns."""
+    figure, axes = _pyplot().subplots(figsize=(1.5 + 0.5 * len(shares), 3), layout="constrained")
     axes.bar(["class" if name == "class_token" else name.removeprefix("layer_") for name in shares], shares.values())
     axes.set_xlabel("class token, and queries of layer")
     axes.set_ylabel("share of the head's squared weight")
@@ -102,7 +106,7 @@ def token_grid(weights: torch.Tensor) -> torch.Tensor:
     return weights[extra:].float().cpu().reshape(side, side)
 
 
-def _heat_map(axes: Any, values: dict[tuple[int, str], float], title: str) -> None:
+def _heat_map(axes: Any, values: Mapping[tuple[int, str], float], title: str) -> None:
     """Layers from above to below, types of module from left to right; white where there is no value."""
     layers = sorted({layer for layer, _ in values})
     types = list(dict.fromkeys(kind for _, kind in values))
@@ -157,8 +161,13 @@ def spt_allocation(model: nn.Module, adapter_name: str = "default") -> Figure:
             trained[layer_and_type(name)] = float(sum(p.numel() for leaf in leaves for p in leaf.parameters()))
     if not trained:
         raise ValueError(f"There is no SPT adapter named {adapter_name!r} on this model.")
+    return heat_map(trained, "trained parameters")
+
+
+def heat_map(values: Mapping[tuple[int, str], float], title: str) -> Figure:
+    """A figure of a number for each module, by its layer and type, as `layer_and_type` gives them."""
     figure, axes = _pyplot().subplots(figsize=(8, 4), layout="constrained")
-    _heat_map(axes, trained, "trained parameters")
+    _heat_map(axes, values, title)
     return figure
 
 
@@ -223,7 +232,11 @@ def kept_channels(model: nn.Module, adapter_name: str | None = None) -> Figure:
     Raises:
         ValueError: See `kept_shares`.
     """
-    shares = kept_shares(model, adapter_name)
+    return bars_of_kept(kept_shares(model, adapter_name))
+
+
+def bars_of_kept(shares: Mapping[str, Mapping[str, tuple[float, int]]]) -> Figure:
+    """The same figure, of what `kept_shares` returns."""
     titles = {"ffn": "feed-forward channels", "heads": "attention heads (with their keys)"}
     figure, axes = _pyplot().subplots(
         1, len(shares), figsize=(5 * len(shares), 3), layout="constrained", squeeze=False
@@ -231,7 +244,7 @@ def kept_channels(model: nn.Module, adapter_name: str | None = None) -> Figure:
     for axis, (kind, layers) in zip(axes[0], shares.items(), strict=True):
         axis.bar(range(len(layers)), [units for _, units in layers.values()], color="lightgrey", label="cut")
         axis.bar(range(len(layers)), [kept for kept, _ in layers.values()], label="kept")
-        axis.set(xlabel="layer", title=titles[kind])
+        axis.set(xlabel="layer", title=titles.get(kind, kind))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     return figure

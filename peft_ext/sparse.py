@@ -22,6 +22,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,6 +95,30 @@ def decode(code: torch.Tensor, k: int, n: int) -> torch.Tensor:
         if indices[-1] < n and (indices[1:] > indices[:-1]).all():
             return indices.to(index_dtype(n))
     raise ValueError(f"The stored index is damaged: it does not name {k} distinct places among {n}.")
+
+
+def decode_alone(code: torch.Tensor, k: int) -> list[tuple[torch.Tensor, int, int]]:
+    """The places `(k,)` in a code without n: each way to read it, with the smallest and the largest n that fit.
+
+    As a rule there is one, and its bounds on n are within `8 / k` of each other; a few places can be read in
+    several ways, a damaged code in none.
+    """
+    if k == 0:
+        return []
+    found = []
+    for low in range(63):
+        n_upper = len(code) - (-(-k * low // 8))
+        if n_upper <= 0:
+            break
+        # `encoded_size` solved for n, and the n that `_low_bits` gives so many bits
+        smallest = max(((8 * (n_upper - 1) - k) << low) + 1, k << low)
+        largest = min((8 * n_upper - k) << low, (k << (low + 1)) - 1)
+        if smallest > largest:
+            continue
+        with suppress(ValueError):
+            places = decode(code, k, largest)
+            found.append((places, max(smallest, int(places[-1]) + 1), largest))
+    return found
 
 
 def _pack(numbers: torch.Tensor, bits: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from peft_ext.sparse import (
     EmbeddingOperation,
     LinearOperation,
     decode,
+    decode_alone,
     encode,
     encoded_size,
     index_dtype,
@@ -32,6 +33,24 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 # The code
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 1 << 22), st.integers(1, 300), st.integers(0, 99))
+def test_a_code_can_be_read_without_the_size(n: int, k: int, seed: int) -> None:
+    k = min(k, n)
+    places = random_indices(k, n, generator(seed))
+    ways = decode_alone(encode(places, n), k)
+    right = [bounds for found, *bounds in ways if torch.equal(found.long(), places)]
+    assert any(smallest <= n <= largest for smallest, largest in right)
+    assert all((largest - smallest) * k <= 8 * largest for smallest, largest in right)
+    if k >= 100:
+        assert len(ways) == 1
+
+
+def test_a_damaged_code_cannot_be_read_without_the_size() -> None:
+    code = encode(random_indices(100, 5000, generator()), 5000)
+    assert decode_alone(code.bitwise_not(), 100) == [] and decode_alone(code[:-20], 100) == []
 
 
 @settings(max_examples=150, deadline=None)

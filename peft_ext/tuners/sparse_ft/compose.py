@@ -133,6 +133,11 @@ def overlap(model: nn.Module, first: str, second: str) -> dict[str, Overlap]:
     for name, part in ((first, ours), (second, theirs)):
         if not part:
             raise ValueError(f"There is no sparse adapter named {name!r} on this model.")
+    return overlap_of(ours, theirs)
+
+
+def overlap_of(ours: Mapping[str, Sparse], theirs: Mapping[str, Sparse]) -> dict[str, Overlap]:
+    """The same of the places and values of two adapters, by module."""
     found = {}
     nothing = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
     for module in dict.fromkeys([*ours, *theirs]):
@@ -296,4 +301,4 @@ def decode_lt_sft(part: Mapping[str, Any], shape: Sequence[int]) -> Sparse:
     return indices[order], values.float()[order]
 
 
-__all__ = ["Overlap", "add_weighted_adapter", "combine", "graft", "import_lt_sft", "overlap"]
+__all__ = ["Overlap", "add_weighted_adapter", "combine", "graft", "import_lt_sft", "overlap", "overlap_of"]
