@@ -923,9 +923,15 @@ def resolved_targets(tuner: type[ExtModel], config: ExtConfig, model: nn.Module)
 
 
 def layer_and_type(name: str) -> tuple[int, str]:
-    """The number of the layer that a module is in, -1 if in none, and its name within the layer."""
+    """The number of the layer that a module is in, -1 if in none, and its name within the layer.
+
+    A model may have a second stack of layers; the name then begins with that of the stack, such as `decoder.`.
+    """
     match = re.search(r"(?:^|\.)(\d+)\.", name)
-    return (int(match[1]), name[match.end() :]) if match else (-1, name)
+    if match is None:
+        return -1, name
+    stack = re.search(r"(?:^|\.)(decoder|text_model|vision_model)\.", name[: match.start() + 1])
+    return int(match[1]), (f"{stack[1]}." if stack else "") + name[match.end() :]
 
 
 def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

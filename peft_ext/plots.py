@@ -112,7 +112,8 @@ def _heat_map(axes: Any, values: Mapping[tuple[int, str], float], title: str) ->
     types = list(dict.fromkeys(kind for _, kind in values))
     grid = [[values.get((layer, kind), math.nan) for kind in types] for layer in layers]
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
-    labels = [".".join(kind.split(".")[-2:]) for kind in types]  # outside layers, full names would fill the figure
+    short = [".".join(kind.split(".")[-2:]) for kind in types]  # outside layers, full names would fill the figure
+    labels = [kind if short.count(label) > 1 else label for kind, label in zip(types, short, strict=True)]
     axes.set_xticks(range(len(types)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(layers)), [str(layer) if layer >= 0 else "-" for layer in layers])
     axes.set(ylabel="layer", title=title)

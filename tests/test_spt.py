@@ -15,6 +15,7 @@ from torch import nn
 
 import peft_ext
 from peft_ext import SPTConfig
+from peft_ext.base import layer_and_type
 from peft_ext.calibrate import ExactScores, Scores
 from peft_ext.tuners.spt import allocate
 from peft_ext.tuners.spt.allocation import Prices
@@ -280,3 +281,13 @@ def test_the_allocation_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[s
     figure.savefig(tmp_path / "allocation.png")
     with pytest.raises(ValueError, match="no SPT adapter named 'other'"):
         plots.spt_allocation(model, "other")
+
+
+def test_layers_of_two_stacks_are_told_apart() -> None:
+    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
+    assert [layer_and_type(name) for name in names] == [
+        (0, "layer.0.SelfAttention.q"),
+        (0, "decoder.layer.0.SelfAttention.q"),
+    ]
+    assert layer_and_type("bert.encoder.layer.3.attention.self.query") == (3, "attention.self.query")
+    assert layer_and_type("shared") == (-1, "shared")
