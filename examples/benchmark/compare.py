@@ -267,6 +267,8 @@ def write_table(file: Path, rows: Sequence[dict[str, Any]]) -> None:
             for row in rows
             if (row["task"] in tasks or tasks == ["*"]) and (row["method"] in methods or methods == ["*"])
         ]
+        if "*" not in tasks + methods:  # in the order in which the marker names them
+            own.sort(key=lambda row: (tasks.index(row["task"]), methods.index(row["method"]), -row["budget"]))
         return f"{match[1]}\n{table(own)}\n{match[3]}"
 
     pattern = r"(<!-- compare:(\S+) -->)\n.*?(<!-- /compare -->)"

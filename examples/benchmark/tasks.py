@@ -145,7 +145,9 @@ def splits(task: Task, limits: Limits, folder: Path) -> dict[str, Dataset]:
             data[name] = data["train"].select(range(rows - held, rows))
             data["train"] = data["train"].select(range(rows - held))
     sizes = {"train": limits.train, "validation": limits.held_out, "test": 2 * limits.held_out}
-    return {name: rows.select(range(min(sizes[name] or len(rows), len(rows)))) for name, rows in data.items()}
+    return {
+        name: data[name].select(range(min(size or len(data[name]), len(data[name])))) for name, size in sizes.items()
+    }
 
 
 @dataclass(frozen=True)

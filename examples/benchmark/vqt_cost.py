@@ -1,6 +1,7 @@
 """What VQT costs against a linear probe and LoRA: bytes kept for the backward, time of a step, time of a cached epoch.
 
     OMP_NUM_THREADS=1 python examples/benchmark/vqt_cost.py --output examples/benchmark/results/vqt_cost.json
+    python examples/benchmark/vqt_cost.py --write README.md         # the table of the results, between its markers
 
 The model is a random ViT of 6 layers and width 384 on 8 images of 224 px (`--size base`: ViT-B/16). Times are of the
 CPU and not of the clock, so that with one thread a busy machine counts little; methods take turns, and a ratio is the
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -75,13 +77,45 @@ def methods(base: nn.Module) -> dict[str, nn.Module]:
     return {name: model.train() for name, model in found.items()}
 
 
+def table(results: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    settings = results["settings"]
+    shape = {"small": "ViT, 6 layers of width 384", "base": "ViT-B/16"}[settings["size"]]
+    images = f"{settings['batch']} images of 224 x 224"
+    lines = [
+        f"{shape}, {images}, {settings['threads']} thread; CPU time, median of {settings['rounds']} rounds.",
+        "",
+        "| method, with its queries | saved for backward, MiB | in LoRA's | step in the probe's | in LoRA's |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in results["rows"]:
+        share = row["of LoRA's"]
+        kept = ["", ""] if share is None else [f"{row['MiB kept']:.1f}", f"{share:.3f}"]
+        times = [f"{row[key]:.2f}" for key in ("of the probe's", "of LoRA's time")]
+        lines.append(f"| {' | '.join([row['method'], *kept, *times])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=list(SIZES))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="put the table of the results there; measure nothing"
+    )
     args = parser.parse_args()
+    if args.write:
+        found = table(json.loads((Path(__file__).parent / "results" / "vqt_cost.json").read_text()))
+        pattern = r"(<!-- vqt-cost -->)\n.*?(<!-- /vqt-cost -->)"
+        text, count = re.subn(
+            pattern, lambda match: f"{match[1]}\n{found}\n{match[2]}", args.write.read_text(), flags=re.DOTALL
+        )
+        if not count:
+            parser.error(f"{args.write} has no line `<!-- vqt-cost -->` followed by `<!-- /vqt-cost -->`")
+        args.write.write_text(text)
+        return
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
