@@ -518,6 +518,7 @@ def card_info(
     default_data: str = "",
     metric: str = "accuracy",
     split: str = "test",
+    labels: str | None = None,
     **fields: Any,
 ) -> CardInfo:
     """What all examples tell alike in their cards: base model, data, licences, hyper-parameters and the score.
@@ -531,6 +532,7 @@ def card_info(
         default_data: Key of `DATA`, where there is no flag `dataset`.
         metric: What `score` is.
         split: Name of the split.
+        labels: What is told apart, where it is not what the data are labelled with.
         fields: Other fields of the card; `training` and `limits` are added to.
     """
     from peft_ext.cards import CardInfo
@@ -561,7 +563,7 @@ def card_info(
                 EvalResult(
                     task_type=task,
                     dataset_type=data_name,
-                    dataset_name=source.text,
+                    dataset_name=source.text if labels is None else f"{source.text}; {labels}",
                     dataset_split=split,
                     metric_type=metric,
                     metric_value=score,
@@ -619,7 +621,7 @@ def write_results(directory: Path, args: argparse.Namespace, info: CardInfo, **m
     if adapter.is_file():
         results["adapter"] = {
             "trainable_parameters": info.trainable_parameters,
-            "stored_parameters": sum(tensor.numel() for tensor in load_file(adapter).values()),
+            "stored_parameters": sum(t.numel() for t in load_file(adapter).values() if t.is_floating_point()),
             "bytes": adapter.stat().st_size,
         }
     (directory / "results.json").write_text(json.dumps(results, indent=1) + "\n")

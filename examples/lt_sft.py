@@ -35,7 +35,7 @@ import peft_ext
 from peft_ext import SparseFTConfig
 
 
-TASKS = {"sentiment": "the labels of the data", "length": "is a text longer than the median of the training texts?"}
+LABELS = {"sentiment": None, "length": "longer than the median of the training texts or not"}
 COMPOSED = "sentiment-without-length"
 SETTINGS = ("density", "dense_learning_rate", "sparse_learning_rate", "epochs", "l1", "max_length", "seed")
 
@@ -104,7 +104,7 @@ def main() -> None:
             scores[task],
             SETTINGS,
             title=f"{args.model} on {args.dataset}, LT-SFT, {task}",
-            training={"task": TASKS[task]},
+            labels=LABELS[task],
             trainable_parameters=sparse.get_nb_trainable_parameters()[0],
         )
         write_card(adapters[-1], args, info)

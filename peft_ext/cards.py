@@ -446,7 +446,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors in a safetensors file, from its header alone."""
+    """Shapes of the parameters in a safetensors file, from its header alone; indices and masks are none."""
     if not path.is_file():
         return {}
     with path.open("rb") as file:
@@ -454,7 +454,8 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
         if not 0 < length < path.stat().st_size:  # not a safetensors file, for example a git LFS pointer
             return {}
         header = json.loads(file.read(length))
-    return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+    header.pop("__metadata__", None)
+    return {name: tensor["shape"] for name, tensor in header.items() if tensor["dtype"].startswith(("F", "BF"))}
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> str:
