@@ -650,7 +650,7 @@ def rivals_above(runs: Sequence[Run], method: str) -> list[str]:
     """Says with which of the other methods the accuracy was higher, if there are any."""
     scores = {row["Method"]: row["Accuracy"] for row in method_rows(runs)}
     above = [name for name, score in scores.items() if score > scores[method]]
-    return [f"Higher accuracy in the same comparison: {', '.join(above)}."] if above else []
+    return [f"Higher accuracy in the same comparison: {'; '.join(above)}."] if above else []
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python examples/model_cards.py quickstart --again
 
 A card comes with `results.json`, which the example writes: all its numbers, the command, the machine, the versions.
-Weights are not kept. Of examples that save more than one thing each has its card.
+Weights are not kept. Where an example saves more than one thing, each has its card.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ PLAN: dict[str, tuple[str, dict[str, str]]] = {
             "prune_image_classification": "prune_image_classification/pruned",
         },
     ),
+    "sft": ("--max-steps 24 --batch-size 4 --max-length 64 --held-out 32 --samples 2", {"sft": "sft/adapter"}),
     "sparse_sft": (
         "--max-steps 24 --batch-size 4 --max-length 64 --held-out 32",
         {"sparse_sft": "sparse_sft/adapter"},

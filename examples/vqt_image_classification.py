@@ -355,13 +355,17 @@ def main() -> None:
                 {"train": train, "test": test},
                 "image-classification",
                 saved.accuracy,
-                ["queries", "epochs"],
+                ["queries", "epochs", "adapter_epochs"],
                 default_data=name if train_file else "digits",
                 title=f"ViT on {name}, VQT",
-                training={"learning rate, dropout": comparison.chosen, "seed": saved.seed},
+                training=dict(zip(("learning rate", "dropout"), comparison.chosen, strict=True))
+                | {"seed": saved.seed},
                 comparison=method_rows(cells),
                 trainable_parameters=saved.trainable,
-                limits=rivals_above(cells, saved.method),
+                limits=[
+                    *rivals_above(cells, saved.method),
+                    "The learning rates of LoRA and SSF were not chosen here.",
+                ],
             )
             write_card(adapter, args, info, runs=[asdict(run) for run in cells])
         runs += comparison.runs
