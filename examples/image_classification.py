@@ -12,6 +12,7 @@ is then adapted to the digits 5 to 9.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,19 @@ from common import (
     accuracy,
     add_data_arguments,
     cache_directory,
+    card_info,
     check_round_trip,
     console,
     freeze_all_but,
     label_names,
     load_data,
+    method_rows,
     print_runs,
     progress_bar,
     quiet,
+    rivals_above,
     train,
+    write_card,
 )
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from peft import LoraConfig, get_peft_model
@@ -50,6 +55,7 @@ from peft_ext import SSFConfig
 
 
 METHODS = ("linear probe", "SSF", "LoRA r=8")
+BATCH_SIZE = 32
 
 
 def adapt(model: PreTrainedModel, method: str) -> nn.Module:
@@ -124,7 +130,7 @@ def make_trainer(model: nn.Module, data: Dataset, learning_rate: float, epochs: 
             output_dir="runs/image_classification/trainer",
             learning_rate=learning_rate,
             num_train_epochs=epochs,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=BATCH_SIZE,
             per_device_eval_batch_size=128,
             warmup_steps=0.1,
             lr_scheduler_type="cosine",
@@ -167,7 +173,7 @@ def main() -> None:
     inputs = with_pixels(data, processor)
 
     runs: list[Run] = []
-    steps = -(-len(data["train"]) // 32) * args.epochs
+    steps = -(-len(data["train"]) // BATCH_SIZE) * args.epochs
     with progress_bar(len(METHODS) * args.seeds * steps) as bar:
         for seed in range(args.seeds):
             for method in METHODS:
@@ -184,6 +190,21 @@ def main() -> None:
     directory = args.output_dir / "SSF"
     trip = check_round_trip(ssf, batch, directory, base, "AutoModelForImageClassification", head)
     trip.report(directory)
+    last = [run for run in runs if run.method == "SSF"][-1]  # the one that is saved
+    info = card_info(
+        args,
+        data,
+        "image-classification",
+        last.accuracy,
+        ["epochs"],
+        title=f"ViT on {args.dataset}, SSF",
+        split=args.split,
+        training={"learning rate": last.learning_rate, "batch size": BATCH_SIZE, "seed": last.seed},
+        comparison=method_rows(runs),
+        trainable_parameters=last.trainable_with_head,
+        limits=rivals_above(runs, "SSF"),
+    )
+    write_card(directory / "adapter", args, info, runs=[asdict(run) for run in runs])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import accuracy, add_data_arguments, console, label_names, load_data, quiet, resolve_model
+from common import (
+    accuracy,
+    add_data_arguments,
+    card_info,
+    console,
+    label_names,
+    load_data,
+    quiet,
+    resolve_model,
+    write_card,
+)
 from datasets import DatasetDict
 from peft import PeftModel
 from torch import nn
@@ -23,6 +33,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import peft_ext
 from peft_ext import SparseFTConfig
+
+
+LABELS = {"sentiment": None, "length": "longer than the median of the training texts or not"}
+COMPOSED = "sentiment-without-length"
+SETTINGS = ("density", "dense_learning_rate", "sparse_learning_rate", "epochs", "l1", "max_length", "seed")
 
 
 def main() -> None:
@@ -50,8 +65,9 @@ def main() -> None:
 
     middle = sorted(len(text) for text in sentiment["train"]["text"])[len(sentiment["train"]) // 2]
     long_or_short = sentiment.map(lambda row: {"label": int(len(row["text"]) > middle)})
-    adapters = []
-    for task, data in (("sentiment", tokenized(sentiment)), ("length", tokenized(long_or_short))):
+    splits = {"sentiment": tokenized(sentiment), "length": tokenized(long_or_short)}
+    adapters, scores = [], {}
+    for task, data in splits.items():
         set_seed(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(base, **labels)
 
@@ -77,10 +93,21 @@ def main() -> None:
 
         config = SparseFTConfig(selection="lt-sft", density=args.density, task_type="SEQ_CLS")
         sparse = peft_ext.lt_sft(model, config, make_trainer, l1=args.l1)
-        score = make_trainer(sparse).evaluate()["eval_accuracy"]
-        console.print(f"{task}: accuracy {score:.3f} with {args.density:.1%} of the weights")
+        scores[task] = make_trainer(sparse).evaluate()["eval_accuracy"]
+        console.print(f"{task}: accuracy {scores[task]:.3f} with {args.density:.1%} of the weights")
         sparse.save_pretrained(args.output_dir / task)
         adapters.append(args.output_dir / task)
+        info = card_info(
+            args,
+            data,
+            "text-classification",
+            scores[task],
+            SETTINGS,
+            title=f"{args.model} on {args.dataset}, LT-SFT, {task}",
+            labels=LABELS[task],
+            trainable_parameters=sparse.get_nb_trainable_parameters()[0],
+        )
+        write_card(adapters[-1], args, info)
 
     model = AutoModelForSequenceClassification.from_pretrained(base, **labels)
     model = PeftModel.from_pretrained(model, adapters[0], adapter_name="sentiment")
@@ -90,9 +117,33 @@ def main() -> None:
         f"The two share {found.shared:,} of {found.first:,} weights (Jaccard {found.jaccard:.3f}); "
         f"{found.same_sign / max(1, found.shared):.0%} of these move in the same direction."
     )
-    model.add_weighted_adapter(["sentiment", "length"], [1.0, -0.5], "sentiment-without-length")
-    model.save_pretrained(args.output_dir / "composed", selected_adapters=["sentiment-without-length"])
-    console.print(f"Their weighted difference is saved in {args.output_dir / 'composed'}")
+    model.add_weighted_adapter(["sentiment", "length"], [1.0, -0.5], COMPOSED)
+    heads = model.get_base_model().classifier.modules_to_save  # only the sparse weights are added up
+    heads[COMPOSED].load_state_dict(heads["sentiment"].state_dict())
+    model.set_adapter(COMPOSED)
+    score = make_trainer(model, "composed", splits["sentiment"]).evaluate()["eval_accuracy"]
+    model.save_pretrained(args.output_dir / "composed", selected_adapters=[COMPOSED])
+    console.print(f"Their weighted difference has {score:.3f}; it is saved in {args.output_dir / 'composed'}")
+    info = card_info(
+        args,
+        sentiment,
+        "text-classification",
+        score,
+        SETTINGS,
+        title=f"{args.model} on {args.dataset}, LT-SFT, {COMPOSED}",
+        training={
+            "composed of": "sentiment, times 1, and length, times -0.5; the head is that of sentiment",
+            "weights of sentiment": found.first,
+            "also in length": found.shared,
+            "of these, with the same sign": found.same_sign,
+        },
+        comparison=[
+            {"Adapter": "sentiment", "Accuracy on sentiment": scores["sentiment"]},
+            {"Adapter": COMPOSED, "Accuracy on sentiment": score},
+        ],
+        limits=["It shows that adapters add up; nothing was tuned for it to be better than its parts."],
+    )
+    write_card(args.output_dir / "composed" / COMPOSED, args, info)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_data_arguments, console, label_names, load_data, logits_of, quiet
+from common import (
+    add_data_arguments,
+    card_info,
+    console,
+    label_names,
+    load_data,
+    logits_of,
+    quiet,
+    size_rows,
+    write_card,
+    write_results,
+)
 from image_classification import digits, make_trainer, pretrained_on_digits, with_pixels
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
@@ -59,11 +70,21 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output_dir / "adapter")
     kept_channels(model).savefig(args.output_dir / "kept.png")
+    info = card_info(
+        args,
+        data,
+        "image-classification",
+        score,
+        ["target_sparsity", "uniform", "epochs", "learning_rate", "seed"],
+        title=f"ViT on {args.dataset}, pruned with LoRA",
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+    )
+    write_card(args.output_dir / "adapter", args, info)
     batch: dict[str, torch.Tensor] = {"pixel_values": inputs["test"][:32]["pixel_values"]}
     masked = logits_of(model, batch)
     pruned: Any = peft_ext.prune_and_unload(model, uniform=args.uniform).eval()
     console.print(f"Cut out, the logits differ by {(logits_of(pruned, batch) - masked).abs().max():.1e}")
-    peft_ext.save_pruned(pruned, args.output_dir / "pruned")
+    peft_ext.save_pruned(pruned, args.output_dir / "pruned", info)
     if args.uniform:  # nothing needs to be installed, and no code is loaded
         loaded = AutoModelForImageClassification.from_pretrained(args.output_dir / "pruned").eval()
     else:
@@ -71,6 +92,7 @@ def main() -> None:
     console.print(f"Saved and loaded, by {(logits_of(loaded, batch) - logits_of(pruned, batch)).abs().max():.1e}")
     measured = report(dense, loaded, batch)
     (args.output_dir / "report.json").write_text(json.dumps({"accuracy": score, **measured}, indent=1) + "\n")
+    write_results(args.output_dir / "pruned", args, info, report=measured, sizes=size_rows(pruned))
     console.print(markdown(measured))
     console.print(f"In {args.output_dir}: adapter, pruned model, report.json, kept.png")
 

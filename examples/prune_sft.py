@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import console, logits_of, quiet, resolve_model
+from common import card_info, console, logits_of, quiet, resolve_model, size_rows, write_card, write_results
 from sparse_sft import load_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -79,12 +79,28 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output_dir / "adapter")
     kept_channels(model).savefig(args.output_dir / "kept.png")
+    info = card_info(
+        args,
+        split,
+        "text-generation",
+        after,
+        ["target_sparsity", "learning_rate", "batch_size", "max_steps", "max_length", "seed"],
+        default_data="chatterbot",
+        metric="loss",
+        title=f"{args.model} on questions and answers, pruned with LoRA",
+        comparison=[
+            {"Model": "base", "Held-out loss": before},
+            {"Model": "mask-pruning LoRA", "Held-out loss": after},
+        ],
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+    )
+    write_card(args.output_dir / "adapter", args, info)
     texts = [tokenizer.apply_chat_template(prompt, tokenize=False) for prompt in split["test"][:4]["prompt"]]
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
     masked = logits_of(model, batch)
     pruned: Any = peft_ext.prune_and_unload(model).eval()
     console.print(f"Cut out, the logits differ by {(logits_of(pruned, batch) - masked).abs().max():.1e}")
-    peft_ext.save_pruned(pruned, args.output_dir / "pruned")
+    peft_ext.save_pruned(pruned, args.output_dir / "pruned", info)
     tokenizer.save_pretrained(args.output_dir / "pruned")
     loaded = peft_ext.load_pruned(args.output_dir / "pruned").eval()
     console.print(f"Saved and loaded, by {(logits_of(loaded, batch) - logits_of(pruned, batch)).abs().max():.1e}")
@@ -97,6 +113,7 @@ def main() -> None:
     measured = report(dense, loaded, batch, batch_sizes=(1, 8), lengths=(64,))
     losses = {"before": before, "after": after}
     (args.output_dir / "report.json").write_text(json.dumps({"held_out_loss": losses, **measured}, indent=1) + "\n")
+    write_results(args.output_dir / "pruned", args, info, report=measured, sizes=size_rows(pruned))
     console.print(markdown(measured))
     console.print(f"In {args.output_dir}: adapter, pruned model, report.json, kept.png")
 

@@ -10,11 +10,30 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from common import accuracy, add_data_arguments, console, label_names, load_data, logits_of, quiet, resolve_model
+from common import (
+    Run,
+    accuracy,
+    add_data_arguments,
+    card_info,
+    console,
+    count_trainable,
+    label_names,
+    load_data,
+    logits_of,
+    method_rows,
+    quiet,
+    resolve_model,
+    rivals_above,
+    size_rows,
+    write_card,
+    write_results,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -82,33 +101,49 @@ def main() -> None:
             target_sparsity=args.target_sparsity, round_to=args.round_to, task_type="SEQ_CLS"
         ),
     }
-    scores: dict[str, list[float]] = {name: [] for name in configs}
+    runs: list[Run] = []
     models: dict[str, Any] = {}
     for seed in range(args.seeds):
         for name, config in configs.items():
             set_seed(seed)
             model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base, **head), config())
             trainer = make_trainer(model, args, tokenizer, inputs["train"], seed)
-            trainer.train()
-            scores[name].append(trainer.evaluate(inputs["test"])["eval_accuracy"])
-            console.print(f"{name}, seed {seed}: test accuracy {scores[name][-1]:.3f}")
+            seconds = trainer.train().metrics["train_runtime"]
+            score = trainer.evaluate(inputs["test"])["eval_accuracy"]
+            runs.append(Run(name, seed, args.learning_rate, score, seconds, *count_trainable(model)))
+            console.print(f"{name}, seed {seed}: test accuracy {score:.3f}")
             models[name] = model.eval()
 
     model = models["mask-pruning LoRA"]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output_dir / "adapter")
     kept_channels(model).savefig(args.output_dir / "kept.png")
+    info = card_info(
+        args,
+        data,
+        "text-classification",
+        runs[-1].accuracy,
+        ["target_sparsity", "round_to", "learning_rate", "epochs", "batch_size", "max_length"],
+        title=f"{args.model} on {args.dataset}, pruned with LoRA",
+        training={"seed": runs[-1].seed},
+        comparison=method_rows(runs),
+        trainable_parameters=runs[-1].trainable_with_head,
+        limits=rivals_above(runs, "mask-pruning LoRA"),
+    )
+    write_card(args.output_dir / "adapter", args, info, runs=[asdict(run) for run in runs])
     masked = logits_of(model, batch)
     pruned: Any = peft_ext.prune_and_unload(model).eval()
     console.print(f"Cut out, the logits differ by {(logits_of(pruned, batch) - masked).abs().max():.1e}")
-    peft_ext.save_pruned(pruned, args.output_dir / "pruned")
+    peft_ext.save_pruned(pruned, args.output_dir / "pruned", info)
     loaded = peft_ext.load_pruned(args.output_dir / "pruned").eval()
     console.print(f"Saved and loaded, by {(logits_of(loaded, batch) - logits_of(pruned, batch)).abs().max():.1e}")
 
     full = models["LoRA"].merge_and_unload().eval()
-    means = {name: sum(values) / len(values) for name, values in scores.items()}
-    measured = report(full, loaded, batch, metrics={"Test accuracy": (means["LoRA"], means["mask-pruning LoRA"])})
+    scores = {name: [run.accuracy for run in runs if run.method == name] for name in configs}
+    measured = report(full, loaded, batch, metrics={"Test accuracy": tuple(map(mean, scores.values()))})
     (args.output_dir / "report.json").write_text(json.dumps({"scores": scores, **measured}, indent=1) + "\n")
+    rows = {"runs": [asdict(run) for run in runs], "sizes": size_rows(pruned)}
+    write_results(args.output_dir / "pruned", args, info, report=measured, **rows)
     console.print(markdown(measured))
     console.print(f"In {args.output_dir}: adapter, pruned model, report.json, kept.png")
 

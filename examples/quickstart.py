@@ -19,15 +19,19 @@ from common import (
     Run,
     accuracy,
     add_data_arguments,
+    card_info,
     check_round_trip,
     freeze_all_but,
     label_names,
     load_data,
+    method_rows,
     print_runs,
     progress_bar,
     quiet,
     resolve_model,
+    rivals_above,
     train,
+    write_card,
     write_runs,
 )
 from datasets import Dataset
@@ -160,6 +164,20 @@ def main() -> None:
         directory = args.output_dir / "SSF"
         trip = check_round_trip(ssf, batch, directory, base, "AutoModelForSequenceClassification", labels)
         trip.report(directory)
+        last = next(run for run in reversed(runs) if run.method == "SSF")  # the one that is saved
+        info = card_info(
+            args,
+            data,
+            "text-classification",
+            last.accuracy,
+            ["epochs", "batch_size", "max_length"],
+            title=f"{args.model} on {args.dataset}, SSF",
+            training={"learning rate": last.learning_rate, "seed": last.seed},
+            comparison=method_rows(runs),
+            trainable_parameters=last.trainable_with_head,
+            limits=rivals_above(runs, "SSF"),
+        )
+        write_card(directory / "adapter", args, info, runs=[asdict(run) for run in runs])
     if args.json:
         result = {"runs": [asdict(run) for run in runs], "round_trip": trip and asdict(trip)}
         args.json.write_text(json.dumps(result, indent=1))

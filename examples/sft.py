@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import check_round_trip, console, question_answers, quiet, resolve_model
+from common import card_info, check_round_trip, console, question_answers, quiet, resolve_model, write_card
 from datasets import Dataset, load_dataset
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
@@ -153,6 +153,20 @@ def main() -> None:
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
     trip = check_round_trip(trainer.model, batch, args.output_dir, base, "AutoModelForCausalLM", {"dtype": args.dtype})
     trip.report(args.output_dir)
+    info = card_info(
+        args,
+        {"train": train, "held-out": held_out},
+        "text-generation",
+        loss_after,
+        ["learning_rate", "batch_size", "max_steps", "max_length", "seed"],
+        default_data="chatterbot",
+        metric="loss",
+        split="held-out",
+        title=f"{args.model} on {args.dataset}, SSF",
+        comparison=[{"Model": "base", "Held-out loss": loss_before}, {"Model": "SSF", "Held-out loss": loss_after}],
+        trainable_parameters=trainer.model.get_nb_trainable_parameters()[0],
+    )
+    write_card(args.output_dir / "adapter", args, info)
 
 
 if __name__ == "__main__":

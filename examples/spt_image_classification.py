@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import add_data_arguments, check_round_trip, console, label_names, load_data, quiet
+from common import add_data_arguments, card_info, check_round_trip, console, label_names, load_data, quiet, write_card
 from image_classification import digits, make_trainer, pretrained_on_digits, with_pixels
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
@@ -55,16 +55,27 @@ def main() -> None:
 
     trainer = make_trainer(model, inputs["train"], args.learning_rate, args.epochs, args.seed)
     trainer.train()
-    console.print(f"Test accuracy: {trainer.evaluate(inputs['test'])['eval_accuracy']:.3f}")
+    score = trainer.evaluate(inputs["test"])["eval_accuracy"]
+    console.print(f"Test accuracy: {score:.3f}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figure = args.output_dir / "allocation.png"
     spt_allocation(model).savefig(figure)
     console.print(f"Where the budget went: {figure}")
+    model.save_pretrained(args.output_dir / "adapter")
+    info = card_info(
+        args,
+        data,
+        "image-classification",
+        score,
+        ["budget", "structured", "batches", "epochs", "learning_rate", "seed"],
+        title=f"ViT on {args.dataset}, SPT",
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+    )
+    write_card(args.output_dir / "adapter", args, info)
     if args.structured == "adapter":  # which does not merge
-        model.save_pretrained(args.output_dir / "adapter")
         return
     batch = {"pixel_values": inputs["test"][:64]["pixel_values"]}
-    trip = check_round_trip(model, batch, args.output_dir, base, "AutoModelForImageClassification", head)
+    trip = check_round_trip(model, batch, args.output_dir, base, "AutoModelForImageClassification", head, save=False)
     trip.report(args.output_dir)
 
 

@@ -15,6 +15,7 @@ import torch
 from common import (
     accuracy,
     add_data_arguments,
+    card_info,
     check_round_trip,
     console,
     count_trainable,
@@ -22,8 +23,8 @@ from common import (
     load_data,
     quiet,
     resolve_model,
+    write_card,
 )
-from huggingface_hub import EvalResult
 from peft import get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -34,7 +35,7 @@ from transformers import (
 )
 
 from peft_ext import SSFConfig
-from peft_ext.cards import CardInfo, push_card
+from peft_ext.cards import push_card
 
 
 def main() -> None:
@@ -106,12 +107,18 @@ def main() -> None:
     batch = dict(tokenizer(data["test"][:64]["text"], padding=True, return_tensors="pt", **options))
     trip = check_round_trip(model, batch, args.output_dir, base, "AutoModelForSequenceClassification", labels)
     trip.report(args.output_dir)
+    info = card_info(
+        args,
+        data,
+        "text-classification",
+        test_accuracy,
+        ["learning_rate", "epochs", "batch_size", "max_length", "seed"],
+        title=f"{args.model} on {args.dataset}, SSF",
+        trainable_parameters=with_head,
+    )
+    write_card(args.output_dir / "adapter", args, info)
     if args.push_to_hub:
         trainer.push_to_hub()
-        info = CardInfo()
-        if not args.train_file and args.dataset != "movie-reviews":
-            result = EvalResult("text-classification", args.dataset, args.dataset, "accuracy", test_accuracy)
-            info = CardInfo(datasets=[args.dataset], results=[result])
         push_card(args.push_to_hub, info)  # last: it merges with the card that Trainer wrote
 
 

@@ -12,6 +12,7 @@ needs no network: it takes the small ViT and the image sets of ../shared/data if
 trained on scikit-learn's digits 0 to 4 and adapted to 5 to 9.
 
     python examples/vqt_image_classification.py
+    python examples/vqt_image_classification.py --model digits  # wherever it is
     python examples/vqt_image_classification.py --model google/vit-base-patch16-224-in21k \
         --train-file train.parquet --test-file test.parquet
 """
@@ -32,6 +33,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from common import Run as CardRun
+from common import card_info, method_rows, rivals_above, write_card
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -281,7 +284,7 @@ def table(runs: list[Run]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="an image classifier on the Hub or on disk")
+    parser.add_argument("--model", help="digits, or an image classifier on the Hub or on disk")
     parser.add_argument("--train-file", help="parquet with columns image and label")
     parser.add_argument("--test-file")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), help="sets of ../shared/data")
@@ -297,16 +300,17 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    if args.model:
+    if args.model and args.model != "digits":
         files = {Path(args.train_file).stem: (args.train_file, args.test_file)} if args.train_file else None
         base = args.model
-    elif (SHARED / "models").is_dir():
+    elif args.model is None and (SHARED / "models").is_dir():
         base = str(SHARED / "models" / "vit-tiny-imagenet32")
         files = {name: tuple(str(SHARED / "vision" / f"{file}.parquet") for file in SETS[name]) for name in args.sets}
     else:
         from image_classification import pretrained_on_digits
 
         base, files = pretrained_on_digits(), None
+    args.model = args.model or (base if files else "digits")
     processor = AutoImageProcessor.from_pretrained(base, use_fast=False)
     runs: list[Run] = []
     shares: dict[str, Any] = {}
@@ -334,10 +338,36 @@ def main() -> None:
             plot_layers(model).savefig(args.output.with_name(f"layers-{name}.png"), dpi=120)
             figure = plot_attention(model, pixel_values=test.pixels[:1])
             figure.savefig(args.output.with_name(f"attention-{name}.png"), dpi=120)
+            adapter = args.output.with_name(f"adapter-{name}".replace(" ", "-"))
+            model.save_pretrained(adapter)
+            saved = comparison.runs[-1]
         for method in adapters:
             comparison.adapter(method)
             if "on-top" in args.methods:
                 comparison.vqt(args.queries, below=method)
+        if "vqt" in args.methods:
+            cells = [
+                CardRun(r.method, r.seed, r.learning_rate, r.accuracy, r.seconds, r.trainable - r.head, r.trainable)
+                for r in comparison.runs
+            ]
+            info = card_info(
+                args,
+                {"train": train, "test": test},
+                "image-classification",
+                saved.accuracy,
+                ["queries", "epochs", "adapter_epochs"],
+                default_data=name if train_file else "digits",
+                title=f"ViT on {name}, VQT",
+                training=dict(zip(("learning rate", "dropout"), comparison.chosen, strict=True))
+                | {"seed": saved.seed},
+                comparison=method_rows(cells),
+                trainable_parameters=saved.trainable,
+                limits=[
+                    *rivals_above(cells, saved.method),
+                    "The learning rates of LoRA and SSF were not chosen here.",
+                ],
+            )
+            write_card(adapter, args, info, runs=[asdict(run) for run in cells])
         runs += comparison.runs
         shares[name] = comparison.shares
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -288,8 +288,8 @@ def _fill(card: ModelCard, saved: _Saved, info: CardInfo, usage_only: bool = Fal
     known = re.search(r"<!-- peft_ext:usage repo=(\S*) base=(\S*) -->", card.text)  # by an earlier call
     known_repo, known_base = known.groups() if known else ("", "")
     # The Hub refuses a card whose base model is a local path, which is what PEFT writes for one.
-    named = _hub_ids(_as_list(data.base_model))
-    configured = _hub_ids([saved.config.get("base_model_name_or_path"), known_base])
+    named = hub_ids(_as_list(data.base_model))
+    configured = hub_ids([saved.config.get("base_model_name_or_path"), known_base])
     bases = [info.base_model] if info.base_model else named or configured[:1]
     info = replace(info, repo_id=info.repo_id or known_repo, base_model=bases[0] if bases else None)
     stand_in = f"{method.name} {'adapter' if info.relation == 'adapter' else 'model'}"
@@ -313,7 +313,7 @@ def _fill_metadata(
     data.base_model = bases[0] if len(bases) == 1 else bases or None
     data["base_model_relation"] = info.relation if bases else None
     prefix = "base_model:adapter:"  # PEFT writes this tag, too, with a local path
-    kept = [tag for tag in data.tags or [] if not tag.startswith(prefix) or _hub_ids([tag.removeprefix(prefix)])]
+    kept = [tag for tag in data.tags or [] if not tag.startswith(prefix) or hub_ids([tag.removeprefix(prefix)])]
     data.tags = _union(kept, [method.name.lower(), "peft-ext"])
     base_class = saved.base_class(info) or ""
     derived = next((tag for end, tag in PIPELINE_TAGS.items() if base_class.endswith(end)), None)
@@ -430,7 +430,7 @@ def _without_template(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "".join(kept))
 
 
-def _hub_ids(names: Iterable[Any]) -> list[str]:
+def hub_ids(names: Iterable[Any]) -> list[str]:
     """Those of `names` that can be ids of models on the Hub, and are no directories here."""
     ids = []
     for name in names:
@@ -446,7 +446,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors in a safetensors file, from its header alone."""
+    """Shapes of the parameters in a safetensors file, from its header alone; indices and masks are none."""
     if not path.is_file():
         return {}
     with path.open("rb") as file:
@@ -454,7 +454,8 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
         if not 0 < length < path.stat().st_size:  # not a safetensors file, for example a git LFS pointer
             return {}
         header = json.loads(file.read(length))
-    return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+    header.pop("__metadata__", None)
+    return {name: tensor["shape"] for name, tensor in header.items() if tensor["dtype"].startswith(("F", "BF"))}
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> str:

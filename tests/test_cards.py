@@ -15,9 +15,10 @@ from hub_server import card_errors
 from huggingface_hub import EvalResult, ModelCard
 from models import MLP, inputs, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from peft_ext import SSFConfig
+from peft_ext import SparseFTConfig, SSFConfig
 from peft_ext.cards import METHODS, CardInfo, add_usage, model_card, update_card
 
 
@@ -360,6 +361,15 @@ def test_merged_model(tmp_path: Path) -> None:
 def test_method_of_another_package(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="LORA is not a method of peft_ext"):
         update_card(save_config(tmp_path, peft_type="LORA"))
+
+
+def test_indices_are_no_parameters(tmp_path: Path) -> None:
+    config = SparseFTConfig(num_tunable_weights=100, task_type="SEQ_CLS", selection="random", modules_to_save=[])
+    _, folder = saved_adapter(tmp_path, config)
+    stored = load_file(folder / "adapter_model.safetensors").values()
+    floats = sum(tensor.numel() for tensor in stored if tensor.is_floating_point())
+    assert floats < sum(tensor.numel() for tensor in stored)
+    assert f"\n{floats:,} stored parameters;" in model_card(folder).text
 
 
 def test_cells_of_tables_stay_in_their_cell(tmp_path: Path) -> None:

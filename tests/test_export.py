@@ -622,6 +622,14 @@ def test_the_card_says_what_was_cut_and_how_to_load_it(tmp_path: Path) -> None:
         assert torch.equal(outputs("bert", names["model"].eval()), outputs("bert", model))
 
 
+def test_the_card_names_no_directory_as_base_model(tmp_path: Path) -> None:
+    model = cut_model("bert", "layers")
+    model.config._name_or_path = str(tmp_path)
+    save_pruned(model, tmp_path / "pruned")
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "base_model" not in card and str(tmp_path) not in card
+
+
 def test_the_card_shows_the_auto_class_of_the_task(tmp_path: Path) -> None:
     save_pruned(cut_model("bart", "layers"), tmp_path)
     assert "from transformers import AutoModelForSeq2SeqLM\n" in (tmp_path / "README.md").read_text()

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..cards import CardInfo, update_card
+from ..cards import CardInfo, hub_ids, update_card
 from ..tuners.mask_pruning import Group, find_groups
 from . import modeling_pruned
 from .modeling_pruned import Pruned, explained, pruned_class
@@ -381,11 +381,12 @@ def _refuse_other_code(code: str, where: Any) -> None:
 
 
 def _card_info(model: PreTrainedModel, info: CardInfo) -> CardInfo:
+    bases = hub_ids([model.config.name_or_path])  # a directory would tell about a machine, and the Hub refuses it
     return dataclasses.replace(
         info,
         method=info.method or "MASK_PRUNING",
         relation="finetune",
-        base_model=info.base_model or model.config.name_or_path or None,
+        base_model=info.base_model or next(iter(bases), None),
         base_class=info.base_class or stock_class(model).__name__,
         sizes=info.sizes or size_rows(dense_model(model), model),
     )
