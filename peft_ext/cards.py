@@ -314,7 +314,7 @@ def _fill_metadata(
     data["base_model_relation"] = info.relation if bases else None
     prefix = "base_model:adapter:"  # PEFT writes this tag, too, with a local path
     kept = [tag for tag in data.tags or [] if not tag.startswith(prefix) or hub_ids([tag.removeprefix(prefix)])]
-    data.tags = _union(kept, [method.name.lower(), "peft-ext"])
+    data.tags = _union(kept, [method.name.lower().replace(" ", "-"), "peft-ext"])
     base_class = saved.base_class(info) or ""
     derived = next((tag for end, tag in PIPELINE_TAGS.items() if base_class.endswith(end)), None)
     data.pipeline_tag = info.task or data.pipeline_tag or derived

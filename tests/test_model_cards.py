@@ -63,7 +63,7 @@ def check(folder: Path) -> None:
 
 def test_every_method_has_a_card() -> None:
     tags = {tag for folder in CARDS for tag in ModelCard.load(folder / "README.md").data.tags}
-    assert {"ssf", "vqt", "spt", "sparse fine-tuning", "mask-pruning lora"} <= tags
+    assert {"ssf", "vqt", "spt", "sparse-fine-tuning", "mask-pruning-lora"} <= tags
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
