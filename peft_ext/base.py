@@ -15,13 +15,14 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, PeftType, TaskType
 from peft import PeftMixedModel as _PeftMixedModel
@@ -46,7 +47,7 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from peft.utils.constants import DUMMY_MODEL_CONFIG, SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -378,7 +379,8 @@ class ExtLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        return (self.like.device, self.like.dtype) if device is None else (device, dtype)
+        like = next((p for p in base_layer.parameters() if p.is_floating_point()), self.like)
+        return (like.device, like.dtype) if device is None else (device, dtype)
 
     def finish_update(self, adapter_name: str, config: ExtConfig) -> None:
         """To be called at the end of `update_layer`: device, dtype and `requires_grad` of the new leaves."""
@@ -497,7 +499,8 @@ class ExtModel(BaseTuner):
     misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
     # regular expressions that go with the default targets, by class name or model type
     default_exclusions: ClassVar[dict[str, str]] = {}
-    supports_target_parameters: ClassVar[bool] = False
+    # the layer on a module of which `target_parameters` names parameters, for methods that have this field
+    parameter_layer_cls: ClassVar[type[ExtLayer] | None] = None
     trains_own_head: ClassVar[bool] = False
 
     # To be overridden by the method
@@ -510,6 +513,11 @@ class ExtModel(BaseTuner):
     @classmethod
     def layer_kwargs(cls, tuner: BaseTuner, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
         """What `update_layer` must know beyond the config, because only the whole model, `tuner.model`, tells it."""
+        return {}
+
+    @classmethod
+    def parameter_targets(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that `target_parameters` names, by name."""
         return {}
 
     @classmethod
@@ -565,15 +573,25 @@ class ExtModel(BaseTuner):
 
     @classmethod
     def inject_layer(
-        cls, tuner: BaseTuner, config: ExtConfig, adapter_name: str, target: nn.Module, name: str
+        cls,
+        tuner: BaseTuner,
+        config: ExtConfig,
+        adapter_name: str,
+        target: nn.Module,
+        name: str,
+        layer_cls: type[ExtLayer] | None = None,
     ) -> ExtLayer | None:
-        """Adds the adapter to `target` if that is one of this method's layers, else returns a layer around it."""
+        """Adds the adapter to `target` if that is one of this method's layers, else returns a layer around it.
+
+        The layer is a `layer_cls`, or by default what `layer_class` says.
+        """
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kwargs = cls.layer_kwargs(tuner, name, base_layer, config)
         if isinstance(target, cls.tuner_layer_cls):
             target.update_layer(adapter_name, config, **kwargs)
             return None
-        layer = cls.layer_class(base_layer)(target, **get_quantization_kwargs(tuner.model))
+        layer_cls = layer_cls or cls.layer_class(base_layer)
+        layer = layer_cls(target, **get_quantization_kwargs(tuner.model))
         layer.like = next((p for p in tuner.model.parameters() if p.is_floating_point()), layer.like).new_empty(0)
         layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config, **kwargs)
@@ -588,6 +606,9 @@ class ExtModel(BaseTuner):
 
     def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         _create_and_replace(self, peft_config, *args, **kwargs)
+
+    def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return _inject_parameters(self, peft_config, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also copies `weight` and moves devices; our layers share the base layer and move themselves,
@@ -633,7 +654,7 @@ class ExtModel(BaseTuner):
             ValueError: There are no targets, or one of them names no module.
             TypeError: A target is of a type that the method does not support; the message names it.
         """
-        if not config.target_modules:
+        if not config.target_modules and not cls.parameter_targets(config, model):
             raise ValueError(
                 "`target_modules` is empty, so nothing would be trained; name at least one module, or leave it out to "
                 f"get the default targets of {config.METHOD}."
@@ -650,7 +671,7 @@ class ExtModel(BaseTuner):
                     f"Target module {name!r}: {error} Leave it out of `target_modules`, or list it in "
                     "`exclude_modules`."
                 ) from None
-        if takes_all_linear and not cls.supports_target_parameters:
+        if takes_all_linear and getattr(config, "target_parameters", None) is None:
             warn_of_experts(config, model)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -734,6 +755,11 @@ class _MixedModel(MixedModel):
             _create_and_replace(self, config, *args, **kwargs)
         else:
             super()._create_and_replace(config, *args, **kwargs)
+
+    def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        if isinstance(peft_config, ExtConfig):
+            return _inject_parameters(self, peft_config, *args, **kwargs)
+        return super()._inject_parameters(peft_config, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter of any method on the model."""
@@ -886,10 +912,26 @@ def _create_and_replace(
     target_name: str,
     parent: nn.Module,
     current_key: str,
+    layer_cls: type[ExtLayer] | None = None,
 ) -> None:
-    layer = tuner_of(config).inject_layer(tuner, config, adapter_name, target, current_key)
+    layer = tuner_of(config).inject_layer(tuner, config, adapter_name, target, current_key, layer_cls)
     if layer is not None:
         tuner._replace_module(parent, target_name, layer, target)
+
+
+def _inject_parameters(
+    tuner: BaseTuner, config: ExtConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+) -> list[str]:
+    """Adapts the parameters that `target_parameters` names; one layer for all parameters of a module."""
+    method = tuner_of(config)
+    names = list(method.parameter_targets(config, model))
+    for module_name in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        parent, target, target_name = _get_submodules(model, module_name)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            _create_and_replace(
+                *(tuner, config, adapter_name, target, target_name, parent, module_name, method.parameter_layer_cls)
+            )
+    return names
 
 
 def _announce_unloading(model: nn.Module) -> None:
@@ -911,6 +953,13 @@ def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Those of `unadapted_modules` that the config's names or expressions match."""
     return ((name, module) for name, module in unadapted_modules(model) if check_target_module_exists(config, name))
+
+
+def is_admitted(config: ExtConfig, name: str) -> bool:
+    """Whether `exclude_modules`, `modules_to_save` and `layers_to_transform` leave a module to be adapted."""
+    config = copy.copy(config)
+    config.target_modules = {name.rpartition(".")[2]}
+    return bool(check_target_module_exists(config, name))
 
 
 def resolved_targets(tuner: type[ExtModel], config: ExtConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -1128,6 +1177,10 @@ def _refuse_other_shapes(tuner: ExtModel, state_dict: dict[str, torch.Tensor], p
 
 
 def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
+    """Says so if the model has experts that `config` leaves out without a word."""
+    advice = ""
+    if hasattr(config, "target_parameters"):
+        advice = " Name them in `target_parameters`, or set that to an empty list if they are to stay as they are."
     for name, module in model.named_modules():
         is_conv = isinstance(module, nn.modules.conv._ConvNd)
         for key, parameter in module.named_parameters(recurse=False):
@@ -1135,7 +1188,7 @@ def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
                 warnings.warn(
                     f"{config.METHOD} leaves out the mixture-of-experts weights such as {name}.{key}: they are "
                     "parameters of three dimensions, not Linear modules, and `target_modules='all-linear'` does not "
-                    "reach them.",
+                    f"reach them.{advice}",
                     UserWarning,
                     stacklevel=2,
                 )
