@@ -499,8 +499,6 @@ class ExtModel(BaseTuner):
     misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
     # regular expressions that go with the default targets, by class name or model type
     default_exclusions: ClassVar[dict[str, str]] = {}
-    # the layer on a module of which `target_parameters` names parameters, for methods that have this field
-    parameter_layer_cls: ClassVar[type[ExtLayer] | None] = None
     trains_own_head: ClassVar[bool] = False
 
     # To be overridden by the method
@@ -509,6 +507,11 @@ class ExtModel(BaseTuner):
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
         """The layer class for a module, or `TypeError` if the method cannot adapt modules of its type."""
         return cls.tuner_layer_cls
+
+    @classmethod
+    def layer_class_at(cls, name: str, base_layer: nn.Module, config: Any) -> type[ExtLayer]:
+        """The same for the module of this name, where the config has a say in it."""
+        return cls.layer_class(base_layer)
 
     @classmethod
     def layer_kwargs(cls, tuner: BaseTuner, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
@@ -573,25 +576,16 @@ class ExtModel(BaseTuner):
 
     @classmethod
     def inject_layer(
-        cls,
-        tuner: BaseTuner,
-        config: ExtConfig,
-        adapter_name: str,
-        target: nn.Module,
-        name: str,
-        layer_cls: type[ExtLayer] | None = None,
+        cls, tuner: BaseTuner, config: ExtConfig, adapter_name: str, target: nn.Module, name: str
     ) -> ExtLayer | None:
-        """Adds the adapter to `target` if that is one of this method's layers, else returns a layer around it.
-
-        The layer is a `layer_cls`, or by default what `layer_class` says.
-        """
+        """Adds the adapter to `target` if that is one of this method's layers, else returns a layer around it."""
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kwargs = cls.layer_kwargs(tuner, name, base_layer, config)
         if isinstance(target, cls.tuner_layer_cls):
             target.update_layer(adapter_name, config, **kwargs)
             return None
-        layer_cls = layer_cls or cls.layer_class(base_layer)
-        layer = layer_cls(target, **get_quantization_kwargs(tuner.model))
+        layer_class = cls.layer_class_at(name, base_layer, config)
+        layer = layer_class(target, **get_quantization_kwargs(tuner.model))
         layer.like = next((p for p in tuner.model.parameters() if p.is_floating_point()), layer.like).new_empty(0)
         layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config, **kwargs)
@@ -662,7 +656,7 @@ class ExtModel(BaseTuner):
         takes_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
         _maybe_include_all_linear_layers(config, model)
         if not (isinstance(config.target_modules, str) or config.inference_mode):
-            _refuse_unknown_targets(config.target_modules, model)
+            _refuse_unknown_targets(config.target_modules or (), model)
         for name, base_layer in matched_targets(config, model):
             try:
                 cls.layer_class(base_layer)
@@ -912,9 +906,8 @@ def _create_and_replace(
     target_name: str,
     parent: nn.Module,
     current_key: str,
-    layer_cls: type[ExtLayer] | None = None,
 ) -> None:
-    layer = tuner_of(config).inject_layer(tuner, config, adapter_name, target, current_key, layer_cls)
+    layer = tuner_of(config).inject_layer(tuner, config, adapter_name, target, current_key)
     if layer is not None:
         tuner._replace_module(parent, target_name, layer, target)
 
@@ -923,14 +916,11 @@ def _inject_parameters(
     tuner: BaseTuner, config: ExtConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
 ) -> list[str]:
     """Adapts the parameters that `target_parameters` names; one layer for all parameters of a module."""
-    method = tuner_of(config)
-    names = list(method.parameter_targets(config, model))
+    names = list(tuner_of(config).parameter_targets(config, model))
     for module_name in dict.fromkeys(name.rpartition(".")[0] for name in names):
         parent, target, target_name = _get_submodules(model, module_name)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            _create_and_replace(
-                *(tuner, config, adapter_name, target, target_name, parent, module_name, method.parameter_layer_cls)
-            )
+            _create_and_replace(tuner, config, adapter_name, target, target_name, parent, module_name)
     return names
 
 

@@ -378,7 +378,8 @@ def _spt(adapter: Adapter, site: Site) -> Found:
 
 def _matrices(adapter: Adapter, site: Site) -> list[str]:
     """The matrices of the parameter that the site is, those with an update, in order; none if it is a module."""
-    names = [name for name in adapter.config.get("kinds") or {} if parameter_of(name) == site.module]
+    kinds, module = adapter.config.get("kinds") or {}, site.module
+    names = [name for name in kinds if name.startswith(module) and parameter_of(name) == module]
     return sorted(names, key=number_of)
 
 

@@ -44,7 +44,6 @@ class SPTModel(ExtModel):
 
     prefix = "spt_"
     tuner_layer_cls = SPTLayer
-    parameter_layer_cls = SPTParameters
     misfit_advice = (
         "It was made for another base model, or with another allocation. To go on training, use the saved adapter's "
         "own config: `PeftModel.from_pretrained(base, path, is_trainable=True)`."
@@ -78,6 +77,11 @@ class SPTModel(ExtModel):
         if op is not None and not isinstance(op, LinearOperation):
             raise TypeError(f"SPT does not support modules of type {type(base_layer).__name__}.")
         return SPTLayer if op is None else SPTLinear
+
+    @classmethod
+    def layer_class_at(cls, name: str, base_layer: nn.Module, config: Any) -> type[ExtLayer]:
+        """Another one for a module with target parameters, whose names are full ones by now."""
+        return SPTParameters if _has_target_parameters(config, name) else cls.layer_class(base_layer)
 
     @classmethod
     def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
@@ -126,20 +130,15 @@ class SPTModel(ExtModel):
 
     @classmethod
     def inject_layer(
-        cls,
-        tuner: Any,
-        config: ExtConfig,
-        adapter_name: str,
-        target: nn.Module,
-        name: str,
-        layer_cls: type[ExtLayer] | None = None,
+        cls, tuner: Any, config: ExtConfig, adapter_name: str, target: nn.Module, name: str
     ) -> ExtLayer | None:
         """As for every method, but modules that get nothing are left alone."""
         assert isinstance(config, SPTConfig)
         kinds = config.kinds or {}
-        if layer_cls is None and f"{name}.weight" not in kinds and f"{name}.bias" not in kinds:
+        has_some = f"{name}.weight" in kinds or f"{name}.bias" in kinds or _has_target_parameters(config, name)
+        if not has_some:
             return None
-        return super().inject_layer(tuner, config, adapter_name, target, name, layer_cls)
+        return super().inject_layer(tuner, config, adapter_name, target, name)
 
     # Calibration
 
@@ -183,6 +182,11 @@ class SPTModel(ExtModel):
         other = copy.deepcopy(config)
         other.budget = budget
         return other
+
+
+def _has_target_parameters(config: SPTConfig, name: str) -> bool:
+    """Of the module of this name, in a config whose targets are settled."""
+    return any(parameter.rpartition(".")[0] == name for parameter in config.target_parameters or ())
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -106,7 +106,7 @@ def _check(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
 
 def shapes_of_matrices(found: Mapping[str, tuple[nn.Module, nn.Parameter]]) -> dict[str, tuple[int, ...]]:
     """`(outputs, inputs)` of each matrix of some parameters."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, (module, parameter) in found.items():
         shape = tuple(parameter.shape[-2:])
         turned = parameter.ndim == 3 and is_transposed(module)
@@ -121,7 +121,7 @@ class ScoresByMatrix(Scores):
         """`found` are the parameters that are taken apart, some of those of `scores`."""
         self.scores = scores
         self.places: dict[str, tuple[str, int]] = {}  # parameter and number of each matrix
-        sizes = {}
+        sizes: dict[str, int] = {}
         for name, size in scores.sizes.items():
             matrices = matrices_of(name, found[name][1]) if name in found else [name]
             self.places |= {matrix: (name, index) for index, matrix in enumerate(matrices)}
