@@ -755,6 +755,12 @@ class _MixedModel(MixedModel):
             return _inject_parameters(self, peft_config, *args, **kwargs)
         return super()._inject_parameters(peft_config, *args, **kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ExtLayer):  # see `ExtModel`
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter of any method on the model."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -285,9 +285,10 @@ def by_site(tensors: Mapping[str, torch.Tensor], method: str) -> tuple[dict[str,
             others[".".join(names)] = tensor
             continue
         module = ".".join(names[:at]).removesuffix(".base_layer")
-        if method == "SPT" and len(names) - at == 3:  # on a parameter of the module
-            module += f".{names.pop(at + 1)}"
         leaf = ".".join(names[at:]).removeprefix(prefix)
+        if method == "SPT" and "_" in leaf.split(".")[0]:  # `delta_<key>.weight`, on the parameter `key` of the module
+            key = leaf.split(".")[0].partition("_")[2]
+            module, leaf = f"{module}.{key}", leaf.replace(f"_{key}", "", 1)
         sites.setdefault(module, Site(module)).leaves[leaf] = tensor
     return sites, others
 

@@ -48,6 +48,8 @@ def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
         model = MODELS[name]()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else nn.init.normal_(parameter, 1.0, 0.1)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the others have no product in double precision
     return model.to(dtype).eval()
 
 
@@ -57,7 +59,7 @@ def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": tokens, "labels": tokens} for tokens in ids]
 
 
-def calibrated(model: nn.Module, budget: float = 700, **fields: Any) -> SPTConfig:
+def calibrated(model: nn.Module, budget: float = 500, **fields: Any) -> SPTConfig:
     settings = {"r": 2, "target_parameters": EXPERTS, "target_modules": [], "task_type": "CAUSAL_LM"}
     return peft_ext.calibrate(model, SPTConfig(budget=budget, **{**settings, **fields}), batches(), progress=False)
 
@@ -72,9 +74,7 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
 def adapted(name: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     """A model with an adapter on its experts alone, with random values."""
-    base = tiny(name)
-    config = calibrated(base, **fields)
-    model = get_peft_model(base.to(dtype), config)
+    model = get_peft_model(tiny(name, dtype), calibrated(tiny(name), **fields))
     fill(model)
     return model.to(dtype).eval()
 
@@ -97,12 +97,12 @@ def dense(model: Any, base: nn.Module, turned: bool, adapter: str = "default") -
         module, _, key = parameter.rpartition(".")
         layer = model.get_base_model().get_submodule(module)
         for place, number in enumerate(numbers):
-            down, up = (getattr(layer, f"spt_{leaf}")[adapter][key].weight[place].detach() for leaf in ("down", "up"))
+            down, up = (getattr(layer, f"spt_{leaf}_{key}")[adapter].weight[place].detach() for leaf in ("down", "up"))
             update = config.scale * up @ down
             weights[parameter][number] += update.T if turned else update
     for parameter, numbers in numbered(config, "sparse").items():
         module, _, key = parameter.rpartition(".")
-        values = model.get_base_model().get_submodule(module).spt_delta[adapter][key].weight.detach()
+        values = model.get_base_model().get_submodule(f"{module}.spt_delta_{key}.{adapter}").weight.detach()
         for number in numbers:
             places = config.support[f"{parameter}[{number}]"]
             weights[parameter][number].view(-1)[places] += values[: len(places)]
@@ -194,10 +194,11 @@ def test_candidates_scores_and_allocation(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("targets", [None, ["q_proj", "k_proj"], []])
 def test_the_budget_is_met(structured: str | None, targets: list[str] | None) -> None:
     base = tiny("mixtral")
-    config = calibrated(base, structured=structured, target_modules=targets)
+    budget = 1200 if targets is None else 500
+    config = calibrated(base, budget, structured=structured, target_modules=targets)
     before = base(**batches()[0]).logits
     model = get_peft_model(base, config).eval()
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 700
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == budget
     torch.testing.assert_close(model(**batches()[0]).logits, before, rtol=1e-5, atol=1e-6)
     on_experts = [m for m in model.modules() if isinstance(m, SPTParameters)]
     assert on_experts and (structured is None) == (not any(m.structures for m in on_experts))
@@ -247,7 +248,7 @@ def test_forward_and_gradients_are_those_of_the_dense_weights(name: str) -> None
     for parameter, numbers in numbered(config, "lora").items():
         module, _, key = parameter.rpartition(".")
         layer = model.get_base_model().get_submodule(module)
-        down, up = layer.spt_down["default"][key].weight, layer.spt_up["default"][key].weight
+        down, up = (getattr(layer, f"spt_{leaf}_{key}")["default"].weight for leaf in ("down", "up"))
         for place, number in enumerate(numbers):
             grad = experts[parameter].grad[number]
             grad = 1.5 * (grad.T if turned else grad)
@@ -256,11 +257,11 @@ def test_forward_and_gradients_are_those_of_the_dense_weights(name: str) -> None
         checked += down.numel() + up.numel()
     for parameter, numbers in numbered(config, "sparse").items():
         module, _, key = parameter.rpartition(".")
-        leaf = model.get_base_model().get_submodule(module).spt_delta["default"][key].weight
+        leaf = model.get_base_model().get_submodule(f"{module}.spt_delta_{key}.default").weight
         expected = [experts[parameter].grad[n].flatten()[config.support[f"{parameter}[{n}]"]] for n in numbers]
         torch.testing.assert_close(leaf.grad, torch.cat(expected), rtol=1e-9, atol=1e-14)
         checked += leaf.numel()
-    assert checked == 700
+    assert checked == 500
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -290,7 +291,7 @@ def test_the_parameters_are_back_after_a_failure() -> None:
     layer = next(m for m in model.modules() if isinstance(m, SPTParameters))
     base = layer.get_base_layer()
     before = {key: (id(p), p.detach().clone()) for key, p in base.named_parameters()}
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError):
         layer(torch.randn(4, 16), None, None)
     assert {key: id(p) for key, p in base.named_parameters()} == {key: i for key, (i, _) in before.items()}
     assert all(torch.equal(p, before[key][1]) for key, p in base.named_parameters())
@@ -338,8 +339,7 @@ def test_merged_is_unmerged(name: str, dtype: torch.dtype, structured: str, safe
 
 def test_what_is_not_finite_is_not_merged() -> None:
     model = adapted("mixtral")
-    layer = next(m for m in model.modules() if isinstance(m, SPTParameters) and "default" in m.spt_up)
-    next(iter(layer.spt_up["default"].values())).weight.data[0, 0] = float("nan")
+    next(p for name, p in model.named_parameters() if "spt_up_" in name).data[0, 0] = float("nan")
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
@@ -348,7 +348,7 @@ def test_what_is_not_finite_is_not_merged() -> None:
 
 def test_several_adapters() -> None:
     model, batch = adapted("mixtral", torch.float64), batches()[0]
-    second = calibrated(tiny("mixtral"), budget=500, target_parameters=["experts.down_proj"])
+    second = calibrated(tiny("mixtral"), budget=400, target_parameters=["experts.down_proj"])
     model.add_adapter("second", second)
     first_alone = model(**batch).logits
     model.set_adapter("second")
@@ -430,9 +430,9 @@ def test_a_calibrated_config_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("targets", [None, []])
 def test_as_lora(name: str, targets: list[str] | None, tmp_path: Path) -> None:
-    exclude = ["gate"] if name == "mixtral" and targets is None else None
-    model = adapted(name, unstructured=False, target_modules=targets, lora_alpha=3)
-    assert exclude is None or model  # routers are no Linear modules
+    model = adapted(
+        name, unstructured=False, target_modules=targets, lora_alpha=3, budget=900 if targets is None else 500
+    )
     config = peft_ext.save_as_lora(model, tmp_path)
     assert config.target_parameters and bool(config.target_modules) == (targets is None)
     loaded = PeftModel.from_pretrained(tiny(name), tmp_path).eval()
@@ -516,9 +516,9 @@ def test_another_model() -> None:
 
 def test_experts_are_not_left_out_without_a_word() -> None:
     with pytest.warns(UserWarning, match=r"experts.gate_up_proj: .* Name them in `target_parameters`"):
-        calibrated(tiny("mixtral"), target_modules=None, target_parameters=None)
+        calibrated(tiny("mixtral"), target_modules=None, target_parameters=None, budget=300)
     for targets in (None, "all-linear"):
-        config = calibrated(tiny("mixtral"), target_modules=targets, target_parameters=[])
+        config = calibrated(tiny("mixtral"), target_modules=targets, target_parameters=[], budget=300)
         assert not any("experts" in name for name in config.kinds or {})
     with pytest.raises(TypeError, match="Its parameters gate_up_proj, down_proj go into `target_parameters`"):
         calibrated(tiny("mixtral"), target_modules=["experts"], target_parameters=None)

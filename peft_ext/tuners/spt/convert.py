@@ -37,7 +37,11 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike[str], adapter_name: s
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, SPTLayer):
             continue
-        if adapter_name in module.spt_delta or adapter_name in module.spt_bias:
+        if any(
+            adapter_name in getattr(module, container)
+            for container in module.adapter_layer_names
+            if container.startswith(("spt_delta", "spt_bias"))
+        ):
             raise ValueError(
                 f"{name!r} has tuned single weights, which LoRA cannot hold: calibrate with `unstructured=False`, or "
                 "merge the adapter (`merge_and_unload`)."

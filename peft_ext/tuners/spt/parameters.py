@@ -13,7 +13,7 @@ no dropout and no drop-path.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -143,14 +143,21 @@ class ScoresByMatrix(Scores):
 class SPTParameters(SPTLayer):
     """A module some of whose parameters are changed, for the forward, by what their matrices got.
 
-    An adapter's leaves are kept by parameter: `spt_delta[adapter][key]` holds the tuned weights of all sparse matrices
-    of a parameter, `spt_down[adapter][key]` and `spt_up[adapter][key]`, `(K, r, inputs)` and `(K, outputs, r)`, those
-    of its K structured ones.
+    Of the parameter `key`, `spt_delta_<key>` holds the tuned weights of all sparse matrices together, `spt_down_<key>`
+    and `spt_up_<key>`, `(K, r, inputs)` and `(K, outputs, r)`, the leaves of its K structured ones.
     """
 
     other_param_names = ("structures", "structured")
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        """Raises `ValueError` if there is an adapter of another method on the module."""
+        if hasattr(base_layer, "base_layer"):
+            raise ValueError(
+                f"`target_parameters` cannot take parameters of a {type(base_layer.base_layer).__name__} on which there "
+                "is an adapter of another method: merge that first."
+            )
+        self.keys = takes(base_layer)
+        self.adapter_layer_names = tuple(f"spt_{leaf}_{key}" for key in self.keys for leaf in ("delta", *LEAVES))
         super().__init__(base_layer, **quantization_kwargs)
         self.structured: dict[str, dict[str, torch.Tensor]] = {}  # the numbers `(K,)`, by adapter and parameter
 
@@ -158,91 +165,75 @@ class SPTParameters(SPTLayer):
         """`None`: nothing is known of what the module computes."""
         return None
 
-    def update_layer(self, adapter_name: str, config: SPTConfig, *, name: str) -> None:
-        """Puts on what the config's allocation has for the matrices of the module `name`.
+    def leaf(self, adapter_name: str, leaf: str, key: str) -> Any:
+        """The leaf of an adapter for a parameter, `None` if it has none."""
+        return getattr(self, f"spt_{leaf}_{key}")._modules.get(adapter_name)
 
-        Raises:
-            ValueError: An adapter of another method is on the module.
-        """
-        if self.base_layer is not self.get_base_layer():
-            raise ValueError(
-                f"`target_parameters` cannot take parameters of {name!r}, on which there is an adapter of another "
-                "method: merge that first."
-            )
-        kinds, counts, supports = config.kinds or {}, config.counts or {}, config.support or {}
-        deltas = nn.ModuleDict()
-        stacks = {leaf: nn.ModuleDict() for leaf in LEAVES}
+    def update_layer(self, adapter_name: str, config: SPTConfig, *, name: str) -> None:
+        """Puts on what the config's allocation has for the matrices of the module `name`."""
+        kinds = config.kinds or {}
         self.structured[adapter_name] = {}
-        for key, parameter in self.get_base_layer().named_parameters(recurse=False):
-            if parameter.ndim not in (2, 3):
-                continue
+        for key in self.keys:
+            parameter: torch.Tensor = getattr(self.get_base_layer(), key)
             matrices = matrices_of(f"{name}.{key}", parameter)
-            size = parameter.numel() // len(matrices)
-            sparse = [(index, matrix) for index, matrix in enumerate(matrices) if kinds.get(matrix) == "sparse"]
-            if sparse:
-                placeholder = any(matrix not in supports for _, matrix in sparse)
-                support = torch.cat(
-                    [supports.get(matrix, torch.arange(counts[matrix])).long() + i * size for i, matrix in sparse]
-                )
-                deltas[key] = leaf = SparseDelta(support, parameter.numel(), placeholder)
-                if placeholder and not config.inference_mode:
-                    listen_to_steps(leaf)  # so that it is not trained by mistake
+            leaves: dict[str, nn.Module] = {}
+            if any(kinds.get(matrix) == "sparse" for matrix in matrices):
+                leaves["delta"] = _delta(matrices, parameter.numel(), config)
             structured = [index for index, matrix in enumerate(matrices) if kinds.get(matrix) in STRUCTURES]
             if structured:
-                places = torch.tensor(structured)
+                self.structured[adapter_name][key] = places = torch.tensor(structured)
                 structure = self.structures.setdefault(
                     adapter_name, STRUCTURES[kinds[matrices[structured[0]]]](config)
                 )
-                self.structured[adapter_name][key] = places
                 weights = self._matrices(parameter.detach())[places.to(parameter.device)]
-                for leaf_name, stack in structure.make_stack(weights, config.r).items():
-                    stacks[leaf_name][key] = stack
-        for container, leaves in (("delta", deltas), *stacks.items()):
-            if len(leaves):
-                getattr(self, f"spt_{container}")[adapter_name] = leaves
+                leaves |= structure.make_stack(weights, config.r)
+            for leaf, module in leaves.items():
+                getattr(self, f"spt_{leaf}_{key}")[adapter_name] = module
         self.finish_update(adapter_name, config)
 
     def _matrices(self, parameter: torch.Tensor) -> torch.Tensor:
-        """A parameter as `(E, outputs, inputs)`, and back."""
+        """A parameter as `(E, outputs, inputs)`."""
         if parameter.ndim == 2:
             return parameter.unsqueeze(0)
         return parameter.mT if is_transposed(self.get_base_layer()) else parameter
 
     def low_rank(self, adapter_name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """`(E, r, inputs)` and `(E, outputs, r)` of the structured parameters; zero for matrices without a structure."""
+        """`(E, r, inputs)` and `(E, outputs, r)` by parameter; zero for the matrices without a structure."""
         found = {}
         for key, places in self.structured[adapter_name].items():
             count = len(self._matrices(getattr(self.get_base_layer(), key)))
-            down, up = (read(self.leaves(adapter_name)[leaf][key]).detach() for leaf in ("down", "up"))  # type: ignore[index]
-            found[key] = tuple(
-                stack.new_zeros(count, *stack.shape[1:]).index_copy(0, places.to(stack.device), stack)
-                for stack in (down, up)
+            down, up = (read(self.leaf(adapter_name, leaf, key)).detach() for leaf in ("down", "up"))
+            places = places.to(down.device)
+            found[key] = (
+                down.new_zeros(count, *down.shape[1:]).index_copy(0, places, down),
+                up.new_zeros(count, *up.shape[1:]).index_copy(0, places, up),
             )
-        return found  # type: ignore[return-value]
+        return found
 
     def _changed(self, adapter_name: str, key: str, parameter: torch.Tensor) -> torch.Tensor:
-        """A parameter with the update of one adapter, differentiable in its leaves; rounded to the dtype it has."""
-        if (places := self.structured[adapter_name].get(key)) is not None:
-            leaves = {leaf: stacks[key] for leaf, stacks in self.leaves(adapter_name).items()}  # type: ignore[index]
+        """A parameter with the update of one adapter, differentiable in its leaves, in the dtype that it has."""
+        if (places := self.structured.get(adapter_name, {}).get(key)) is not None:
             places = places.to(parameter.device)
-            changed = self.structures[adapter_name].merged(leaves, self._matrices(parameter)[places])
-            if parameter.ndim == 3:
-                changed = changed.mT if is_transposed(self.get_base_layer()) else changed
-                parameter = parameter.index_copy(0, places, changed.to(parameter.dtype))
-            else:
-                parameter = changed[0].to(parameter.dtype)
-        if adapter_name in self.spt_delta and key in self.spt_delta[adapter_name]:  # type: ignore[operator]
-            delta: Any = self.spt_delta[adapter_name][key]  # type: ignore[index]
+            matrices = self._matrices(parameter)
+            leaves = {leaf: self.leaf(adapter_name, leaf, key) for leaf in LEAVES}
+            changed = self.structures[adapter_name].merged(leaves, matrices[places]).to(parameter.dtype)
+            matrices = matrices.index_copy(0, places, changed)
+            parameter = (matrices.mT if matrices.shape[-2:] != parameter.shape[-2:] else matrices).view(
+                parameter.shape
+            )
+        if (delta := self.leaf(adapter_name, "delta", key)) is not None:
             flat, values, indices = parameter.reshape(-1), delta(), delta.indices().long()
             touched = flat[indices].to(torch.promote_types(flat.dtype, values.dtype)) + values
             parameter = flat.index_copy(0, indices, touched.to(flat.dtype)).view(parameter.shape)
         return parameter
 
-    def _keys(self, adapters: Iterable[str]) -> list[str]:
-        """The parameters that some adapters change."""
-        changed = [self.spt_delta[name] for name in adapters if name in self.spt_delta]
-        changed += [self.structured[name] for name in adapters if name in self.structured]  # type: ignore[misc]
-        return sorted({key for keys in changed for key in keys})  # type: ignore[attr-defined]
+    def _keys(self, adapters: list[str]) -> list[str]:
+        """The parameters that some of the adapters change."""
+        return [
+            key
+            for key in self.keys
+            if any(self.leaf(name, leaf, key) is not None for name in adapters for leaf in ("delta", *LEAVES))
+        ]
 
     def _effective(self, adapters: list[str]) -> dict[str, torch.Tensor]:
         """The changed parameters, for the time of one forward."""
@@ -256,8 +247,7 @@ class SPTParameters(SPTLayer):
                 )
             with torch.autocast(parameter.device.type, enabled=False):
                 for name in adapters:
-                    if key in self._keys([name]):
-                        parameter = self._changed(name, key, parameter)
+                    parameter = self._changed(name, key, parameter)
             effective[key] = parameter
         return effective
 
@@ -265,3 +255,18 @@ class SPTParameters(SPTLayer):
         """The parameters with the adapter's updates, as the forward has them."""
         base = self.get_base_layer()
         return {key: self._changed(adapter_name, key, getattr(base, key).data) for key in self._keys([adapter_name])}
+
+
+def _delta(matrices: list[str], size: int, config: SPTConfig) -> SparseDelta:
+    """The tuned weights of the sparse ones among the matrices of one parameter with `size` entries."""
+    kinds, counts, supports = config.kinds or {}, config.counts or {}, config.support or {}
+    sparse = [(index, matrix) for index, matrix in enumerate(matrices) if kinds.get(matrix) == "sparse"]
+    placeholder = any(matrix not in supports for _, matrix in sparse)
+    places = [
+        supports.get(matrix, torch.arange(counts[matrix])).long() + index * (size // len(matrices))
+        for index, matrix in sparse
+    ]
+    leaf = SparseDelta(torch.cat(places), size, placeholder)
+    if placeholder and not config.inference_mode:
+        listen_to_steps(leaf)  # so that it is not trained by mistake
+    return leaf
