@@ -379,8 +379,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        like = next((p for p in base_layer.parameters() if p.is_floating_point()), self.like)
-        return (like.device, like.dtype) if device is None else (device, dtype)
+        return (self.like.device, self.like.dtype) if device is None else (device, dtype)
 
     def finish_update(self, adapter_name: str, config: ExtConfig) -> None:
         """To be called at the end of `update_layer`: device, dtype and `requires_grad` of the new leaves."""

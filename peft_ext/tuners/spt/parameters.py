@@ -48,9 +48,9 @@ def matrices_of(name: str, parameter: torch.Tensor) -> list[str]:
     return [name] if parameter.ndim == 2 else [f"{name}[{index}]" for index in range(len(parameter))]
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the experts of a module are `(inputs, outputs)`; PEFT's LoRA goes by the same attribute."""
-    return bool(getattr(module, "is_transposed", False))
+def is_transposed(module: nn.Module, parameter: torch.Tensor) -> bool:
+    """Whether the matrices of a parameter are `(inputs, outputs)`; PEFT's LoRA goes by the same attribute."""
+    return parameter.ndim == 3 and bool(getattr(module, "is_transposed", False))
 
 
 # Targets
@@ -109,8 +109,8 @@ def shapes_of_matrices(found: Mapping[str, tuple[nn.Module, nn.Parameter]]) -> d
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (module, parameter) in found.items():
         shape = tuple(parameter.shape[-2:])
-        turned = parameter.ndim == 3 and is_transposed(module)
-        shapes |= dict.fromkeys(matrices_of(name, parameter), shape[::-1] if turned else shape)
+        shape = shape[::-1] if is_transposed(module, parameter) else shape
+        shapes |= dict.fromkeys(matrices_of(name, parameter), shape)
     return shapes
 
 
@@ -153,8 +153,8 @@ class SPTParameters(SPTLayer):
         """Raises `ValueError` if there is an adapter of another method on the module."""
         if hasattr(base_layer, "base_layer"):
             raise ValueError(
-                f"`target_parameters` cannot take parameters of a {type(base_layer.base_layer).__name__} on which there "
-                "is an adapter of another method: merge that first."
+                "`target_parameters` cannot take parameters of a module on which there is an adapter of another method: "
+                "merge that first."
             )
         self.keys = takes(base_layer)
         self.adapter_layer_names = tuple(f"spt_{leaf}_{key}" for key in self.keys for leaf in ("delta", *LEAVES))
@@ -173,6 +173,7 @@ class SPTParameters(SPTLayer):
         """Puts on what the config's allocation has for the matrices of the module `name`."""
         kinds = config.kinds or {}
         self.structured[adapter_name] = {}
+        self.like = next(self.get_base_layer().parameters(recurse=False)).new_empty(0)  # the leaves go where it is
         for key in self.keys:
             parameter: torch.Tensor = getattr(self.get_base_layer(), key)
             matrices = matrices_of(f"{name}.{key}", parameter)
@@ -185,23 +186,23 @@ class SPTParameters(SPTLayer):
                 structure = self.structures.setdefault(
                     adapter_name, STRUCTURES[kinds[matrices[structured[0]]]](config)
                 )
-                weights = self._matrices(parameter.detach())[places.to(parameter.device)]
-                leaves |= structure.make_stack(weights, config.r)
+                weights = parameter.detach().view(-1, *parameter.shape[-2:])[places.to(parameter.device)]
+                leaves |= structure.make_stack(self._turned(weights, key), config.r)
             for leaf, module in leaves.items():
                 getattr(self, f"spt_{leaf}_{key}")[adapter_name] = module
         self.finish_update(adapter_name, config)
 
-    def _matrices(self, parameter: torch.Tensor) -> torch.Tensor:
-        """A parameter as `(E, outputs, inputs)`."""
-        if parameter.ndim == 2:
-            return parameter.unsqueeze(0)
-        return parameter.mT if is_transposed(self.get_base_layer()) else parameter
+    def _turned(self, matrices: torch.Tensor, key: str) -> torch.Tensor:
+        """Some matrices of a parameter, `(K, rows, columns)`, as `(K, outputs, inputs)`; and back."""
+        base = self.get_base_layer()
+        return matrices.mT if is_transposed(base, getattr(base, key)) else matrices
 
     def low_rank(self, adapter_name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """`(E, r, inputs)` and `(E, outputs, r)` by parameter; zero for the matrices without a structure."""
         found = {}
         for key, places in self.structured[adapter_name].items():
-            count = len(self._matrices(getattr(self.get_base_layer(), key)))
+            parameter: torch.Tensor = getattr(self.get_base_layer(), key)
+            count = len(parameter) if parameter.ndim == 3 else 1
             down, up = (read(self.leaf(adapter_name, leaf, key)).detach() for leaf in ("down", "up"))
             places = places.to(down.device)
             found[key] = (
@@ -213,14 +214,11 @@ class SPTParameters(SPTLayer):
     def _changed(self, adapter_name: str, key: str, parameter: torch.Tensor) -> torch.Tensor:
         """A parameter with the update of one adapter, differentiable in its leaves, in the dtype that it has."""
         if (places := self.structured.get(adapter_name, {}).get(key)) is not None:
-            places = places.to(parameter.device)
-            matrices = self._matrices(parameter)
+            places, stack = places.to(parameter.device), parameter.view(-1, *parameter.shape[-2:])
             leaves = {leaf: self.leaf(adapter_name, leaf, key) for leaf in LEAVES}
-            changed = self.structures[adapter_name].merged(leaves, matrices[places]).to(parameter.dtype)
-            matrices = matrices.index_copy(0, places, changed)
-            parameter = (matrices.mT if matrices.shape[-2:] != parameter.shape[-2:] else matrices).view(
-                parameter.shape
-            )
+            changed = self.structures[adapter_name].merged(leaves, self._turned(stack[places], key))
+            stack = stack.index_copy(0, places, self._turned(changed, key).to(stack.dtype))
+            parameter = stack.view(parameter.shape)
         if (delta := self.leaf(adapter_name, "delta", key)) is not None:
             flat, values, indices = parameter.reshape(-1), delta(), delta.indices().long()
             touched = flat[indices].to(torch.promote_types(flat.dtype, values.dtype)) + values
