@@ -20,8 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import peft_ext
-from peft_ext import SPTConfig
-from peft_ext.inspection import describe
+from peft_ext import SPTConfig, inspection
 from peft_ext.tuners.spt.model import SPTModel, allocation_table
 from peft_ext.tuners.spt.parameters import SPTParameters, matrices_of
 
@@ -194,8 +193,9 @@ def test_candidates_scores_and_allocation(name: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("structured", ["lora", "dora", None])
 @pytest.mark.parametrize("targets", [None, ["q_proj", "k_proj"], []])
-def test_the_budget_is_met(structured: str | None, targets: list[str] | None) -> None:
-    base = tiny("mixtral")
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_budget_is_met(name: str, structured: str | None, targets: list[str] | None) -> None:
+    base = tiny(name)
     budget = 1200 if targets is None else 500
     config = calibrated(base, budget, structured=structured, target_modules=targets)
     before = base(**batches()[0]).logits
@@ -264,6 +264,40 @@ def test_forward_and_gradients_are_those_of_the_dense_weights(name: str) -> None
         torch.testing.assert_close(leaf.grad, torch.cat(expected), rtol=1e-9, atol=1e-14)
         checked += leaf.numel()
     assert checked == 500
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_gradients_of_magnitudes_and_directions(name: str) -> None:
+    """DoRA: `m (W + B A) / |W + B A|`, row by row, whose norm is not differentiated."""
+    model, turned = adapted(name, torch.float64, structured="dora", unstructured=False), name == "gpt_oss"
+    base, batch = tiny(name, torch.float64), batches()[0]
+    loss = model(**batch).loss
+    loss.backward()
+    weights = {n: p.detach().clone() for n, p in base.named_parameters() if "experts" in n}
+    changed: list[tuple[str, int, torch.Tensor]] = []
+    pairs = []
+    for parameter, numbers in numbered(model.peft_config["default"], "dora").items():
+        module, _, key = parameter.rpartition(".")
+        layer = model.get_base_model().get_submodule(module)
+        leaves = [getattr(layer, f"spt_{leaf}_{key}")["default"].weight for leaf in ("down", "up", "magnitude")]
+        copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        pairs += zip(leaves, copies, strict=True)
+        for place, number in enumerate(numbers):
+            down, up, magnitude = (leaf[place] for leaf in copies)
+            weight = weights[parameter][number]
+            direction = (weight.T if turned else weight) + up @ down
+            product = (magnitude / direction.detach().norm(dim=1))[:, None] * direction
+            changed.append((parameter, number, product.T if turned else product))
+    for parameter, number, weight in changed:
+        weights[parameter][number] = weight.detach()
+    with experts_of(base, weights) as experts:
+        reference = base(**batch).loss
+        reference.backward()
+    assert abs(loss.item() - reference.item()) < 1e-12
+    sum((experts[parameter].grad[number] * weight).sum() for parameter, number, weight in changed).backward()
+    for leaf, expected in pairs:
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-9, atol=1e-14)
+    assert len(pairs) >= 6
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -457,8 +491,9 @@ def test_what_is_shown(tmp_path: Path) -> None:
     model = adapted("mixtral", lora_alpha=3)
     config = model.peft_config["default"]
     model.save_pretrained(tmp_path)
-    found = describe(str(tmp_path))
+    found = inspection.describe(str(tmp_path))
     rows = {row["module"]: row for row in found["modules"]}
+    adapter = inspection.read_adapter(str(tmp_path))
     low_rank, sparse = numbered(config, "lora"), numbered(config, "sparse")
     assert set(rows) == low_rank.keys() | sparse.keys()
     weights, base = dense(model, tiny("mixtral"), False), tiny("mixtral")
@@ -470,6 +505,11 @@ def test_what_is_shown(tmp_path: Path) -> None:
         assert row["gets"] == ", ".join(parts) and f"| {', '.join(parts)} |" in table
         norm = (weights[name] - base.get_parameter(name)).norm().item()
         assert row["norm"] == pytest.approx(norm, rel=1e-4)
+        _, updates = inspection._found(adapter, adapter.sites[name])
+        for number in low_rank.get(name, ()):
+            update: Any = updates[f"{name}[{number}]"]
+            expected = weights[name][number] - base.get_parameter(name)[number]
+            torch.testing.assert_close((update.scale * update.up @ update.down).float(), expected)
     assert {kind: entry["tensors"] for kind, entry in found["figures"].items()} == {
         "lora": sum(map(len, low_rank.values())),
         "sparse": sum(map(len, sparse.values())),
