@@ -186,7 +186,7 @@ class SPTParameters(SPTLayer):
                 structure = self.structures.setdefault(
                     adapter_name, STRUCTURES[kinds[matrices[structured[0]]]](config)
                 )
-                weights = parameter.detach().view(-1, *parameter.shape[-2:])[places.to(parameter.device)]
+                weights = parameter.detach().reshape(-1, *parameter.shape[-2:])[places.to(parameter.device)]
                 leaves |= structure.make_stack(self._turned(weights, key), config.r)
             for leaf, module in leaves.items():
                 getattr(self, f"spt_{leaf}_{key}")[adapter_name] = module
@@ -214,7 +214,7 @@ class SPTParameters(SPTLayer):
     def _changed(self, adapter_name: str, key: str, parameter: torch.Tensor) -> torch.Tensor:
         """A parameter with the update of one adapter, differentiable in its leaves, in the dtype that it has."""
         if (places := self.structured.get(adapter_name, {}).get(key)) is not None:
-            places, stack = places.to(parameter.device), parameter.view(-1, *parameter.shape[-2:])
+            places, stack = places.to(parameter.device), parameter.reshape(-1, *parameter.shape[-2:])
             leaves = {leaf: self.leaf(adapter_name, leaf, key) for leaf in LEAVES}
             changed = self.structures[adapter_name].merged(leaves, self._turned(stack[places], key))
             stack = stack.index_copy(0, places, self._turned(changed, key).to(stack.dtype))
