@@ -15,13 +15,14 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, PeftType, TaskType
 from peft import PeftMixedModel as _PeftMixedModel
@@ -46,7 +47,7 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from peft.utils.constants import DUMMY_MODEL_CONFIG, SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -497,7 +498,6 @@ class ExtModel(BaseTuner):
     misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
     # regular expressions that go with the default targets, by class name or model type
     default_exclusions: ClassVar[dict[str, str]] = {}
-    supports_target_parameters: ClassVar[bool] = False
     trains_own_head: ClassVar[bool] = False
 
     # To be overridden by the method
@@ -508,8 +508,18 @@ class ExtModel(BaseTuner):
         return cls.tuner_layer_cls
 
     @classmethod
+    def layer_class_at(cls, name: str, base_layer: nn.Module, config: Any) -> type[ExtLayer]:
+        """The same for the module of this name, where the config has a say in it."""
+        return cls.layer_class(base_layer)
+
+    @classmethod
     def layer_kwargs(cls, tuner: BaseTuner, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
         """What `update_layer` must know beyond the config, because only the whole model, `tuner.model`, tells it."""
+        return {}
+
+    @classmethod
+    def parameter_targets(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that `target_parameters` names, by name."""
         return {}
 
     @classmethod
@@ -573,7 +583,8 @@ class ExtModel(BaseTuner):
         if isinstance(target, cls.tuner_layer_cls):
             target.update_layer(adapter_name, config, **kwargs)
             return None
-        layer = cls.layer_class(base_layer)(target, **get_quantization_kwargs(tuner.model))
+        layer_class = cls.layer_class_at(name, base_layer, config)
+        layer = layer_class(target, **get_quantization_kwargs(tuner.model))
         layer.like = next((p for p in tuner.model.parameters() if p.is_floating_point()), layer.like).new_empty(0)
         layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config, **kwargs)
@@ -588,6 +599,9 @@ class ExtModel(BaseTuner):
 
     def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         _create_and_replace(self, peft_config, *args, **kwargs)
+
+    def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return _inject_parameters(self, peft_config, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also copies `weight` and moves devices; our layers share the base layer and move themselves,
@@ -633,7 +647,7 @@ class ExtModel(BaseTuner):
             ValueError: There are no targets, or one of them names no module.
             TypeError: A target is of a type that the method does not support; the message names it.
         """
-        if not config.target_modules:
+        if not config.target_modules and not cls.parameter_targets(config, model):
             raise ValueError(
                 "`target_modules` is empty, so nothing would be trained; name at least one module, or leave it out to "
                 f"get the default targets of {config.METHOD}."
@@ -641,7 +655,7 @@ class ExtModel(BaseTuner):
         takes_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
         _maybe_include_all_linear_layers(config, model)
         if not (isinstance(config.target_modules, str) or config.inference_mode):
-            _refuse_unknown_targets(config.target_modules, model)
+            _refuse_unknown_targets(config.target_modules or (), model)
         for name, base_layer in matched_targets(config, model):
             try:
                 cls.layer_class(base_layer)
@@ -650,7 +664,7 @@ class ExtModel(BaseTuner):
                     f"Target module {name!r}: {error} Leave it out of `target_modules`, or list it in "
                     "`exclude_modules`."
                 ) from None
-        if takes_all_linear and not cls.supports_target_parameters:
+        if takes_all_linear and getattr(config, "target_parameters", None) is None:
             warn_of_experts(config, model)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -734,6 +748,17 @@ class _MixedModel(MixedModel):
             _create_and_replace(self, config, *args, **kwargs)
         else:
             super()._create_and_replace(config, *args, **kwargs)
+
+    def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        if isinstance(peft_config, ExtConfig):
+            return _inject_parameters(self, peft_config, *args, **kwargs)
+        return super()._inject_parameters(peft_config, *args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ExtLayer):  # see `ExtModel`
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter of any method on the model."""
@@ -892,6 +917,18 @@ def _create_and_replace(
         tuner._replace_module(parent, target_name, layer, target)
 
 
+def _inject_parameters(
+    tuner: BaseTuner, config: ExtConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+) -> list[str]:
+    """Adapts the parameters that `target_parameters` names; one layer for all parameters of a module."""
+    names = list(tuner_of(config).parameter_targets(config, model))
+    for module_name in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        parent, target, target_name = _get_submodules(model, module_name)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            _create_and_replace(tuner, config, adapter_name, target, target_name, parent, module_name)
+    return names
+
+
 def _announce_unloading(model: nn.Module) -> None:
     for layer in [module for module in model.modules() if isinstance(module, ExtLayer)]:
         layer.leave(model)
@@ -911,6 +948,13 @@ def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Those of `unadapted_modules` that the config's names or expressions match."""
     return ((name, module) for name, module in unadapted_modules(model) if check_target_module_exists(config, name))
+
+
+def is_admitted(config: ExtConfig, name: str) -> bool:
+    """Whether `exclude_modules`, `modules_to_save` and `layers_to_transform` leave a module to be adapted."""
+    config = copy.copy(config)
+    config.target_modules = {name.rpartition(".")[2]}
+    return bool(check_target_module_exists(config, name))
 
 
 def resolved_targets(tuner: type[ExtModel], config: ExtConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -1128,6 +1172,10 @@ def _refuse_other_shapes(tuner: ExtModel, state_dict: dict[str, torch.Tensor], p
 
 
 def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
+    """Says so if the model has experts that `config` leaves out without a word."""
+    advice = ""
+    if hasattr(config, "target_parameters"):
+        advice = " Name them in `target_parameters`, or set that to an empty list if they are to stay as they are."
     for name, module in model.named_modules():
         is_conv = isinstance(module, nn.modules.conv._ConvNd)
         for key, parameter in module.named_parameters(recurse=False):
@@ -1135,7 +1183,7 @@ def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
                 warnings.warn(
                     f"{config.METHOD} leaves out the mixture-of-experts weights such as {name}.{key}: they are "
                     "parameters of three dimensions, not Linear modules, and `target_modules='all-linear'` does not "
-                    "reach them.",
+                    f"reach them.{advice}",
                     UserWarning,
                     stacklevel=2,
                 )

@@ -184,7 +184,11 @@ class DeltaLayer(ExtLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
-        self.op = layer_operation(self.get_base_layer(), self._get_embed_scale())
+        self.op = self.operation()
+
+    def operation(self) -> Operation | None:
+        """The product of the module with its weight, `None` if its parameters are replaced for the forward."""
+        return layer_operation(self.get_base_layer(), self._get_embed_scale())
 
     @property
     def deltas(self) -> nn.ModuleDict:

@@ -32,6 +32,8 @@ from .export.modeling_pruned import pruned_class
 from .export.saving import dense_model, groups_of
 from .sparse import decode_alone
 from .tuners.sparse_ft.compose import overlap_of
+from .tuners.spt.model import amounts
+from .tuners.spt.parameters import number_of, parameter_of
 from .tuners.vqt.families import FAMILIES
 
 
@@ -284,6 +286,9 @@ def by_site(tensors: Mapping[str, torch.Tensor], method: str) -> tuple[dict[str,
             continue
         module = ".".join(names[:at]).removesuffix(".base_layer")
         leaf = ".".join(names[at:]).removeprefix(prefix)
+        if method == "SPT" and "_" in leaf.split(".")[0]:  # `delta_<key>.weight`, on the parameter `key` of the module
+            key = leaf.split(".")[0].partition("_")[2]
+            module, leaf = f"{module}.{key}", leaf.replace(f"_{key}", "", 1)
         sites.setdefault(module, Site(module)).leaves[leaf] = tensor
     return sites, others
 
@@ -347,6 +352,8 @@ def _sparse(adapter: Adapter, site: Site) -> Found:
 
 def _spt(adapter: Adapter, site: Site) -> Found:
     kinds, config = adapter.config.get("kinds") or {}, adapter.config
+    if matrices := _matrices(adapter, site):
+        return _spt_parameter(adapter, site, matrices)
     got = {key: kinds.get(f"{site.module}.{key}") for key in ("weight", "bias")}
     names = {key: kind for key, kind in got.items() if kind is not None}
     if not names:
@@ -368,6 +375,23 @@ def _spt(adapter: Adapter, site: Site) -> Found:
         updates["weight"] = low_rank
     said = {key: f"{kind} {_amount(site, key, kind)}".strip() for key, kind in names.items()}
     return {"gets": ", ".join(text if key == "weight" else f"bias: {text}" for key, text in said.items())}, updates
+
+
+def _matrices(adapter: Adapter, site: Site) -> list[str]:
+    """The matrices of the parameter that the site is, those with an update, in order; none if it is a module."""
+    kinds, module = adapter.config.get("kinds") or {}, site.module
+    names = [name for name in kinds if name.startswith(module) and parameter_of(name) == module]
+    return sorted(names, key=number_of)
+
+
+def _spt_parameter(adapter: Adapter, site: Site, matrices: list[str]) -> Found:
+    kinds, counts, ranks = (adapter.config.get(key) or {} for key in ("kinds", "counts", "ranks"))
+    _, updates = _sparse(adapter, site)
+    structured = [name for name in matrices if name in ranks]
+    for place, name in enumerate(structured if "lora" in kinds.values() else ()):
+        down, up = (site.leaves[f"{leaf}.weight"][place].double() for leaf in ("down", "up"))
+        updates[name] = LowRank(down, up, _scale_of(adapter.config, len(down), adapter.config.get("lora_alpha")))
+    return {"gets": amounts(matrices, kinds, counts, ranks)}, updates
 
 
 def _amount(site: Site, key: str, kind: str) -> str:
@@ -615,10 +639,13 @@ def _figures(adapter: Adapter, rows: Sequence[Row]) -> Figures:
             for leaf, tensor in site.leaves.items():
                 if not _is_trained(tensor):
                     continue
-                key = "bias" if leaf == "bias.weight" else "weight"
-                kind = (adapter.config.get("kinds") or {}).get(f"{site.module}.{key}", "unknown")
-                entry = allocation.setdefault(kind, {"tensors": set(), "parameters": 0})
-                entry["tensors"].add((site.module, key))
+                kinds = adapter.config.get("kinds") or {}
+                key = f"{site.module}.{'bias' if leaf == 'bias.weight' else 'weight'}"
+                # of a parameter the matrices that this leaf is for, else the one tensor
+                is_sparse = leaf == "delta.weight"
+                names = [n for n in _matrices(adapter, site) if (kinds[n] == "sparse") == is_sparse] or [key]
+                entry = allocation.setdefault(kinds.get(names[0], "unknown"), {"tensors": set(), "parameters": 0})
+                entry["tensors"].update(names)
                 entry["parameters"] += tensor.numel()
         return {kind: {**entry, "tensors": len(entry["tensors"])} for kind, entry in allocation.items()}
     if adapter.method == "MASK_PRUNING":

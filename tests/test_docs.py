@@ -31,7 +31,7 @@ from models import tiny
 from peft import LoraConfig, PeftConfig, get_peft_model
 from test_sparse_ft import lt_sft_file
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments, ViTModel, set_seed
+from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments, ViTModel, set_seed
 
 import peft_ext
 
@@ -84,6 +84,9 @@ def prepare(data: str) -> dict[str, Any]:
     llama, tuned = (tiny("llama", hidden_size=64, intermediate_size=96, seed=seed) for seed in (0, 1))
     llama.save_pretrained(LLAMA)
     tuned.save_pretrained(f"{LLAMA}-Instruct")
+    sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    experts = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    MixtralForCausalLM(experts).save_pretrained("mistralai/Mixtral-8x7B-v0.1")
     lt_sft_file(Path("pytorch_diff.bin"), llama, tuned, "lm_head")
     german = peft_ext.SparseFTConfig(selection="random", density=0.01, task_type="CAUSAL_LM")
     get_peft_model(llama, german).save_pretrained("me/sft-german")

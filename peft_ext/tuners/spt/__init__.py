@@ -10,6 +10,8 @@ and tau is the largest number for which the total stays within the budget. What 
 structure, goes to the next largest scores. A structured matrix has no sparse part:
 
     y = (W + S) x + b + s        or        y = W x + b + s + scale * DropPath(B A Dropout(x))
+
+Parameters that are no Linear's weight, such as the experts of a mixture, are in `parameters.py`.
 """
 
 from .allocation import Allocation, allocate

@@ -26,6 +26,10 @@ class SPTConfig(ExtConfig):
 
     Args:
         budget: Trainable parameters, those of heads not counted: a number, or a fraction of the model if below 1.
+        target_parameters: Names of parameters that are no Linear's weight, such as the experts of a mixture
+            (`["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`), matched like names of modules. Each of their
+            matrices goes low-rank or sparse by itself, without dropout and drop-path. An empty list leaves the experts
+            out without a warning.
         structured: What a matrix of many sensitive weights gets: `"lora"`, `"dora"`, `"adapter"` (which cannot be
             merged), or `None` for single weights only.
         unstructured: Whether single weights are tuned at all.
@@ -49,6 +53,9 @@ class SPTConfig(ExtConfig):
 
     budget: float | int | None = field(
         default=None, metadata={"help": "Trainable parameters, or a fraction of the model's if below 1."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters to adapt that are no Linear's weight, such as experts."}
     )
     structured: str | None = field(
         default="lora", metadata={"help": f"What sensitive matrices get: {', '.join(STRUCTURES)}, or None."}
@@ -80,6 +87,16 @@ class SPTConfig(ExtConfig):
             raise ValueError(f"`budget` must be a whole number, or a fraction below 1, got {self.budget!r}.")
         if self.structured is not None and self.structured not in STRUCTURES:
             raise ValueError(f"`structured` must be one of {', '.join(STRUCTURES)} or None, got {self.structured!r}.")
+        names = self.target_parameters
+        if names is not None:
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"`target_parameters` must be a list of names, got {names!r}.")
+            self.target_parameters = sorted(set(names))
+        if self.target_parameters and self.structured == "adapter":
+            raise ValueError(
+                "`structured='adapter'` goes behind the output of a Linear, which `target_parameters` have not: set "
+                "'lora' or 'dora'."
+            )
         if self.structured is None and not self.unstructured:
             raise ValueError("`structured=None` and `unstructured=False` leave nothing to train: set one of them.")
         if not (isinstance(self.r, int) and self.r > 0):

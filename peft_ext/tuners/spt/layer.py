@@ -18,7 +18,7 @@ class SPTLayer(DeltaLayer):
     """`spt_delta` and `spt_bias` hold the tuned weights and biases, the others the leaves of structures."""
 
     adapter_layer_names = ("spt_delta", "spt_bias", *(f"spt_{leaf}" for leaf in LEAVES))
-    other_param_names = ("structures",)
+    other_param_names: tuple[str, ...] = ("structures",)
     delta_names = ("spt_delta", "spt_bias")
     spt_delta: nn.ModuleDict
     spt_bias: nn.ModuleDict

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from ...base import (
     layer_and_type,
     matched_targets,
     resolved_targets,
+    warn_of_experts,
 )
 from ...calibrate import Scores
 from ...delta import layer_operation
@@ -26,6 +29,14 @@ from ...sparse import LinearOperation
 from .allocation import allocate
 from .config import SPTConfig
 from .layer import SPTLayer, SPTLinear
+from .parameters import (
+    ScoresByMatrix,
+    SPTParameters,
+    named_parameters,
+    parameter_of,
+    shapes_of_matrices,
+    takes,
+)
 
 
 class SPTModel(ExtModel):
@@ -42,6 +53,9 @@ class SPTModel(ExtModel):
     def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
         """All Linear modules and norms of the backbone."""
         if config.target_modules is None:
+            assert isinstance(config, SPTConfig)
+            if config.target_parameters is None:
+                warn_of_experts(config, model)
             norms = {name for name, module in backbone_modules(model) if _is_norm(module)}
             if model_config.get("model_type") == "deberta-v2":
                 norms.discard("deberta.encoder.LayerNorm")  # its output goes around re-entrant checkpoints
@@ -54,15 +68,30 @@ class SPTModel(ExtModel):
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
         """`TypeError` for what the method cannot adapt."""
-        op = layer_operation(base_layer)
+        try:
+            op = layer_operation(base_layer)
+        except TypeError as error:
+            if names := takes(base_layer):
+                raise TypeError(f"{error} Its parameters {', '.join(names)} go into `target_parameters`.") from None
+            raise
         if op is not None and not isinstance(op, LinearOperation):
             raise TypeError(f"SPT does not support modules of type {type(base_layer).__name__}.")
         return SPTLayer if op is None else SPTLinear
 
     @classmethod
+    def layer_class_at(cls, name: str, base_layer: nn.Module, config: Any) -> type[ExtLayer]:
+        """Another one for a module with target parameters, whose names are full ones by now."""
+        return SPTParameters if _has_target_parameters(config, name) else cls.layer_class(base_layer)
+
+    @classmethod
     def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
         """The name, by which the allocation goes."""
         return {"name": name}
+
+    @classmethod
+    def parameter_targets(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+        """`ValueError` for a name that matches nothing, or what cannot be taken."""
+        return {name: parameter for name, (_, parameter) in named_parameters(config, model).items()}
 
     @classmethod
     def check_targets(cls, config: ExtConfig, model: nn.Module) -> None:
@@ -79,6 +108,8 @@ class SPTModel(ExtModel):
                 "    config = peft_ext.calibrate(model, config, dataloader)"
             )
         sizes = {name: p.numel() for name, p in _parameters(dict(matched_targets(config, model))).items()}
+        matrices = shapes_of_matrices(named_parameters(config, model))
+        sizes |= {name: outputs * inputs for name, (outputs, inputs) in matrices.items()}
         for name in config.kinds:
             if name not in sizes:
                 raise ValueError(
@@ -92,7 +123,10 @@ class SPTModel(ExtModel):
                     f"The config was calibrated on another {config.architecture}: {name!r} is smaller here. Calibrate "
                     "it on this model."
                 )
-        config.target_modules = {name.rsplit(".", 1)[0] for name in config.kinds}  # the others get nothing
+        # the others get nothing
+        config.target_modules = {name.rsplit(".", 1)[0] for name in config.kinds if name not in matrices}
+        if config.target_parameters is not None:
+            config.target_parameters = sorted({parameter_of(name) for name in config.kinds if name in matrices})
 
     @classmethod
     def inject_layer(
@@ -101,7 +135,8 @@ class SPTModel(ExtModel):
         """As for every method, but modules that get nothing are left alone."""
         assert isinstance(config, SPTConfig)
         kinds = config.kinds or {}
-        if f"{name}.weight" not in kinds and f"{name}.bias" not in kinds:
+        has_some = f"{name}.weight" in kinds or f"{name}.bias" in kinds or _has_target_parameters(config, name)
+        if not has_some:
             return None
         return super().inject_layer(tuner, config, adapter_name, target, name)
 
@@ -109,7 +144,7 @@ class SPTModel(ExtModel):
 
     @classmethod
     def candidates(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The weights and biases of the targets.
+        """The weights and biases of the target modules, and the target parameters.
 
         Raises:
             ValueError: The base is quantised.
@@ -121,13 +156,15 @@ class SPTModel(ExtModel):
                     f"{name!r} is quantised and has no gradient: calibrate on the model loaded without quantisation; "
                     "the config that comes out fits both."
                 )
-        return found
+        return found | cls.parameter_targets(config, model)
 
     @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Scores) -> None:
         """Writes the allocation of `config.budget` into the config."""
         targets = resolved_targets(cls, config, model)
-        found = allocate(scores, shapes_of(targets), config, budget_of(config, model))
+        parameters = named_parameters(config, model)
+        shapes = shapes_of(targets) | shapes_of_matrices(parameters)
+        found = allocate(ScoresByMatrix(scores, parameters), shapes, config, budget_of(config, model))
         config.kinds, config.counts, config.ranks = found.kinds, found.counts, found.ranks
         config.support = found.support
         config.architecture = type(model).__name__
@@ -145,6 +182,11 @@ class SPTModel(ExtModel):
         other = copy.deepcopy(config)
         other.budget = budget
         return other
+
+
+def _has_target_parameters(config: SPTConfig, name: str) -> bool:
+    """Of the module of this name, in a config whose targets are settled."""
+    return any(parameter.rpartition(".")[0] == name for parameter in config.target_parameters or ())
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -177,16 +219,31 @@ def budget_of(config: SPTConfig, model: nn.Module) -> int:
     return int(config.budget if config.budget >= 1 else config.budget * count_parameters(model))
 
 
+def amounts(names: list[str], kinds: Mapping[str, str], counts: Mapping[str, int], ranks: Mapping[str, int]) -> str:
+    """What the tensors of these names, which are those of one parameter, got."""
+    structures = Counter(f"{kinds[name]} {ranks[name]:,}" for name in names if name in ranks)
+    parts = [text if parameter_of(names[0]) == names[0] else f"{count} x {text}" for text, count in structures.items()]
+    if any(kinds[name] == "whole" for name in names):
+        parts.append("whole")
+    if single := sum(counts[name] for name in names if kinds[name] == "sparse"):
+        parts.append(f"sparse {single:,}")
+    return ", ".join(parts)
+
+
 def allocation_table(config: SPTConfig) -> str:
     """What each tensor got, as a table in Markdown: a row for each layer, a column for each kind of tensor.
 
     `whole` is a vector that is tuned as it is, `sparse 12` a tensor of which 12 weights are tuned, `lora 8` a matrix
-    with an update of rank 8 (of an adapter: of width 8).
+    with an update of rank 8 (of an adapter: of width 8). The matrices of one parameter, such as experts, share a cell:
+    `3 x lora 8, sparse 12`.
     """
     cells: dict[tuple[int, str], str] = {}
-    for name, kind in (config.kinds or {}).items():
-        size = (config.ranks or {}).get(name) or (config.counts or {}).get(name)
-        cells[layer_and_type(name.removesuffix(".weight"))] = kind if kind == "whole" else f"{kind} {size:,}"
+    of_parameter: dict[str, list[str]] = defaultdict(list)
+    for name in config.kinds or {}:
+        of_parameter[parameter_of(name)].append(name)
+    for parameter, names in of_parameter.items():
+        text = amounts(names, config.kinds or {}, config.counts or {}, config.ranks or {})
+        cells[layer_and_type(parameter.removesuffix(".weight"))] = text
     layers = sorted({layer for layer, _ in cells})
     types = list(dict.fromkeys(kind for _, kind in cells))
     rows = [f"| layer | {' | '.join(types)} |", "|---" * (len(types) + 1) + "|"]

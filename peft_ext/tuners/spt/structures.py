@@ -60,9 +60,32 @@ class Structure:
         """The changed output `(B, ..., outputs)` of a layer with this input, output, weight and bias."""
         raise NotImplementedError
 
+    def make_stack(self, weights: torch.Tensor, r: int) -> dict[str, nn.Module]:
+        """Its leaves for many weights `(K, outputs, inputs)` together: K of each, in one tensor."""
+        outputs, inputs = weights.shape[1:]
+        made = [self.make(inputs, outputs, r, weight) for weight in weights]
+        return {name: Values(torch.stack([read(leaves[name]).detach() for leaves in made])) for name in made[0]}
+
     def merged(self, leaves: Leaves, weight: torch.Tensor) -> torch.Tensor:
-        """The weight `(outputs, inputs)` with the structure in it, in fp32 at least."""
+        """The weight `(..., outputs, inputs)` with the structure in it, in fp32 at least."""
         raise NotImplementedError
+
+
+class Values(nn.Module):
+    """A tensor of its own, so that it is a leaf with a `weight`."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+    def forward(self) -> torch.Tensor:
+        """The tensor; read by calling, for FSDP gathers `weight` only while a leaf runs."""
+        return self.weight if isinstance(self.weight, nn.Parameter) else self.weight.clone()
+
+
+def read(leaf: Any) -> torch.Tensor:
+    """The tensor of a leaf."""
+    return leaf() if isinstance(leaf, Values) else leaf.weight
 
 
 class LowRank(Structure):
@@ -101,19 +124,7 @@ class LowRank(Structure):
 
     def merged(self, leaves: Leaves, weight: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return weight.to(dtype) + self.scale * (leaves["up"].weight.to(dtype) @ leaves["down"].weight.to(dtype))
-
-
-class Magnitude(nn.Module):
-    """A vector of its own, so that it is a leaf with a `weight`."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(values)
-
-    def forward(self) -> torch.Tensor:
-        """The vector; read by calling, for FSDP gathers `weight` only while a leaf runs."""
-        return self.weight
+        return weight.to(dtype) + self.scale * (read(leaves["up"]).to(dtype) @ read(leaves["down"]).to(dtype))
 
 
 class DecomposedLowRank(LowRank):
@@ -129,11 +140,11 @@ class DecomposedLowRank(LowRank):
     def make(self, inputs: int, outputs: int, r: int, weight: torch.Tensor | None) -> dict[str, nn.Module]:
         assert weight is not None
         values = torch.ones(outputs) if weight.is_meta else weight.detach().float().norm(dim=1)
-        return {**super().make(inputs, outputs, r, weight), "magnitude": Magnitude(values)}
+        return {**super().make(inputs, outputs, r, weight), "magnitude": Values(values)}
 
     def _factor(self, leaves: Leaves, weight: torch.Tensor) -> torch.Tensor:
-        magnitude = leaves["magnitude"]()
-        return magnitude / super().merged(leaves, weight).norm(dim=1).detach().to(magnitude.dtype)
+        magnitude = read(leaves["magnitude"])
+        return magnitude / super().merged(leaves, weight).norm(dim=-1).detach().to(magnitude.dtype)
 
     def apply(
         self,
@@ -149,7 +160,7 @@ class DecomposedLowRank(LowRank):
         return (changed if bias is None else changed + bias).to(output.dtype)
 
     def merged(self, leaves: Leaves, weight: torch.Tensor) -> torch.Tensor:
-        return self._factor(leaves, weight).unsqueeze(1) * super().merged(leaves, weight)
+        return self._factor(leaves, weight).unsqueeze(-1) * super().merged(leaves, weight)
 
 
 class Bottleneck(Structure):
