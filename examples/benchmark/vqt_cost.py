@@ -1,7 +1,9 @@
-"""What VQT costs against a linear probe and LoRA: bytes kept for the backward, time of a step, time of a cached epoch.
+r"""What VQT costs against a linear probe and LoRA: bytes kept for the backward, time of a step, time of a cached epoch.
 
     OMP_NUM_THREADS=1 python examples/benchmark/vqt_cost.py --output examples/benchmark/results/vqt_cost.json
-    python examples/benchmark/vqt_cost.py --write README.md         # the table of the results, between its markers
+    OMP_NUM_THREADS=1 python examples/benchmark/vqt_cost.py --size base --batch 4 --rounds 2 \
+        --output examples/benchmark/results/vqt_cost_base.json
+    python examples/benchmark/vqt_cost.py --write README.md         # the tables of the results, between their markers
 
 The model is a random ViT of 6 layers and width 384 on 8 images of 224 px (`--size base`: ViT-B/16). Times are of the
 CPU and not of the clock, so that with one thread a busy machine counts little; methods take turns, and a ratio is the
@@ -29,6 +31,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from peft_ext import FrozenPassCache, VQTConfig
 
 
+RESULTS = Path(__file__).parent / "results"
 SIZES = {
     "small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536},
     "base": {},
@@ -107,7 +110,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.write:
-        found = table(json.loads((Path(__file__).parent / "results" / "vqt_cost.json").read_text()))
+        results = [RESULTS / "vqt_cost.json", RESULTS / "vqt_cost_base.json"]
+        found = "\n\n".join(table(json.loads(file.read_text())) for file in results if file.exists())
         pattern = r"(<!-- vqt-cost -->)\n.*?(<!-- /vqt-cost -->)"
         text, count = re.subn(
             pattern, lambda match: f"{match[1]}\n{found}\n{match[2]}", args.write.read_text(), flags=re.DOTALL
