@@ -230,8 +230,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         differences = [seeds[seed]["test"] - lora[seed]["test"] for seed in common]
         against = ""
         if method != LORA and differences:
-            low, high = bootstrap(differences)
-            against = f"{mean(differences):+.3f} ({low:+.3f} to {high:+.3f})"
+            against = f"{mean(differences):+.3f}"
+            if len(differences) > 1:
+                low, high = bootstrap(differences)
+                against += f" ({low:+.3f} to {high:+.3f})"
         first = next(iter(seeds.values()))
         share = "" if budget == 1.0 or method in OF_THEIR_OWN_SIZE else f", budget x {budget:g}"
         lines.append(
@@ -244,8 +246,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     rates = sorted({row["learning_rate"] for row in rows})
     seeds_run = max((len(seeds) for seeds in cells.values()), default=0)
     caption = (
-        f"Mean ± standard deviation over {seeds_run} seeds; learning rate of {', '.join(f'{r:g}' for r in rates)} by "
-        f"the validation split with the first seed. In brackets a 95 % bootstrap interval over the seeds. {text}."
+        f"Mean ± standard deviation over up to {seeds_run} seeds (no ±: one seed); learning rate of "
+        f"{', '.join(f'{r:g}' for r in rates)} by the validation split with the first seed. In brackets a 95 % "
+        f"bootstrap interval over the seeds. {text}."
     )
     return "\n".join([caption, "", *lines])
 
