@@ -9,9 +9,9 @@ weight w is, summed over the batches,
     "snip"          |w sum_b g_b|      the same of all batches together (Lee et al. 2019)
 
 Each gradient is added to its sums on the host as soon as it is complete, and released, so that no two large gradients
-are alive at once. `memory="exact"` keeps one fp32 sum a weight. `memory="pool"` keeps sums of the larger half only, in
-bfloat16: those below a floor that rises with what was seen are forgotten, and a weight that enters late has lost what
-it had before.
+are alive at once. `memory="exact"` keeps one fp32 sum a weight. `memory="pool"` keeps the sums of the largest eighth
+only: those below a floor that rises with what was seen are forgotten, and a weight that enters late has lost what it
+had before.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy
 import torch
 from torch import distributed, nn
 from tqdm.auto import tqdm
 
 from .base import ExtConfig, tuner_of
-from .sparse import CHUNK, top_indices
+from .sparse import top_indices
 
 
 KINDS = ("sensitivity", "fisher", "magnitude", "snip")
+SAMPLE = 1 << 17  # weights on which the pool's floor is estimated
 
 
 class Scores:
@@ -106,56 +106,63 @@ class ExactScores(Scores):
 
 
 class PooledScores(Scores):
-    """Sums of the larger half of the weights only, in bfloat16, rounded up or down at random so that none is lost.
+    """Sums of the largest weights only: flat places, int32, and fp32 sums of an eighth of all weights at most.
 
-    That is 1.125 bytes a weight: half of two bytes, and a bit that says whether the weight is in.
+    A weight enters with a batch that gives it more than a floor. The floor is zero until the pool has been full; then
+    it is the sum that as many weights exceed as fill four fifths of the pool. It rises, and what is below is thrown
+    out, when the pool is full again. It is estimated on a regular sample of all weights, whose own sums are never
+    forgotten; so is what a weight that enters had before.
     """
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         super().__init__(sizes)
-        self.members = {name: numpy.packbits(numpy.zeros(size, dtype=bool)) for name, size in sizes.items()}
-        self.sums = {name: torch.zeros(0, dtype=torch.bfloat16) for name in sizes}
-        self.room = self.total // 2
-        self.floor = 0.0  # what a newcomer must have in one batch
-        self.generator = torch.Generator().manual_seed(0)
-
-    def _mask(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(numpy.unpackbits(self.members[name], count=self.sizes[name])).bool()
+        self.room = max(1, self.total // 8)
+        self.filling = 0.8  # of the room, after something was thrown out
+        self.floor = 0.0
+        self.stride = -(-self.total // SAMPLE)
+        self.sample: dict[str, torch.Tensor] = {}
+        self.sums = {name: torch.zeros(0) for name in sizes}
+        self.places = {
+            name: torch.zeros(0, dtype=torch.int32 if size < 1 << 31 else torch.int64) for name, size in sizes.items()
+        }
 
     def of(self, name: str) -> torch.Tensor:
-        return torch.full((self.sizes[name],), -1.0).masked_scatter_(self._mask(name), self.sums[name].float())
+        return torch.full((self.sizes[name],), -1.0).index_copy_(0, self.places[name].long(), self.sums[name])
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        values = values.cpu()
-        inside = self._mask(name)
-        values += torch.zeros(len(values)).masked_scatter_(inside, self.sums[name].float())
-        inside |= values > self.floor
-        self._keep(name, inside, self._rounded(values[inside]))
-        if sum(len(sums) for sums in self.sums.values()) > self.room:
+        values, places = values.cpu(), self.places[name]
+        sampled, known = values[:: self.stride], self.sample.get(name)
+        self.sample[name] = sampled.clone() if known is None else known + sampled
+        before = 0.0  # what a weight that enters now had, on average, in the batches that are forgotten
+        if known is None:
+            if self._filled() + len(values) > self.room:
+                self._raise_floor()
+        elif bool((alike := (sampled > self.floor) & (known <= self.floor)).any()):
+            before = float(known[alike].mean())
+        sums = self.sums[name] + values.index_select(0, places)
+        values[places] = 0.0  # so that none enters twice
+        entering = (values > self.floor).nonzero().view(-1)
+        self.places[name] = torch.cat([places, entering.to(places.dtype)])
+        self.sums[name] = torch.cat([sums, values.index_select(0, entering) + before])
+        while self._filled() > self.room:
             self._forget()
 
-    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
-        """In bfloat16, which is the upper half of fp32, with the expected value of `values`."""
-        noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, generator=self.generator)
-        return (values.view(torch.int32).add_(noise) >> 16).to(torch.int16).view(torch.bfloat16)
+    def _filled(self) -> int:
+        return sum(len(sums) for sums in self.sums.values())
 
-    def _keep(self, name: str, inside: torch.Tensor, sums: torch.Tensor) -> None:
-        self.members[name] = numpy.packbits(inside.numpy())
-        self.sums[name] = sums
+    def _raise_floor(self) -> None:
+        seen = sum(self.sizes[name] for name in self.sample)
+        sums = torch.cat(list(self.sample.values()))
+        below = round(len(sums) * (1 - self.filling * self.room / seen))
+        self.floor = float(sums.kthvalue(below).values) if below > 0 else 0.0
 
     def _forget(self) -> None:
-        """Raises the floor so far that an eighth of the room is free again."""
-        counts = torch.zeros(1 << 15, dtype=torch.long)  # of the bits, which sort like the sums
-        for sums in self.sums.values():
-            for part in sums.view(torch.int16).split(CHUNK):
-                counts += part.bincount(minlength=1 << 15)
-        excess = int(counts.sum()) - self.room * 7 // 8
-        lowest = int(torch.searchsorted(counts.cumsum(0), excess))
-        self.floor = float(torch.tensor(lowest, dtype=torch.int16).view(torch.bfloat16))
+        self._raise_floor()
         for name, sums in self.sums.items():
             stays = sums > self.floor
-            mask = self._mask(name)
-            self._keep(name, mask.masked_scatter(mask, stays), sums[stays])
+            self.places[name], self.sums[name] = self.places[name][stays], sums[stays]
+        if self._filled() > self.room:  # the sample was not good enough
+            self.filling *= 0.9
 
 
 def calibrate(
@@ -187,7 +194,7 @@ def calibrate(
         budgets: Several budgets to calibrate for in one pass.
         kind: `"sensitivity"`, `"fisher"`, `"magnitude"` or `"snip"`; see the top of `calibrate.py`. `None` takes what
             suits the method: `"magnitude"` for masks, else `"sensitivity"`.
-        memory: `"exact"`, four bytes a weight on the host, or `"pool"`, about one.
+        memory: `"exact"`, four bytes a weight on the host, or `"pool"`, one: for budgets well below an eighth of the weights.
         progress: Show a bar, and print what was decided.
 
     Returns:

@@ -114,22 +114,21 @@ def test_the_pool_keeps_the_largest() -> None:
             values = torch.randn(len(factor)).square() * factor
             exact.add(name, values.clone())
             pooled.add(name, values.clone())
-            assert sum(len(sums) for sums in pooled.sums.values()) <= pooled.room
+            assert sum(len(sums) for sums in pooled.sums.values()) <= pooled.room == 1250
+            assert all(len(p.unique()) == len(p) == len(pooled.sums[n]) for n, p in pooled.places.items())
     first, second = exact.top(200), pooled.top(200)
     common = sum(len(set(first[n].tolist()) & set(second[n].tolist())) for n in sizes)
-    assert common >= 196
+    assert common >= 190  # draws that do not depend on each other are the worst case
     with pytest.raises(ValueError, match="use `memory='exact'`"):
-        pooled.top(5001)
+        pooled.top(1251)
 
 
 def test_the_pool_finds_nearly_the_same_on_a_model() -> None:
     model = bert()
     data = batches(8)
-    first, second = (
-        measure(model, linears(model), data, memory=m, progress=False).top(150) for m in ("exact", "pool")
-    )
+    first, second = (measure(model, linears(model), data, memory=m, progress=False).top(50) for m in ("exact", "pool"))
     common = sum(len(set(first[n].tolist()) & set(second.get(n, torch.zeros(0)).tolist())) for n in first)
-    assert common >= 0.98 * 150
+    assert common >= 48
 
 
 class Failing(nn.Module):

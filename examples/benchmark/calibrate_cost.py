@@ -131,12 +131,11 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         len(set(places.tolist()) & set(tops["pool"].get(name, torch.zeros(0)).tolist()))
         for name, places in tops["exact"].items()
     )
-    few = (*parts[:2], parts[2][:4])
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(args.rounds):
         for mode in MODES:
             start = time.perf_counter()
-            run(mode, few)
+            run(mode, parts)
             times[mode].append(time.perf_counter() - start)
     return {
         "candidates_bytes": wanted,
