@@ -54,6 +54,15 @@ PLAN: dict[str, tuple[str, dict[str, str]]] = {
         "--max-steps 24 --batch-size 4 --max-length 64 --held-out 32",
         {"sparse_sft": "sparse_sft/adapter"},
     ),
+    "spt_sft": (
+        "--max-steps 24 --batch-size 4 --max-length 64 --held-out 32",
+        {"spt_sft": "spt_sft/adapter"},
+    ),
+    "prune_sft": (
+        "--max-steps 60 --batch-size 4 --max-length 64 --held-out 32",
+        {"prune_sft_adapter": "prune_sft/adapter", "prune_sft": "prune_sft/pruned"},
+    ),
+    "trainer_text_classification": ("", {"trainer_text_classification": "trainer_text_classification/adapter"}),
 }
 
 
