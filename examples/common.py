@@ -627,11 +627,12 @@ def write_results(directory: Path, args: argparse.Namespace, info: CardInfo, **m
     (directory / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def size_rows(pruned: Any) -> list[dict[str, Any]]:
-    """What `save_pruned` writes into a card about what was cut."""
+def size_rows(pruned: Any, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `save_pruned` writes into a card about what was cut, and what that has brought."""
+    from peft_ext.export import card_rows
     from peft_ext.export.saving import dense_model, size_rows
 
-    return size_rows(dense_model(pruned), pruned)
+    return [*size_rows(dense_model(pruned), pruned), *card_rows(measured)]
 
 
 def method_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:

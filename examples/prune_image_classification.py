@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 
 import peft_ext
 from peft_ext import MaskLoraCallback, MaskLoraConfig
-from peft_ext.export import markdown, report
+from peft_ext.export import card_rows, markdown, report
 from peft_ext.plots import kept_channels
 
 
@@ -84,15 +85,15 @@ def main() -> None:
     masked = logits_of(model, batch)
     pruned: Any = peft_ext.prune_and_unload(model, uniform=args.uniform).eval()
     console.print(f"Cut out, the logits differ by {(logits_of(pruned, batch) - masked).abs().max():.1e}")
-    peft_ext.save_pruned(pruned, args.output_dir / "pruned", info)
+    measured = report(dense, pruned, batch)
+    peft_ext.save_pruned(pruned, args.output_dir / "pruned", replace(info, sizes=card_rows(measured)))
     if args.uniform:  # nothing needs to be installed, and no code is loaded
         loaded = AutoModelForImageClassification.from_pretrained(args.output_dir / "pruned").eval()
     else:
         loaded = peft_ext.load_pruned(args.output_dir / "pruned").eval()
     console.print(f"Saved and loaded, by {(logits_of(loaded, batch) - logits_of(pruned, batch)).abs().max():.1e}")
-    measured = report(dense, loaded, batch)
     (args.output_dir / "report.json").write_text(json.dumps({"accuracy": score, **measured}, indent=1) + "\n")
-    write_results(args.output_dir / "pruned", args, info, report=measured, sizes=size_rows(pruned))
+    write_results(args.output_dir / "pruned", args, info, report=measured, sizes=size_rows(pruned, measured))
     console.print(markdown(measured))
     console.print(f"In {args.output_dir}: adapter, pruned model, report.json, kept.png")
 

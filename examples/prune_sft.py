@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 import peft_ext
 from peft_ext import MaskLoraCallback, MaskLoraConfig
-from peft_ext.export import markdown, report
+from peft_ext.export import card_rows, markdown, report
 from peft_ext.plots import kept_channels
 
 
@@ -100,7 +101,9 @@ def main() -> None:
     masked = logits_of(model, batch)
     pruned: Any = peft_ext.prune_and_unload(model).eval()
     console.print(f"Cut out, the logits differ by {(logits_of(pruned, batch) - masked).abs().max():.1e}")
-    peft_ext.save_pruned(pruned, args.output_dir / "pruned", info)
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
+    measured = report(dense, pruned, batch, batch_sizes=(1, 8), lengths=(64,))
+    peft_ext.save_pruned(pruned, args.output_dir / "pruned", replace(info, sizes=card_rows(measured)))
     tokenizer.save_pretrained(args.output_dir / "pruned")
     loaded = peft_ext.load_pruned(args.output_dir / "pruned").eval()
     console.print(f"Saved and loaded, by {(logits_of(loaded, batch) - logits_of(pruned, batch)).abs().max():.1e}")
@@ -109,11 +112,9 @@ def main() -> None:
     question = split["test"][0]["prompt"]
     reply = answer(question, max_new_tokens=30, do_sample=False)[0]["generated_text"][-1]["content"]
     console.print(f"{question[0]['content']}\n-> {reply}", markup=False)
-    dense = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
-    measured = report(dense, loaded, batch, batch_sizes=(1, 8), lengths=(64,))
     losses = {"before": before, "after": after}
     (args.output_dir / "report.json").write_text(json.dumps({"held_out_loss": losses, **measured}, indent=1) + "\n")
-    write_results(args.output_dir / "pruned", args, info, report=measured, sizes=size_rows(pruned))
+    write_results(args.output_dir / "pruned", args, info, report=measured, sizes=size_rows(pruned, measured))
     console.print(markdown(measured))
     console.print(f"In {args.output_dir}: adapter, pruned model, report.json, kept.png")
 

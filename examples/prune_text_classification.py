@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -46,7 +46,7 @@ from transformers import (
 
 import peft_ext
 from peft_ext import MaskLoraCallback, MaskLoraConfig
-from peft_ext.export import markdown, report
+from peft_ext.export import card_rows, markdown, report
 from peft_ext.plots import kept_channels
 
 
@@ -134,15 +134,14 @@ def main() -> None:
     masked = logits_of(model, batch)
     pruned: Any = peft_ext.prune_and_unload(model).eval()
     console.print(f"Cut out, the logits differ by {(logits_of(pruned, batch) - masked).abs().max():.1e}")
-    peft_ext.save_pruned(pruned, args.output_dir / "pruned", info)
-    loaded = peft_ext.load_pruned(args.output_dir / "pruned").eval()
-    console.print(f"Saved and loaded, by {(logits_of(loaded, batch) - logits_of(pruned, batch)).abs().max():.1e}")
-
     full = models["LoRA"].merge_and_unload().eval()
     scores = {name: [run.accuracy for run in runs if run.method == name] for name in configs}
-    measured = report(full, loaded, batch, metrics={"Test accuracy": tuple(map(mean, scores.values()))})
+    measured = report(full, pruned, batch, metrics={"Test accuracy": tuple(map(mean, scores.values()))})
+    peft_ext.save_pruned(pruned, args.output_dir / "pruned", replace(info, sizes=card_rows(measured)))
+    loaded = peft_ext.load_pruned(args.output_dir / "pruned").eval()
+    console.print(f"Saved and loaded, by {(logits_of(loaded, batch) - logits_of(pruned, batch)).abs().max():.1e}")
     (args.output_dir / "report.json").write_text(json.dumps({"scores": scores, **measured}, indent=1) + "\n")
-    rows = {"runs": [asdict(run) for run in runs], "sizes": size_rows(pruned)}
+    rows = {"runs": [asdict(run) for run in runs], "sizes": size_rows(pruned, measured)}
     write_results(args.output_dir / "pruned", args, info, report=measured, **rows)
     console.print(markdown(measured))
     console.print(f"In {args.output_dir}: adapter, pruned model, report.json, kept.png")

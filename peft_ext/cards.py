@@ -160,7 +160,8 @@ class CardInfo:
         training: Hyper-parameters and data, one table row each.
         results: Evaluation results; they go to the card's `model-index` as well.
         comparison: Table rows, one a method (the base model, LoRA, ...); the keys are the columns.
-        sizes: Table rows of what was cut out of a pruned model; the keys are the columns.
+        sizes: Table rows of what a cut has brought, as `peft_ext.export.card_rows` makes them; what was cut is added to
+            them when a pruned model is saved.
         limits: What the adapter is not good for; one line each.
         trainable_parameters: `model.get_nb_trainable_parameters()[0]`; by default the parameters in the file.
         relation: `"adapter"`, or what a merged model is to its base.

@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 import peft_ext
 from peft_ext import MaskLoraConfig, load_pruned, prune_and_unload, push_pruned_to_hub, save_pruned
 from peft_ext.cards import CardInfo
-from peft_ext.export import cut, markdown, report
+from peft_ext.export import card_rows, cut, markdown, report
 from peft_ext.export.modeling_pruned import LayerConfig, Pruned
 from peft_ext.export.saving import settle
 from peft_ext.tuners.mask_pruning import Group, find_groups, gates_of
@@ -573,6 +573,9 @@ def test_the_report_says_what_was_saved() -> None:
         assert run["flops"]["after"] < run["flops"]["before"] and run["seconds"]["after"] > 0
     table = markdown(measured)
     assert "| accuracy | 0.9 | 0.89 | 0.989 |" in table and "Latency (median), batch 2, 16 tokens, ms" in table
+    rows = card_rows(measured)
+    assert {"": "accuracy", "Before": "0.9", "Now": "0.89", "Left": "98.9%"} in rows
+    assert len(rows) == len(table.splitlines()) - 3  # the head's two lines, and the parameters
     with pytest.raises(ValueError, match="eval mode"):
         report(before.train(), after, inputs("bert"))
 
@@ -611,10 +614,12 @@ def test_the_card_says_what_was_cut_and_how_to_load_it(tmp_path: Path) -> None:
     for mode, line in (("layers", "trust_remote_code=True"), ("ffn", "BertForSequenceClassification.from_pretrained")):
         model = cut_model("bert", mode)
         model.config._name_or_path = "alice/tiny-bert"
-        save_pruned(model, tmp_path / mode, CardInfo(results=[result], license="mit"))
+        brought = [{"": "Latency, ms", "Before": "2", "Now": "1", "Left": "50.0%"}]
+        save_pruned(model, tmp_path / mode, CardInfo(results=[result], license="mit", sizes=brought))
         card = (tmp_path / mode / "README.md").read_text()
         assert line in card and "base_model: alice/tiny-bert" in card and "base_model_relation: finetune" in card
         assert "accuracy" in card and "| Feed-forward channels | 48 |" in card and "| Attention heads" in card
+        assert "| Latency, ms | 2 | 1 | 50.0% |" in card
         assert ("peft_ext.load_pruned" in card) == (mode == "layers")
         code = card.split("```python")[1].split("```")[0].replace("path/to/model", str(tmp_path / mode))
         names: dict[str, Any] = {}

@@ -2,8 +2,17 @@
 
 from .cut import cut
 from .prune import prune_and_unload
-from .report import markdown, report
+from .report import card_rows, markdown, report
 from .saving import load_pruned, push_pruned_to_hub, save_pruned
 
 
-__all__ = ["cut", "load_pruned", "markdown", "prune_and_unload", "push_pruned_to_hub", "report", "save_pruned"]
+__all__ = [
+    "card_rows",
+    "cut",
+    "load_pruned",
+    "markdown",
+    "prune_and_unload",
+    "push_pruned_to_hub",
+    "report",
+    "save_pruned",
+]

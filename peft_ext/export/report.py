@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -82,23 +82,42 @@ def report(
 
 def markdown(measured: Mapping[str, Any]) -> str:
     """A table of what `report` found: a row for each figure, with the ratio of after to before."""
-    rows = [
-        ("Parameters", measured["parameters"], "{:,}"),
-        ("Weights, MB", _scaled(measured["weight_bytes"], 1e-6), "{:.1f}"),
-    ]
-    rows += [(name, values, "{:.4g}") for name, values in measured["metrics"].items()]
-    for run in measured["runs"]:
-        where = f"batch {run['batch_size']}" + (f", {run['length']} tokens" if run["length"] else "")
-        rows.append((f"GFLOPs, {where}", _scaled(run["flops"], 1e-9), "{:.4g}"))
-        rows.append((f"Latency (median), {where}, ms", _scaled(run["seconds"], 1e3), "{:.4g}"))
-        if "peak_bytes" in run:
-            rows.append((f"Peak memory, {where}, MB", _scaled(run["peak_bytes"], 1e-6), "{:.1f}"))
     lines = ["| | Before | After | Ratio |", "| --- | ---: | ---: | ---: |"]
-    for name, values, form in rows:
+    figures = [("Parameters", measured["parameters"], "{:,}"), *_figures(measured)]
+    for name, values, form in figures:
         old, new = values["before"], values["after"]
         ratio = f"{new / old:.3f}" if old else ""
         lines.append(f"| {name} | {form.format(old)} | {form.format(new)} | {ratio} |")
     return "\n".join(lines)
+
+
+def card_rows(measured: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The same for the card of a pruned model: `save_pruned(model, path, CardInfo(sizes=card_rows(measured)))`.
+
+    The number of parameters is not among the rows, since `save_pruned` counts them itself.
+    """
+    return [
+        {
+            "": name,
+            "Before": form.format(values["before"]),
+            "Now": form.format(values["after"]),
+            "Left": f"{values['after'] / values['before']:.1%}" if values["before"] else "",
+        }
+        for name, values, form in _figures(measured)
+    ]
+
+
+def _figures(measured: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float], str]]:
+    """Name, values before and after, and how they are written."""
+    yield "Weights, MB", _scaled(measured["weight_bytes"], 1e-6), "{:.1f}"
+    for name, values in measured["metrics"].items():
+        yield name, values, "{:.4g}"
+    for run in measured["runs"]:
+        where = f"batch {run['batch_size']}" + (f", {run['length']} tokens" if run["length"] else "")
+        yield f"GFLOPs, {where}", _scaled(run["flops"], 1e-9), "{:.4g}"
+        yield f"Latency (median), {where}, ms", _scaled(run["seconds"], 1e3), "{:.4g}"
+        if "peak_bytes" in run:
+            yield f"Peak memory, {where}, MB", _scaled(run["peak_bytes"], 1e-6), "{:.1f}"
 
 
 def _scaled(values: Mapping[str, float], factor: float) -> dict[str, float]:

@@ -388,7 +388,7 @@ def _card_info(model: PreTrainedModel, info: CardInfo) -> CardInfo:
         relation="finetune",
         base_model=info.base_model or next(iter(bases), None),
         base_class=info.base_class or stock_class(model).__name__,
-        sizes=info.sizes or size_rows(dense_model(model), model),
+        sizes=[*size_rows(dense_model(model), model), *info.sizes],
     )
 
 
