@@ -142,9 +142,10 @@ def _supertuning(setting: Setting) -> PeftConfig:
 # This package's
 
 
-def _sparse(setting: Setting, selection: str) -> PeftConfig:
+def _sparse(setting: Setting, selection: str, **options: Any) -> PeftConfig:
     return SparseFTConfig(
         selection=selection,
+        **options,
         num_tunable_weights=setting.budget,
         total_steps=setting.steps if selection.startswith("spiel") else None,
         seed=setting.seed,
@@ -230,6 +231,7 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "ssf": lambda setting: SSFConfig(task_type=setting.task_type),
     "vqt": _vqt,
     **{name: partial(_sparse, selection=name) for name in ("spiel-ag", "spiel-ma", "lt-sft", "random", "smallest")},
+    "spiel-ag-100": partial(_sparse, selection="spiel-ag", reselection_steps=100),  # instead of 20, as published
     "spt": partial(_spt, at_random=False),
     "spt-random": partial(_spt, at_random=True),
     **{
