@@ -153,6 +153,11 @@ def _sparse(setting: Setting, selection: str, **options: Any) -> PeftConfig:
     )
 
 
+def _sensitive(setting: Setting) -> PeftConfig:
+    config = _sparse(setting, "sensitivity")
+    return peft_ext.calibrate(setting.model, config, setting.batches, num_batches=16, progress=False)
+
+
 def _spt(setting: Setting, at_random: bool) -> PeftConfig:
     """Without dropout, as LoRA here: only where the parameters are differs."""
     config = SPTConfig(
@@ -232,6 +237,7 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "vqt": _vqt,
     **{name: partial(_sparse, selection=name) for name in ("spiel-ag", "spiel-ma", "lt-sft", "random", "smallest")},
     "spiel-ag-100": partial(_sparse, selection="spiel-ag", reselection_steps=100),  # instead of 20, as published
+    "sensitivity": _sensitive,
     "spt": partial(_spt, at_random=False),
     "spt-random": partial(_spt, at_random=True),
     **{
