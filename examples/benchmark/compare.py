@@ -248,7 +248,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     caption = (
         f"Mean ± standard deviation over up to {seeds_run} seeds (no ±: one seed); learning rate of "
         f"{', '.join(f'{r:g}' for r in rates)} by the validation split with the first seed. In brackets a 95 % "
-        f"bootstrap interval over the seeds. {text}."
+        f"bootstrap interval over the seeds. The seconds are those of a shared machine. {text}."
     )
     return "\n".join([caption, "", *lines])
 

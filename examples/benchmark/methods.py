@@ -236,6 +236,8 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "ssf": lambda setting: SSFConfig(task_type=setting.task_type),
     "vqt": _vqt,
     **{name: partial(_sparse, selection=name) for name in ("spiel-ag", "spiel-ma", "lt-sft", "random", "smallest")},
+    # not replacing the whole support at first
+    "spiel-ag-cosine": partial(_sparse, selection="spiel-ag", reselection_policy="cosine"),
     "spiel-ag-100": partial(_sparse, selection="spiel-ag", reselection_steps=100),  # instead of 20, as published
     "sensitivity": _sensitive,
     "spt": partial(_spt, at_random=False),
