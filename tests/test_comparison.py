@@ -231,6 +231,13 @@ def test_the_rate_is_chosen_on_validation_with_the_first_seed() -> None:
     assert compare.best_rate([], "cola", "lora", 1.0, "few") is None
 
 
+def test_a_task_run_in_two_settings_has_two_names() -> None:
+    rows = [{**row("lora", 1e-3, 0, 0.5, 0.9), "settings": f"few, {epochs} epochs"} for epochs in (1, 2)]
+    lines = compare.table(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:]] == [f"| cola, {n} epochs (accuracy)" for n in (1, 2)]
+    assert compare.table(rows[:1]).splitlines()[4].startswith("| cola (accuracy)")
+
+
 @pytest.mark.parametrize(
     ("best_first", "expected"),
     [

@@ -222,6 +222,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     notes: dict[str, list[str]] = {}
+    names = _names([(task, settings) for task, _, _, settings in cells])
     for (task, method, budget, settings), seeds in cells.items():
         values = [row["test"] for row in seeds.values()]
         spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
@@ -237,11 +238,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         first = next(iter(seeds.values()))
         share = "" if budget == 1.0 or method in OF_THEIR_OWN_SIZE else f", budget x {budget:g}"
         lines.append(
-            f"| {task} ({first['metric']}) | {method}{share} | {first['trained']:,} | {first['learning_rate']:g} | "
+            f"| {names[task, settings]} ({first['metric']}) | {method}{share} | {first['trained']:,} | {first['learning_rate']:g} | "
             f"{mean(values):.3f}{spread} | {against} | {mean(row['seconds'] for row in seeds.values()):.0f} |"
         )
         where = ", ".join(f"{size} {split}" for split, size in first["sizes"].items())
-        notes.setdefault(f"{settings} ({where})", []).append(task)
+        notes.setdefault(f"{settings} ({where})", []).append(names[task, settings])
     text = "; ".join(f"{', '.join(dict.fromkeys(tasks))}: {note}" for note, tasks in notes.items())
     rates = sorted({row["learning_rate"] for row in rows})
     seeds_run = max((len(seeds) for seeds in cells.values()), default=0)
@@ -251,6 +252,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"bootstrap interval over the seeds. The seconds are those of a shared machine. {text}."
     )
     return "\n".join([caption, "", *lines])
+
+
+def _names(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What a table calls each task with its settings: the task, and in which settings it differs from itself."""
+    names = {}
+    for task, settings in pairs:
+        others = [other.split(", ") for name, other in pairs if name == task]
+        own = [part for part in settings.split(", ") if not all(part in other for other in others)]
+        names[task, settings] = ", ".join([task, *own])
+    return names
 
 
 def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
