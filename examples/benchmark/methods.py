@@ -84,7 +84,7 @@ class Setting:
             ValueError: The budget is below that, too.
         """
         rank = round(8 * self.share)
-        if rank >= 1:
+        if 8 * self.share >= 1:
             return {"r": rank, "lora_alpha": 2 * rank, **self.common}
         ends = ("query", "value", "q_proj", "v_proj")
         fewer = {name: linear for name, linear in self.linears.items() if name.endswith(ends)}

@@ -129,7 +129,7 @@ def main() -> None:
         file = RESULTS.parent / f"cost-{COSTS[find_task(task).model]}-cpu.json"
         found = points(task, rows, json.loads(file.read_text()))
         if len(found) > 2:
-            draw(task, found).savefig(args.output / f"pareto-{task}.png", dpi=80)
+            draw(task, found).savefig(args.output / f"pareto-{task}.png", dpi=72)
             print(args.output / f"pareto-{task}.png")
 
 
