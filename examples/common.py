@@ -291,6 +291,12 @@ def adapter_bytes(directory: Path) -> int:
     return (directory / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
+def chat_batch(tokenizer: Any, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """The inputs of a chat model for a few prompts, padded."""
+    texts = [tokenizer.apply_chat_template(prompt, tokenize=False) for prompt in prompts]
+    return dict(tokenizer(texts, padding=True, return_tensors="pt"))
+
+
 def check_round_trip(
     model: Any,
     inputs: Mapping[str, torch.Tensor],
@@ -571,6 +577,44 @@ def card_info(
             ],
             "limits": [*source.limits, *base.limits, *fields.get("limits", ())],
         }
+    )
+
+
+ANSWER_SETTINGS = ("learning_rate", "batch_size", "max_steps", "max_length", "seed")
+
+
+def answers_card_info(
+    args: argparse.Namespace,
+    data: Mapping[str, Any],
+    method: str,
+    model: Any,
+    losses: tuple[float, float],
+    settings: Sequence[str],
+    **more: Any,
+) -> CardInfo:
+    """The same for a language model that was trained on answers, with its held-out losses before and after.
+
+    Args:
+        args: The flags of the example, `ANSWER_SETTINGS` among them.
+        data: The splits.
+        method: What the card's comparison calls the model.
+        model: The trained `PeftModel`.
+        losses: Before and after the training.
+        settings: Names of further flags that the card shows, before `ANSWER_SETTINGS`.
+        more: Further arguments of `card_info`.
+    """
+    before, after = losses
+    return card_info(
+        args,
+        data,
+        "text-generation",
+        after,
+        [*settings, *ANSWER_SETTINGS],
+        default_data="chatterbot",
+        metric="loss",
+        comparison=[{"Model": "base", "Held-out loss": before}, {"Model": method, "Held-out loss": after}],
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        **more,
     )
 
 

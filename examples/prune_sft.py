@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import card_info, console, logits_of, quiet, resolve_model, size_rows, write_card, write_results
+from common import (
+    answers_card_info,
+    chat_batch,
+    console,
+    logits_of,
+    quiet,
+    resolve_model,
+    size_rows,
+    write_card,
+    write_results,
+)
 from sparse_sft import load_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -80,24 +90,17 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output_dir / "adapter")
     kept_channels(model).savefig(args.output_dir / "kept.png")
-    info = card_info(
+    info = answers_card_info(
         args,
         split,
-        "text-generation",
-        after,
-        ["target_sparsity", "learning_rate", "batch_size", "max_steps", "max_length", "seed"],
-        default_data="chatterbot",
-        metric="loss",
+        "mask-pruning LoRA",
+        model,
+        (before, after),
+        ["target_sparsity"],
         title=f"{args.model} on questions and answers, pruned with LoRA",
-        comparison=[
-            {"Model": "base", "Held-out loss": before},
-            {"Model": "mask-pruning LoRA", "Held-out loss": after},
-        ],
-        trainable_parameters=model.get_nb_trainable_parameters()[0],
     )
     write_card(args.output_dir / "adapter", args, info)
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False) for prompt in split["test"][:4]["prompt"]]
-    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    batch = chat_batch(tokenizer, split["test"][:4]["prompt"])
     masked = logits_of(model, batch)
     pruned: Any = peft_ext.prune_and_unload(model).eval()
     console.print(f"Cut out, the logits differ by {(logits_of(pruned, batch) - masked).abs().max():.1e}")

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import card_info, check_round_trip, console, question_answers, quiet, resolve_model, write_card
+from common import (
+    answers_card_info,
+    chat_batch,
+    check_round_trip,
+    console,
+    question_answers,
+    quiet,
+    resolve_model,
+    write_card,
+)
 from datasets import Dataset, load_dataset
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
@@ -149,22 +158,18 @@ def main() -> None:
     console.print(table)
     console.print(f"Loss of {len(held_out)} held-out answers: {loss_before:.3f} before, {loss_after:.3f} after")
 
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False) for prompt in prompts]
-    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    batch = chat_batch(tokenizer, prompts)
     trip = check_round_trip(trainer.model, batch, args.output_dir, base, "AutoModelForCausalLM", {"dtype": args.dtype})
     trip.report(args.output_dir)
-    info = card_info(
+    info = answers_card_info(
         args,
         {"train": train, "held-out": held_out},
-        "text-generation",
-        loss_after,
-        ["learning_rate", "batch_size", "max_steps", "max_length", "seed"],
-        default_data="chatterbot",
-        metric="loss",
+        "SSF",
+        trainer.model,
+        (loss_before, loss_after),
+        [],
         split="held-out",
         title=f"{args.model} on {args.dataset}, SSF",
-        comparison=[{"Model": "base", "Held-out loss": loss_before}, {"Model": "SSF", "Held-out loss": loss_after}],
-        trainable_parameters=trainer.model.get_nb_trainable_parameters()[0],
     )
     write_card(args.output_dir / "adapter", args, info)
 

@@ -14,7 +14,16 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import card_info, check_round_trip, console, question_answers, quiet, resolve_model, write_card
+from common import (
+    answers_card_info,
+    chat_batch,
+    check_round_trip,
+    console,
+    question_answers,
+    quiet,
+    resolve_model,
+    write_card,
+)
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -101,21 +110,17 @@ def main() -> None:
     figure = args.output_dir / "support.png"
     sparse_support(trainer.model).savefig(figure)
     console.print(f"Where the deltas live, and how the support turned over: {figure}")
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False) for prompt in split["test"][:4]["prompt"]]
-    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    batch = chat_batch(tokenizer, split["test"][:4]["prompt"])
     trip = check_round_trip(trainer.model, batch, args.output_dir, base, "AutoModelForCausalLM", {"dtype": "float32"})
     trip.report(args.output_dir)
-    info = card_info(
+    info = answers_card_info(
         args,
         split,
-        "text-generation",
-        after,
-        ["selection", "density", "learning_rate", "batch_size", "max_steps", "max_length", "seed"],
-        default_data="chatterbot",
-        metric="loss",
+        "sparse",
+        trainer.model,
+        (before, after),
+        ["selection", "density"],
         title=f"{args.model} on questions and answers, {args.selection}",
-        comparison=[{"Model": "base", "Held-out loss": before}, {"Model": "sparse", "Held-out loss": after}],
-        trainable_parameters=trainer.model.get_nb_trainable_parameters()[0],
     )
     write_card(args.output_dir / "adapter", args, info)
 

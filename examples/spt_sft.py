@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import card_info, check_round_trip, console, quiet, resolve_model, write_card
+from common import answers_card_info, chat_batch, check_round_trip, console, quiet, resolve_model, write_card
 from sparse_sft import load_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -85,21 +85,17 @@ def main() -> None:
     figure = args.output_dir / "allocation.png"
     spt_allocation(trainer.model).savefig(figure)
     console.print(f"Where the budget went: {figure}")
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False) for prompt in split["test"][:4]["prompt"]]
-    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    batch = chat_batch(tokenizer, split["test"][:4]["prompt"])
     trip = check_round_trip(trainer.model, batch, args.output_dir, base, "AutoModelForCausalLM", {"dtype": "float32"})
     trip.report(args.output_dir)
-    info = card_info(
+    info = answers_card_info(
         args,
         split,
-        "text-generation",
-        after,
-        ["budget", "batches", "learning_rate", "batch_size", "max_steps", "max_length", "seed"],
-        default_data="chatterbot",
-        metric="loss",
+        "SPT",
+        trainer.model,
+        (before, after),
+        ["budget", "batches"],
         title=f"{args.model} on questions and answers, SPT",
-        comparison=[{"Model": "base", "Held-out loss": before}, {"Model": "SPT", "Held-out loss": after}],
-        trainable_parameters=trainer.model.get_nb_trainable_parameters()[0],
     )
     write_card(args.output_dir / "adapter", args, info)
 

@@ -10,8 +10,8 @@ weight w is, summed over the batches,
 
 Each gradient is added to its sums on the host as soon as it is complete, and released, so that no two large gradients
 are alive at once. `memory="exact"` keeps one fp32 sum a weight. `memory="pool"` keeps the sums of the largest eighth
-only: those below a floor that rises with what was seen are forgotten, and a weight that enters late has lost what it
-had before.
+only: those below a floor that rises with what was seen are forgotten, and of a weight that enters late it is estimated
+what it had before.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Scores:
         raise NotImplementedError
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        """Adds `values`, flat, not negative and in fp32, to the sums of one tensor."""
+        """Adds `values`, flat, not negative and in fp32, to the sums of one tensor; they may be overwritten."""
         raise NotImplementedError
 
     def top(self, k: int, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
@@ -194,7 +194,8 @@ def calibrate(
         budgets: Several budgets to calibrate for in one pass.
         kind: `"sensitivity"`, `"fisher"`, `"magnitude"` or `"snip"`; see the top of `calibrate.py`. `None` takes what
             suits the method: `"magnitude"` for masks, else `"sensitivity"`.
-        memory: `"exact"`, four bytes a weight on the host, or `"pool"`, one: for budgets well below an eighth of the weights.
+        memory: `"exact"`, four bytes a weight on the host, or `"pool"`, one: for budgets well below an eighth of the
+            weights.
         progress: Show a bar, and print what was decided.
 
     Returns:

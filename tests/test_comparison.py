@@ -28,6 +28,7 @@ import compare
 import methods
 import pareto
 import tasks
+import where
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type .*Norm:UserWarning")  # PEFT's LN-tuning
@@ -229,6 +230,11 @@ def test_the_rate_is_chosen_on_validation_with_the_first_seed() -> None:
     losses = [row("lora", 1e-3, 0, 0.5, 0.9, "loss"), row("lora", 3e-3, 0, 0.6, 0.1, "loss")]
     assert compare.best_rate(losses, "cola", "lora", 1.0, "few") == 1e-3
     assert compare.best_rate([], "cola", "lora", 1.0, "few") is None
+
+
+def test_how_few_columns_hold_half_of_the_choice() -> None:
+    assert where.holds_half(torch.tensor([5, 5, 5, 1]), 8) == 1 / 8
+    assert where.holds_half(torch.arange(8), 8) == 4 / 8
 
 
 def test_a_task_run_in_two_settings_has_two_names() -> None:

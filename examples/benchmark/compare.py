@@ -238,8 +238,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         first = next(iter(seeds.values()))
         share = "" if budget == 1.0 or method in OF_THEIR_OWN_SIZE else f", budget x {budget:g}"
         lines.append(
-            f"| {names[task, settings]} ({first['metric']}) | {method}{share} | {first['trained']:,} | {first['learning_rate']:g} | "
-            f"{mean(values):.3f}{spread} | {against} | {mean(row['seconds'] for row in seeds.values()):.0f} |"
+            f"| {names[task, settings]} ({first['metric']}) | {method}{share} | {first['trained']:,} | "
+            f"{first['learning_rate']:g} | {mean(values):.3f}{spread} | {against} | {mean(row['seconds'] for row in seeds.values()):.0f} |"
         )
         where = ", ".join(f"{size} {split}" for split, size in first["sizes"].items())
         notes.setdefault(f"{settings} ({where})", []).append(names[task, settings])

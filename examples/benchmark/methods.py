@@ -153,8 +153,7 @@ def _sparse(setting: Setting, selection: str, **options: Any) -> PeftConfig:
     )
 
 
-def _sensitive(setting: Setting) -> PeftConfig:
-    config = _sparse(setting, "sensitivity")
+def _calibrated(setting: Setting, config: PeftConfig) -> PeftConfig:
     return peft_ext.calibrate(setting.model, config, setting.batches, num_batches=16, progress=False)
 
 
@@ -164,7 +163,7 @@ def _spt(setting: Setting, at_random: bool) -> PeftConfig:
         task_type=setting.task_type, budget=setting.budget, r=8, lora_alpha=16, dropout=0.0, drop_path=0.0
     )
     if not at_random:
-        return peft_ext.calibrate(setting.model, config, setting.batches, num_batches=16, progress=False)
+        return _calibrated(setting, config)
     tuner = tuner_of(config)  # the same budget, the same kinds of module, but spent without having looked
     candidates = tuner.candidates(config, setting.model)
     chance = ExactScores({name: weight.numel() for name, weight in candidates.items()})
@@ -239,7 +238,7 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     # not replacing the whole support at first
     "spiel-ag-cosine": partial(_sparse, selection="spiel-ag", reselection_policy="cosine"),
     "spiel-ag-100": partial(_sparse, selection="spiel-ag", reselection_steps=100),  # instead of 20, as published
-    "sensitivity": _sensitive,
+    "sensitivity": lambda setting: _calibrated(setting, _sparse(setting, "sensitivity")),
     "spt": partial(_spt, at_random=False),
     "spt-random": partial(_spt, at_random=True),
     **{

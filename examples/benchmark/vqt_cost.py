@@ -1,7 +1,7 @@
 r"""What VQT costs against a linear probe and LoRA: bytes kept for the backward, time of a step, time of a cached epoch.
 
     OMP_NUM_THREADS=1 python examples/benchmark/vqt_cost.py --output examples/benchmark/results/vqt_cost.json
-    OMP_NUM_THREADS=1 python examples/benchmark/vqt_cost.py --size base --batch 4 --rounds 2 \
+    OMP_NUM_THREADS=1 python examples/benchmark/vqt_cost.py --size base --batch 2 --rounds 2 \
         --output examples/benchmark/results/vqt_cost_base.json
     python examples/benchmark/vqt_cost.py --write README.md         # the tables of the results, between their markers
 
