@@ -1,10 +1,9 @@
 """Fine-tuning methods that PEFT does not have, as a plug-in: `import peft_ext` registers them with PEFT."""
 
-from .base import ExtConfig, PeftMixedModel
 from .calibrate import calibrate
+from .core import ExtConfig, PeftMixedModel, register_method
 from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_pruned
 from .loading import load
-from .register import register_method
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.sparse_ft import (
     SparseFTCallback,

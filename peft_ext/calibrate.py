@@ -24,7 +24,7 @@ import torch
 from torch import distributed, nn
 from tqdm.auto import tqdm
 
-from .base import ExtConfig, tuner_of
+from .core import ExtConfig, tuner_of
 from .sparse import top_indices
 
 

@@ -11,10 +11,9 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from .base import ExactLeaf, ExtLayer, linear_features
-from .schedule import exempt_from_weight_decay, listen_to_steps
+from .core import HALF, ExactLeaf, ExtLayer, linear_features
+from .core.schedule import exempt_from_weight_decay, listen_to_steps
 from .sparse import (
-    HALF,
     Gradient,
     LinearOperation,
     Operation,

@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
-from .base import layer_and_type
 from .cards import ADAPTER_CONFIG, ADAPTER_WEIGHTS, METHODS
+from .core import layer_and_type
 from .export.modeling_pruned import pruned_class
 from .export.saving import dense_model, groups_of
 from .sparse import decode_alone

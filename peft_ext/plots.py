@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import layer_and_type
+from .core import layer_and_type
 from .export.saving import dense_model, groups_of
 from .tuners.mask_pruning import gates_of, keep_ratios
 from .tuners.sparse_ft.model import deltas

@@ -32,8 +32,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from .core import HALF
 
-HALF = (torch.float16, torch.bfloat16)
+
 LARGEST_KEY = 0x7F7FFFFF  # the bits of the largest finite float
 CHUNK = 1 << 20  # entries that are looked at together where a whole weight is gone through
 

@@ -18,7 +18,9 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
 import peft_ext
-from peft_ext import PeftMixedModel, SSFConfig, base
+from peft_ext import PeftMixedModel, SSFConfig
+from peft_ext.core import layer as core_layer
+from peft_ext.core import targets as core_targets
 from peft_ext.tuners.ssf import SSFLayer
 
 
@@ -301,12 +303,13 @@ class Quantised(nn.Module):
 
 
 def test_quantised_layer_that_cannot_be_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    resolve = base.resolve_quantization_backend
+    resolve = core_layer.resolve_quantization_backend
 
     def with_ours(layer: nn.Module, **kwargs: Any) -> Any:
         return ForwardOnlyQuantizationBackend("gptq") if isinstance(layer, Quantised) else resolve(layer, **kwargs)
 
-    monkeypatch.setattr(base, "resolve_quantization_backend", with_ours)
+    for module in (core_layer, core_targets):
+        monkeypatch.setattr(module, "resolve_quantization_backend", with_ours)
     model = tiny("mlp")
     model.fc2 = Quantised(model.fc2)
     model = get_peft_model(model, SSFConfig(target_modules=["fc1", "norm", "fc2"])).train()

@@ -45,8 +45,8 @@ from transformers import (
 
 import peft_ext
 from peft_ext import ExtConfig, MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig
-from peft_ext.base import tuner_of
 from peft_ext.calibrate import ExactScores
+from peft_ext.core import tuner_of
 
 
 @dataclass(frozen=True)

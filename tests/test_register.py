@@ -27,7 +27,7 @@ from peft.mapping import (
 
 import peft_ext
 from peft_ext import SSFConfig, SSFModel
-from peft_ext.register import add_member, is_registered, register_method
+from peft_ext.core.registry import add_member, is_registered, register_method
 
 
 # Runs on every Python, in a fresh process; `add_member` is put before it.

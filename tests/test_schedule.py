@@ -23,9 +23,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
-from peft_ext import SSFConfig, schedule
-from peft_ext.base import AdapterVector
-from peft_ext.schedule import exempt_from_weight_decay
+from peft_ext import SSFConfig
+from peft_ext.core import AdapterVector, schedule
+from peft_ext.core.schedule import exempt_from_weight_decay
 
 
 DECAY = 0.3

@@ -538,7 +538,7 @@ def test_two_adapters_train_apart() -> None:
 
 
 def test_copies_go_their_own_way_and_nothing_is_kept_alive() -> None:
-    from peft_ext import schedule
+    from peft_ext.core import schedule
 
     model, leaf = one("spiel-ag")
     run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(3))

@@ -29,8 +29,8 @@ from transformers import TrainerCallback
 
 import peft_ext
 from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig, fix_masks
-from peft_ext.base import tuner_of
 from peft_ext.calibrate import ExactScores
+from peft_ext.core import tuner_of
 from peft_ext.tuners.mask_pruning import MaskLoraLayer
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...base import ExtConfig
+from ...core import ExtConfig
 from .groups import KINDS
 
 

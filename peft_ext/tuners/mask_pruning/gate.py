@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ...base import ExactLeaf
-from ...schedule import exempt_from_weight_decay, listen_to_steps
+from ...core import ExactLeaf
+from ...core.schedule import exempt_from_weight_decay, listen_to_steps
 from .config import MaskLoraConfig
 from .groups import Group
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...base import ExtLayer, linear_features
+from ...core import ExtLayer, linear_features
 from .config import MaskLoraConfig
 from .gate import MaskGate
 from .groups import Group

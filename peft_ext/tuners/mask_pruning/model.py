@@ -19,17 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...base import (
+from ...calibrate import Scores
+from ...core import (
     ExtConfig,
     ExtLayer,
     ExtModel,
     backbone_linears,
     linear_features,
     matched_targets,
-    resolved_targets,
     without_adapters,
 )
-from ...calibrate import Scores
 from .config import MaskLoraConfig
 from .gate import MaskGate, MaskSchedule, check_reachable
 from .groups import Group, find_groups
@@ -143,7 +142,7 @@ class MaskLoraModel(ExtModel):
         """
         if config.init_logits != "sensitivity":
             raise ValueError(f"`calibrate` needs `init_logits='sensitivity'`, the config says {config.init_logits!r}.")
-        targets = resolved_targets(cls, config, model)
+        targets = cls.resolved_targets(config, model)
         found = {}
         for name in groups_of(config, model):
             weight: Any = (targets.get(name) or model.get_submodule(name)).weight

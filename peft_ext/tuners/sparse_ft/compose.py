@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ...base import matched_targets
+from ...core import matched_targets
 from ...delta import layer_operation
 from ...sparse import is_in
 from .config import SparseFTConfig

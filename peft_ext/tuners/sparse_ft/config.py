@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...base import ExtConfig
+from ...core import ExtConfig
 
 
 SPIEL = ("spiel-ag", "spiel-ma")

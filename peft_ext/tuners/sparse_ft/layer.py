@@ -7,8 +7,8 @@ import zlib
 import torch
 from torch import nn
 
+from ...core.schedule import listen_to_steps
 from ...delta import DeltaLayer, SparseDelta
-from ...schedule import listen_to_steps
 from ...sparse import random_indices, top_indices
 from .config import SPIEL, SparseFTConfig
 from .spiel import Tracker

@@ -21,8 +21,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.optim import Optimizer
 
-from ...base import count_parameters, matched_targets
-from ...schedule import listen_to_steps
+from ...core import count_parameters, matched_targets
+from ...core.schedule import listen_to_steps
 from .config import SparseFTConfig
 from .model import SparseFTModel, best_of_all, deltas
 

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...base import (
+from ...core import (
     ExtConfig,
     ExtLayer,
     ExtModel,
     backbone_linears,
     count_parameters,
     matched_targets,
-    resolved_targets,
     warn_of_experts,
 )
 from ...delta import SparseDelta, layer_operation
@@ -90,7 +89,7 @@ class SparseFTModel(ExtModel):
         if config.selection != "sensitivity":
             raise ValueError(f"`calibrate` needs `selection='sensitivity'`, the config says {config.selection!r}.")
         found = {}
-        for name, base_layer in resolved_targets(cls, config, model).items():
+        for name, base_layer in cls.resolved_targets(config, model).items():
             weight = base_layer.weight
             assert isinstance(weight, nn.Parameter)
             if not weight.is_floating_point():

@@ -39,7 +39,7 @@ import torch
 from torch import distributed
 from torch.optim import Optimizer
 
-from ...schedule import optimizer_of
+from ...core.schedule import optimizer_of
 from ...sparse import Gradient, Operation, is_in, top_indices
 from .config import SparseFTConfig
 

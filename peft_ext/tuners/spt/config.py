@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...base import ExtConfig
+from ...core import ExtConfig
 from .structures import STRUCTURES
 
 

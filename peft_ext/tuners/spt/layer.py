@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...core.schedule import listen_to_steps
 from ...delta import DeltaLayer, SparseDelta
-from ...schedule import listen_to_steps
 from .config import SPTConfig
 from .structures import LEAVES, STRUCTURES, Structure
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...base import (
+from ...calibrate import Scores
+from ...core import (
     ExtConfig,
     ExtLayer,
     ExtModel,
@@ -20,10 +21,8 @@ from ...base import (
     count_parameters,
     layer_and_type,
     matched_targets,
-    resolved_targets,
     warn_of_experts,
 )
-from ...calibrate import Scores
 from ...delta import layer_operation
 from ...sparse import LinearOperation
 from .allocation import allocate
@@ -149,7 +148,7 @@ class SPTModel(ExtModel):
         Raises:
             ValueError: The base is quantised.
         """
-        found = _parameters(resolved_targets(cls, config, model))
+        found = _parameters(cls.resolved_targets(config, model))
         for name, parameter in found.items():
             if not parameter.is_floating_point():
                 raise ValueError(
@@ -161,7 +160,7 @@ class SPTModel(ExtModel):
     @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Scores) -> None:
         """Writes the allocation of `config.budget` into the config."""
-        targets = resolved_targets(cls, config, model)
+        targets = cls.resolved_targets(config, model)
         parameters = named_parameters(config, model)
         shapes = shapes_of(targets) | shapes_of_matrices(parameters)
         found = allocate(ScoresByMatrix(scores, parameters), shapes, config, budget_of(config, model))

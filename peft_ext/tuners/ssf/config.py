@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ...base import ExtConfig
+from ...core import ExtConfig
 
 
 _VIT = [

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ...base import AdapterVector, ExtLayer
+from ...core import AdapterVector, ExtLayer
 from . import functional
 from .config import SSFConfig
 from .functional import ScaledLinear, ScaledRMSNorm, ScaleShift, scale_and_shift

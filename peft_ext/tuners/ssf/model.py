@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...base import ExtLayer, ExtModel, linear_out_features
+from ...core import ExtLayer, ExtModel, linear_out_features
 from .config import DEFAULT_EXCLUSIONS, DEFAULT_SITES, SSFConfig
 from .layer import SSFLayer, SSFLinear
 from .sites import site_of

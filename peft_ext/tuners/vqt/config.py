@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from peft import TaskType
 
-from ...base import ExtConfig
+from ...core import ExtConfig
 from .families import HEAD_NAMES
 
 

@@ -43,7 +43,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ...base import ExtLayer, ExtModel
+from ...core import ExtLayer, ExtModel
 from .config import NO_MODULE, VQTConfig
 from .families import HEAD_NAMES, Family, check_model, family_of
 

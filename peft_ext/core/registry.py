@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import warnings
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftType
@@ -20,8 +21,44 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
+from .about import About
+
 
 StrEnum = TypeVar("StrEnum", bound=enum.Enum)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered method."""
+
+    peft_type: str
+    config: type[PeftConfig]
+    model: type[BaseTuner]
+    about: About
+
+    @property
+    def package(self) -> str:
+        """The top-level package that must be imported before PEFT knows the method."""
+        return self.config.__module__.partition(".")[0]
+
+
+_methods: dict[str, Method] = {}  # by `peft_type`
+
+
+def methods() -> dict[str, Method]:
+    """All methods that were registered through this package, by `peft_type`, in the order of their registration."""
+    return dict(_methods)
+
+
+def method_of(peft_type: str) -> Method | None:
+    """The registered method of this `peft_type`, `None` if there is none."""
+    return _methods.get(peft_type)
+
+
+def about_of(peft_type: str) -> About:
+    """The description of a method, one with nothing but its name if it has none."""
+    method = _methods.get(peft_type)
+    return About(peft_type) if method is None else method.about
 
 
 def add_member(enum_class: type[StrEnum], name: str) -> StrEnum:
@@ -47,8 +84,16 @@ def add_member(enum_class: type[StrEnum], name: str) -> StrEnum:
     return member
 
 
-def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> bool:
+def register_method(
+    name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner], about: About | None = None
+) -> bool:
     """Makes a method known to PEFT under `name` (lower case), so that it is used like a built-in one.
+
+    Args:
+        name: The method's `peft_type` in lower case; the prefix of its tensors is this and an underscore.
+        config_cls: Its config, an `ExtConfig`.
+        model_cls: Its tuner, an `ExtModel`.
+        about: What cards, inspection and the command line say about it; may be left out.
 
     Returns whether our method is registered. If PEFT itself ships a method of this name, PEFT's stays in place: a
     warning says so, and our config class then refuses to be constructed. Calling it again is a no-op.
@@ -56,6 +101,7 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
     type_name = name.upper()
     known = _registered_config(type_name)
     if known is config_cls:
+        _methods[type_name] = Method(type_name, config_cls, model_cls, about or about_of(type_name))
         return True
     if type_name in PeftType.__members__ and (known is None or known.__module__.startswith("peft.")):
         warnings.warn(
@@ -71,6 +117,7 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
     register_peft_method(
         name=name, config_cls=config_cls, model_cls=model_cls, prefix=f"{name}_", is_mixed_compatible=True
     )
+    _methods[type_name] = Method(type_name, config_cls, model_cls, about or About(type_name))
     return True
 
 

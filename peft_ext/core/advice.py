@@ -1,0 +1,56 @@
+"""Warnings about what an adapter leaves out: experts, and heads that stay at their random start."""
+
+from __future__ import annotations
+
+import warnings
+
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import ExtConfig
+
+
+def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
+    """Says so if the model has experts that `config` leaves out without a word."""
+    advice = ""
+    if hasattr(config, "target_parameters"):
+        advice = " Name them in `target_parameters`, or set that to an empty list if they are to stay as they are."
+    for name, module in model.named_modules():
+        is_conv = isinstance(module, nn.modules.conv._ConvNd)
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and parameter.shape[0] > 1 and not is_conv:
+                warnings.warn(
+                    f"{config.METHOD} leaves out the mixture-of-experts weights such as {name}.{key}: they are "
+                    "parameters of three dimensions, not Linear modules, and `target_modules='all-linear'` does not "
+                    f"reach them.{advice}",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                return
+
+
+def warn_of_fresh_head(model: nn.Module) -> None:
+    for head_name in SEQ_CLS_HEAD_NAMES:
+        head = getattr(model, head_name, None)
+        if not isinstance(head, nn.Module) or isinstance(head, AuxiliaryTrainingWrapper):
+            continue
+        linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        if linears and not any(p.requires_grad for p in head.parameters()) and _looks_fresh(linears[-1], model):
+            warnings.warn(
+                f"The head {head_name!r} looks freshly initialised and stays frozen, so the adapter would be trained "
+                f"against random class vectors. Set `modules_to_save=[{head_name!r}]` in the config, or a `task_type` "
+                "for which PEFT trains the head.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _looks_fresh(linear: nn.Linear, model: nn.Module) -> bool:
+    """An initial bias is exactly zero, a trained one never; without a bias, the spread of the initial weights tells."""
+    if linear.weight.is_meta:
+        return False
+    if linear.bias is not None:
+        return not linear.bias.any()
+    spread = getattr(getattr(model, "config", None), "initializer_range", None)
+    return spread is not None and abs(linear.weight.float().std().item() / spread - 1) < 0.05

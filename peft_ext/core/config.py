@@ -1,0 +1,146 @@
+"""The config fields that every method has."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from packaging.version import InvalidVersion, Version
+from peft import PeftConfig, PeftType
+
+from ..version import __version__
+from .registry import is_registered
+
+
+@dataclass
+class ExtConfig(PeftConfig):
+    """The fields that every method of this package has.
+
+    Args:
+        target_modules: Names of the modules to adapt: a list of names (a module is taken if its full name equals one
+            of them or ends with `"." +` one of them), a regular expression that must match the full name, or
+            `"all-linear"`. `None` takes the method's default for the architecture.
+        exclude_modules: Names, or a regular expression, of modules that are left alone although they match.
+        modules_to_save: Names of modules that are trained in full and saved with the adapter, for example a fresh
+            classification head.
+        layers_to_transform: Index, or indices, of the layers to adapt; 0 counts as an index. Needs `target_modules`
+            to be a list or `None`.
+        layers_pattern: Name, or names, of the module list that holds the layers, if it is not found by itself.
+        init_weights: How the adapter starts; `True` is the method's published initialisation.
+        trainable_token_indices: Token ids whose embeddings are trained besides the adapter (a list for the input
+            embedding, or a dict from embedding name to ids), as in PEFT's LoRA. TRL sets it when it adds a chat
+            template's special tokens.
+        peft_ext_version: Version of this package that wrote the config; filled in by itself.
+
+    Raises:
+        TypeError, ValueError: A field has a value that no method accepts; the message names the field.
+    """
+
+    METHOD: ClassVar[str] = ""
+    awaits_weights = False  # read from a file whose weights were not loaded yet; no field, so not in the JSON
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt: names, a regular expression or 'all-linear'."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone: names or a regular expression."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that holds the layers."}
+    )
+    init_weights: bool | str = field(
+        default=True, metadata={"help": "How the adapter starts; True is the method's published initialisation."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token ids whose embeddings are trained besides the adapter."}
+    )
+    peft_ext_version: str | None = field(
+        default=None, metadata={"help": "Version of peft_ext that wrote this config; leave empty."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_registered(type(self), self.METHOD):
+            raise ValueError(
+                f"{type(self).__name__} is not registered with PEFT as {self.METHOD!r}: the installed peft has a "
+                "method of that name itself. Use PEFT's method, or install an older peft."
+            )
+        self.peft_type = PeftType(self.METHOD)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"`{name}` is no valid regular expression: {value!r} ({error}).") from None
+            elif isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value):
+                setattr(self, name, set(value))
+            elif value is not None:
+                raise TypeError(f"`{name}` must be a list of names or a string, got {value!r}.")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(
+                f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}; "
+                f"write [{self.modules_to_save!r}]."
+            )
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` has no effect when `target_modules` is a regular expression: put the layer "
+                        "indices into the expression, or give `target_modules` as a list."
+                    )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` is set but `layers_to_transform` is not; set both or neither.")
+        self._check_version()
+
+    def _check_version(self) -> None:
+        if self.peft_ext_version is None:
+            self.peft_ext_version = __version__
+            return
+        try:
+            is_newer = Version(self.peft_ext_version).release[:2] > Version(__version__).release[:2]
+        except InvalidVersion:
+            raise ValueError(f"`peft_ext_version` is not a version: {self.peft_ext_version!r}.") from None
+        if is_newer:
+            warnings.warn(
+                f"This adapter was written by peft_ext {self.peft_ext_version}, {__version__} is installed; if it does "
+                "not behave as expected, run `pip install -U peft-ext`.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Reads `adapter_config.json`.
+
+        Raises:
+            TypeError: It belongs to an adapter of another method.
+        """
+        config = super().from_pretrained(*args, **kwargs)
+        if not isinstance(config, cls):
+            raise TypeError(
+                f"This is an adapter of the method {config.peft_type.value}, not {cls.METHOD}; "
+                "`PeftConfig.from_pretrained` reads any."
+            )
+        config.awaits_weights = True
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types; names come sorted, so that equal configs are written alike."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, and how to load the adapter into the card that PEFT wrote beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        from ..cards import add_usage  # cards knows the methods, the methods do not know the cards
+
+        add_usage(save_directory)

@@ -1,0 +1,87 @@
+"""The modules that hold trainable parameters. They own a `weight`, which FSDP can shard and gather."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .schedule import exempt_from_weight_decay
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class AdapterVector(nn.Module):
+    """One trainable vector `(C,)`, kept as `weight`, in a leaf module of its own; calling it gives `weight + offset`.
+
+    FSDP shards leaf modules that own a `weight`, and gathers it only while the leaf's `forward` runs, so the vector is
+    read by calling the leaf, which returns a new tensor. Storing a scale as its offset from one keeps updates that are
+    small against one, also where a trainer casts trainables to bfloat16. No optimizer decays the vector.
+    """
+
+    def __init__(self, channels: int, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels))
+        self.offset = offset
+        exempt_from_weight_decay(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        exempt_from_weight_decay(self)  # copies and unpickled leaves too
+
+    def forward(self) -> torch.Tensor:
+        weight: torch.Tensor = self.weight
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            weight = weight.float()
+        return weight + self.offset
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, offset={self.offset}"
+
+
+class ExactLeaf(nn.Module):
+    """A leaf whose `weight` moves in steps that are too small for half precision.
+
+    The values stay in fp32 when a model is cast to half precision, and are put back into fp32, exactly where that is
+    possible, when a trainer that has cast all trainable parameters calls `train()`: in bfloat16 an update of 1e-5 does
+    not move a value of 1e-2.
+    """
+
+    weight: Any
+    _exact: torch.Tensor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._exact = self.weight.data
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._exact = self.weight.data
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExactLeaf:
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            loses = tensor.is_floating_point() and moved.dtype in HALF and tensor.dtype not in HALF
+            return tensor.to(moved.device) if loses else moved
+
+        super()._apply(keep_precision, recurse)
+        self._exact = self.weight.data
+        return self
+
+    def train(self, mode: bool = True) -> ExactLeaf:
+        """Puts values that were cast to half precision back into fp32, for training."""
+        if mode and self.weight.dtype in HALF and not self.weight.is_meta:
+            exact = self._exact
+            was_exact = exact is not None and exact.dtype not in HALF and exact.shape == self.weight.shape
+            if was_exact and exact is not None and torch.equal(exact.to(self.weight), self.weight.data):
+                self.weight.data = exact.to(self.weight.device)
+            else:
+                self.weight.data = self.weight.data.float()
+            self.weight.grad = None
+        if self.weight.dtype not in HALF:
+            self._exact = self.weight.data
+        super().train(mode)
+        return self

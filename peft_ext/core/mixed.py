@@ -1,0 +1,199 @@
+"""Adapters of several methods, ours and PEFT's, in one model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+from peft import PeftConfig
+from peft import PeftMixedModel as _PeftMixedModel
+from peft.mixed_model import _prepare_model_for_gradient_checkpointing
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_adapters_not_merged,
+    _delete_auxiliary_adapter,
+)
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils.constants import DUMMY_MODEL_CONFIG
+from safetensors.torch import save_file
+from torch import nn
+
+from .config import ExtConfig
+from .layer import ExtLayer
+from .merging import announce_unloading, check_merges
+from .model import tuner_of
+
+
+class _MixedModel(MixedModel):
+    """PEFT's mixed tuner, opened to the methods of this package."""
+
+    tuner_layer_cls = BaseTunerLayer
+    prefix = ""
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        if not isinstance(config, ExtConfig):
+            super()._check_new_adapter_config(config)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if isinstance(peft_config, ExtConfig):
+            return tuner_of(peft_config).default_targets(peft_config, model_config, self.model)
+        return MixedModel._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if isinstance(peft_config, ExtConfig):
+            tuner_of(peft_config).check_targets(peft_config, model)
+
+    def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(config, ExtConfig):
+            tuner_of(config).replace_target(self, config, *args, **kwargs)
+        else:
+            super()._create_and_replace(config, *args, **kwargs)
+
+    def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        if isinstance(peft_config, ExtConfig):
+            return tuner_of(peft_config).replace_parameters(self, peft_config, *args, **kwargs)
+        return super()._inject_parameters(peft_config, *args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ExtLayer):  # see `ExtModel`
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter of any method on the model."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if isinstance(config, ExtConfig):
+            tuner_of(config).finish_injection(model, config, adapter_name)
+
+    # PEFT's class goes by lists of prefixes and layer types that do not know ours; the structural versions do.
+    _mark_only_adapters_as_trainable = BaseTuner._mark_only_adapters_as_trainable
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        BaseTuner.set_adapter(self, adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        _check_adapters_not_merged(self.model, names)
+        active = [name for name in self.active_adapters if name not in names]
+        for name in names:
+            del self.peft_config[name]
+            for layer in [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]:
+                layer.delete_adapter(name)
+            _delete_auxiliary_adapter(self.model, name, new_active_adapters=active)
+        # a layer that has lost an adapter may have picked another one for itself
+        self.set_adapter(active)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges all layers, the innermost first: an outer method acts on what an inner one has already changed."""
+        check_merges(self.model, safe_merge, adapter_names)
+        for module in reversed(list(self.model.modules())):
+            if isinstance(module, BaseTunerLayer):
+                module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        methods = {tuner_of(config) for config in self.peft_config.values() if isinstance(config, ExtConfig)}
+        announce_unloading(self.model)
+        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        if merge:
+            for method in methods:
+                method.finish_merge(self.model)
+        return self.model
+
+
+class PeftMixedModel(_PeftMixedModel):
+    """PEFT's `PeftMixedModel` that also takes the methods of this package: ours with LoRA, or ours with ours.
+
+    PEFT's own class goes by closed lists of its tuners. This one is used in the same way, except that it is named
+    here instead of in `get_peft_model(..., mixed=True)`:
+
+    ```py
+    model = peft_ext.PeftMixedModel(model, SSFConfig(), adapter_name="ssf")
+    model.add_adapter("lora", LoraConfig())
+    model.set_adapter(["ssf", "lora"])
+    ```
+
+    On a module that both adapt, the method that was added later acts on the output of the earlier one.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> None:
+        nn.Module.__init__(self)
+        _prepare_model_for_gradient_checkpointing(model)
+        self.modules_to_save = None
+        configs: Any = {adapter_name: peft_config}
+        self.base_model = _MixedModel(model, configs, adapter_name)
+        self.set_modules_to_save(peft_config, adapter_name)
+        self.config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds a fresh adapter of any method; activate it with `set_adapter`.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+        if not isinstance(peft_config, ExtConfig):
+            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+            return
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        try:
+            self.peft_config[adapter_name] = peft_config
+            self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.set_modules_to_save(peft_config, adapter_name)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes each adapter into a folder of its own name, which loads like any adapter, alone or with the others.
+
+        Raises:
+            ValueError: An adapter sits on a module that an earlier one adapts too, so that it would not load alone.
+        """
+        if not safe_serialization or kwargs:
+            raise ValueError("A mixed model is saved as safetensors, with no other options.")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        if unknown := set(names) - set(self.peft_config):
+            raise ValueError(f"There are no adapters {sorted(unknown)}; there are {sorted(self.peft_config)}.")
+        states = {name: get_peft_model_state_dict(self, adapter_name=name) for name in names}
+        for name, state in states.items():
+            inner = [key for key in state if ".base_layer." in key]
+            if inner:
+                raise ValueError(
+                    f"Adapter {name!r} cannot be saved apart from the others: at {inner[0]!r} it sits inside another "
+                    "adapter's layer. Give the adapters modules of their own, or train and save one after the other."
+                )
+        for name, state in states.items():
+            directory = os.path.join(save_directory, name)
+            os.makedirs(directory, exist_ok=True)
+            tensors = {key: value.contiguous() for key, value in state.items()}
+            save_file(tensors, os.path.join(directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+            config = copy.copy(self.peft_config[name])
+            config.base_model_name_or_path = getattr(self.base_model.model, "name_or_path", None) or None
+            config.inference_mode = True
+            config.save_pretrained(directory)

@@ -1,0 +1,339 @@
+"""The tuner: finds the targets, checks them all before it changes the first, and puts the layers in."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftType, TaskType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import get_quantization_kwargs
+from peft.utils.constants import DUMMY_MODEL_CONFIG
+from peft.utils.other import _get_submodules
+from torch import nn
+from transformers import PreTrainedModel
+
+from .advice import warn_of_experts, warn_of_fresh_head
+from .config import ExtConfig
+from .layer import ExtLayer
+from .merging import announce_unloading, check_merges
+from .modes import mixed_batch
+from .targets import is_named, matched_targets, refuse_unknown_targets
+
+
+TASKS_WITH_TRAINED_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+class ExtModel(BaseTuner):
+    """The tuner: finds the targets, checks them all before it touches the first, and puts the layers in.
+
+    Subclasses set `prefix`, `tuner_layer_cls` and `target_module_mapping` (default targets per `model_type`), and may
+    override `layer_class`, `layer_kwargs`, `finish_merge` and `check_model`.
+    """
+
+    tuner_layer_cls: type[ExtLayer]
+    target_module_mapping: dict[str, list[str]]
+    scores_kind: ClassVar[str] = "sensitivity"  # what a sensitivity pass measures unless told otherwise
+    misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
+    # regular expressions that go with the default targets, by class name or model type
+    default_exclusions: ClassVar[dict[str, str]] = {}
+    trains_own_head: ClassVar[bool] = False
+
+    # To be overridden by the method
+
+    @classmethod
+    def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
+        """The layer class for a module, or `TypeError` if the method cannot adapt modules of its type."""
+        return cls.tuner_layer_cls
+
+    @classmethod
+    def layer_class_at(cls, name: str, base_layer: nn.Module, config: Any) -> type[ExtLayer]:
+        """The same for the module of this name, where the config has a say in it."""
+        return cls.layer_class(base_layer)
+
+    @classmethod
+    def layer_kwargs(cls, tuner: BaseTuner, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
+        """What `update_layer` must know beyond the config, because only the whole model, `tuner.model`, tells it."""
+        return {}
+
+    @classmethod
+    def parameter_targets(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that `target_parameters` names, by name."""
+        return {}
+
+    @classmethod
+    def finish_injection(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Called once all layers of a new adapter are in `model`."""
+
+    @classmethod
+    def finish_merge(cls, model: nn.Module) -> None:
+        """Called once all layers of `model` are merged and unloaded."""
+
+    @classmethod
+    def stored_tensors(
+        cls, model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What is written to disk of an adapter's tensors."""
+        return tensors
+
+    @classmethod
+    def candidates(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that a sensitivity pass looks at, by name; for methods that look at data before training."""
+        raise TypeError(
+            f"{config.METHOD} looks at no data before training, so there is nothing to calibrate: give the config to "
+            "`get_peft_model` as it is."
+        )
+
+    @classmethod
+    def take_scores(cls, config: Any, model: nn.Module, scores: Any) -> None:
+        """Writes what follows from the `Scores` of the candidates into the config."""
+        raise NotImplementedError
+
+    @classmethod
+    def calibration_report(cls, config: Any) -> str:
+        """What a calibration decided, to be printed; empty if there is nothing to show."""
+        return ""
+
+    @classmethod
+    def with_budget(cls, config: Any, budget: float) -> Any:
+        """A copy of the config with another budget, for a calibration for several."""
+        raise TypeError(f"{config.METHOD} has no budget of its own to vary: calibrate once for each.")
+
+    # Injection
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_refuse_other_shapes)
+
+    def discard(self, adapter_name: str) -> None:
+        """Takes an adapter off again, and with the last one all of the adapter layers."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+        else:
+            super()._unload_and_optionally_merge(merge=False)
+
+    @classmethod
+    def inject_layer(
+        cls, tuner: BaseTuner, config: ExtConfig, adapter_name: str, target: nn.Module, name: str
+    ) -> ExtLayer | None:
+        """Adds the adapter to `target` if that is one of this method's layers, else returns a layer around it."""
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kwargs = cls.layer_kwargs(tuner, name, base_layer, config)
+        if isinstance(target, cls.tuner_layer_cls):
+            target.update_layer(adapter_name, config, **kwargs)
+            return None
+        layer_class = cls.layer_class_at(name, base_layer, config)
+        layer = layer_class(target, **get_quantization_kwargs(tuner.model))
+        layer.like = next((p for p in tuner.model.parameters() if p.is_floating_point()), layer.like).new_empty(0)
+        layer.activate_only(adapter_name)
+        layer.update_layer(adapter_name, config, **kwargs)
+        if adapter_name not in tuner.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
+        return layer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter on the model, the first or a further one."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.finish_injection(model, self.peft_config[adapter_name], adapter_name)
+
+    @classmethod
+    def replace_target(
+        cls,
+        tuner: BaseTuner,
+        config: ExtConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        """Adds the adapter to one target of `tuner`, which may be a mixed tuner."""
+        layer = cls.inject_layer(tuner, config, adapter_name, target, current_key)
+        if layer is not None:
+            tuner._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def replace_parameters(
+        cls, tuner: BaseTuner, config: ExtConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapts the parameters that `target_parameters` names; one layer for all parameters of a module."""
+        names = list(cls.parameter_targets(config, model))
+        for module_name in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            parent, target, target_name = _get_submodules(model, module_name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                cls.replace_target(tuner, config, adapter_name, target, target_name, parent, module_name)
+        return names
+
+    def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.replace_target(self, peft_config, *args, **kwargs)
+
+    def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return self.replace_parameters(self, peft_config, *args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version also copies `weight` and moves devices; our layers share the base layer and move themselves,
+        # and a module that was trained in full may have no `weight`.
+        setattr(parent, child_name, new_module)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return self.default_targets(peft_config, model_config, self.model)
+
+    @classmethod
+    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
+        """Fills in `target_modules` for the architecture if the user left it open."""
+        if config.target_modules is None:
+            model_type = model_config.get("model_type", DUMMY_MODEL_CONFIG["model_type"])
+            targets = cls.target_module_mapping.get(model_type)
+            if targets is None:
+                raise ValueError(
+                    f"Please specify `target_modules` in `peft_config`: {config.METHOD} has no default targets for "
+                    f"models of type {model_type!r}. It has some for {', '.join(sorted(cls.target_module_mapping))}."
+                )
+            names = [name for name, _ in model.named_modules()]
+            config.target_modules = {target for target in targets if is_named(target, names)}
+            if config.exclude_modules is None:
+                exclusions = cls.default_exclusions
+                excluded = exclusions.get(type(model).__name__, exclusions.get(model_type, ""))
+                if any(re.fullmatch(excluded, name) for name in names if name):
+                    config.exclude_modules = excluded
+        return config
+
+    @classmethod
+    def resolved_targets(cls, config: ExtConfig, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that the config would adapt on this model, by name; the config stays as it is."""
+        config = copy.copy(config)
+        model_config = getattr(model, "config", None)
+        config = cls.default_targets(config, model_config.to_dict() if model_config is not None else {}, model)
+        cls.check_modules(config, model)
+        return dict(matched_targets(config, model))
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        self.check_targets(peft_config, model)
+
+    @classmethod
+    def check_targets(cls, config: ExtConfig, model: nn.Module) -> None:
+        """Whatever must be known before the first module is replaced; `check_modules` as a rule."""
+        cls.check_modules(config, model)
+
+    @classmethod
+    def check_modules(cls, config: ExtConfig, model: nn.Module) -> None:
+        """Raises for targets that cannot be adapted while the model is still as it was.
+
+        Raises:
+            ValueError: There are no targets, or one of them names no module.
+            TypeError: A target is of a type that the method does not support; the message names it.
+        """
+        if not config.target_modules and not cls.parameter_targets(config, model):
+            raise ValueError(
+                "`target_modules` is empty, so nothing would be trained; name at least one module, or leave it out to "
+                f"get the default targets of {config.METHOD}."
+            )
+        takes_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+        _maybe_include_all_linear_layers(config, model)
+        if not (isinstance(config.target_modules, str) or config.inference_mode):
+            refuse_unknown_targets(config.target_modules or (), model)
+        for name, base_layer in matched_targets(config, model):
+            try:
+                cls.layer_class(base_layer)
+            except TypeError as error:
+                raise TypeError(
+                    f"Target module {name!r}: {error} Leave it out of `target_modules`, or list it in "
+                    "`exclude_modules`."
+                ) from None
+        if takes_all_linear and getattr(config, "target_parameters", None) is None:
+            warn_of_experts(config, model)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if isinstance(model, PreTrainedModel):
+            # which class the adapter was trained on, also where the task leaves that open; and PEFT copies a model's
+            # tags into the card of each adapter
+            config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+            model.add_model_tags(["peft-ext", config.METHOD.lower().replace("_", "-")])
+        head_is_trained = self.trains_own_head or config.task_type in TASKS_WITH_TRAINED_HEAD
+        if not (config.inference_mode or head_is_trained):
+            warn_of_fresh_head(model)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
+        return cls.stored_tensors(model, config, adapter_name, tensors)
+
+    # Samples of one batch on several adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        with mixed_batch(self.model, self.tuner_layer_cls, list(adapter_names), kwargs.get("num_beams")):
+            yield
+
+    # Merge
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT warns here of tied weights, whichever adapter is merged; `check_merges` refuses where it matters."""
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges the adapters into the base model's weights; `unmerge_adapter` takes them out again, bit for bit.
+
+        Either all layers are merged or, with an error, none.
+        """
+        check_merges(self.model, safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            check_merges(self.model, safe_merge, adapter_names)
+        announce_unloading(self.model)
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            self.finish_merge(self.model)
+        return self.model
+
+
+def tuner_of(config: ExtConfig) -> type[ExtModel]:
+    """The tuner class of a config."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.METHOD)]
+    assert issubclass(tuner, ExtModel)
+    return tuner
+
+
+def _refuse_other_shapes(tuner: ExtModel, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Before weights are loaded: if they are of another model, takes adapters that wait for them off again and raises."""
+    own = tuner.state_dict(prefix=prefix)
+    configs: dict[str, ExtConfig] = {n: c for n, c in tuner.peft_config.items() if isinstance(c, ExtConfig)}
+    waiting = [name for name, config in configs.items() if config.awaits_weights]
+    misfits = [
+        key
+        for key, value in state_dict.items()
+        if key in own and f".{tuner.prefix}" in key and value.shape != own[key].shape
+    ]
+    if misfits:
+        for name in waiting:
+            tuner.discard(name)
+        raise RuntimeError(
+            "The adapter does not fit this model:\n"
+            + "".join(
+                f"    size mismatch for {key.removeprefix(f'{prefix}model.')}: {tuple(state_dict[key].shape)} in the "
+                f"adapter, {tuple(own[key].shape)} in the model\n"
+                for key in misfits[:5]
+            )
+            + f"({len(misfits)} in all.) {tuner.misfit_advice}"
+        )
+    for name in waiting:
+        configs[name].awaits_weights = False

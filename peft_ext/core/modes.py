@@ -1,0 +1,79 @@
+"""A model for a while in another mode: without its adapters, or with another adapter for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .layer import ExtLayer
+
+
+BASE_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter for this sample"
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the frozen one, in eval mode; which parameters are trained stays as it is."""
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    disabled = [layer._disable_adapters for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for layer, was_disabled in zip(layers, disabled, strict=True):
+            layer._disable_adapters = was_disabled
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def mixed_batch(
+    model: nn.Module, layer_cls: type[ExtLayer], adapter_names: list[str], num_beams: int | None
+) -> Iterator[None]:
+    """Inside, sample `i` of a batch passes through the adapter `adapter_names[i]` (`"__base__"`: through none).
+
+    Raises:
+        ValueError: The method cannot do it, an adapter does not exist, or the model is in training mode.
+    """
+    if not layer_cls.supports_mixed_batches:
+        raise ValueError(
+            f"{layer_cls.__name__} does not support `adapter_names`; run the samples of each adapter as a batch of "
+            "their own, with `set_adapter` in between."
+        )
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    layers = [module for module in model.modules() if isinstance(module, layer_cls)]
+    known = {BASE_ADAPTER}.union(*(layer._get_available_adapters() for layer in layers))
+    if unexpected := set(adapter_names) - known:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
+
+    def pass_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
+        return args, {**kwargs, "adapter_names": names}
+
+    # beam search repeats each sample, but only after an encoder, if there is one, has seen it once
+    repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    encoder: Any = model.get_encoder() if is_encoder_decoder else None  # type: ignore[operator]
+    in_encoder = set(encoder.modules()) if encoder is not None else set()
+    handles = [
+        module.register_forward_pre_hook(
+            partial(pass_names, names=adapter_names if module in in_encoder else repeated), with_kwargs=True
+        )
+        for module in model.modules()
+        if isinstance(module, (layer_cls, AuxiliaryTrainingWrapper))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,125 @@
+"""Which modules of a model there are, which of them a config names, and how many features they have."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_target_module_exists
+from peft.utils import resolve_quantization_backend
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .config import ExtConfig
+
+
+HEADS = {"lm_head", "score", "classifier", "qa_outputs", "cls", "classification_head"}
+
+
+def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of `model` by name, without adapters that are on them, and without what adapters consist of."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (name + ".",)
+        yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those of `unadapted_modules` that the config's names or expressions match."""
+    return ((name, module) for name, module in unadapted_modules(model) if check_target_module_exists(config, name))
+
+
+def is_admitted(config: ExtConfig, name: str) -> bool:
+    """Whether `exclude_modules`, `modules_to_save` and `layers_to_transform` leave a module to be adapted."""
+    config = copy.copy(config)
+    config.target_modules = {name.rpartition(".")[2]}
+    return bool(check_target_module_exists(config, name))
+
+
+def layer_and_type(name: str) -> tuple[int, str]:
+    """The number of the layer that a module is in, -1 if in none, and its name within the layer.
+
+    A model may have a second stack of layers; the name then begins with that of the stack, such as `decoder.`.
+    """
+    match = re.search(r"(?:^|\.)(\d+)\.", name)
+    if match is None:
+        return -1, name
+    stack = re.search(r"(?:^|\.)(decoder|text_model|vision_model)\.", name[: match.start() + 1])
+    return int(match[1]), (f"{stack[1]}." if stack else "") + name[match.end() :]
+
+
+def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those of `unadapted_modules` that belong to no head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    prefix = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name, module in unadapted_modules(model):
+        if name.startswith(prefix) and module is not output and not HEADS & set(name.split(".")):
+            yield name, module
+
+
+def backbone_linears(model: nn.Module) -> set[str]:
+    """The names of all Linear modules (and GPT-2's Conv1D) that are no head."""
+    return {name for name, module in backbone_modules(model) if linear_features(module) is not None}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The parameters of the model without its adapters; quantised weights count what they stand for."""
+    added = set()
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            kept = "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
+            added |= {id(p) for name, child in module.named_children() if name != kept for p in child.parameters()}
+    counted: dict[int, int] = {}
+    for module in model.modules():
+        features = linear_features(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            size = features[0] * features[1] if name == "weight" and features is not None else parameter.numel()
+            if id(parameter) not in added:
+                counted[id(parameter)] = size
+    return sum(counted.values())
+
+
+def linear_features(base_layer: nn.Module) -> tuple[int, int] | None:
+    """Input and output features of a dense or quantised linear layer (or GPT-2's Conv1D), `None` if it is neither."""
+    if isinstance(base_layer, nn.Linear):
+        return base_layer.in_features, base_layer.out_features
+    if isinstance(base_layer, Conv1D):
+        return base_layer.nx, base_layer.nf
+    backend = resolve_quantization_backend(base_layer)
+    if backend is None or backend.layer_type != "linear":
+        return None
+    inputs, outputs = _get_in_out_features(base_layer)
+    return None if inputs is None or outputs is None else (inputs, outputs)
+
+
+def linear_out_features(base_layer: nn.Module) -> int | None:
+    """Output features of a dense or quantised linear layer (or GPT-2's Conv1D), `None` if it is neither."""
+    features = linear_features(base_layer)
+    return None if features is None else features[1]
+
+
+def is_named(target: str, names: Iterable[str]) -> bool:
+    """Whether an entry of `target_modules` matches one of the module names."""
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def refuse_unknown_targets(targets: Iterable[str], model: nn.Module) -> None:
+    wrappers = [n for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    inner = tuple(f"{name}." for name in wrappers)
+    names = [name for name, _ in model.named_modules() if not name.startswith(inner)]
+    unknown = sorted(target for target in targets if not is_named(target, names))
+    if unknown:
+        known = {name.rsplit(".", 1)[-1] for name in names if name and not name.rsplit(".", 1)[-1].isdecimal()}
+        similar = sorted({close for target in unknown for close in get_close_matches(target, known)} or known)
+        raise ValueError(
+            f"Target modules {unknown} not found in the base model, a {type(model).__name__}. Please check the target "
+            f"modules and try again; it has modules called {', '.join(similar[:20])}."
+        )
