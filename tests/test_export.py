@@ -34,7 +34,8 @@ from peft_ext.cards import CardInfo
 from peft_ext.export import card_rows, cut, markdown, report
 from peft_ext.export.modeling_pruned import LayerConfig, Pruned
 from peft_ext.export.saving import settle
-from peft_ext.tuners.mask_pruning import Group, find_groups, gates_of
+from peft_ext.groups import Group, find_groups
+from peft_ext.tuners.mask_pruning import gates_of
 
 
 # tiny models with more heads than usual, so that there is something to choose from
@@ -812,7 +813,7 @@ def test_a_config_edited_by_hand(mode: str, tmp_path: Path) -> None:
 
 
 def test_every_architecture_of_the_table_is_tested() -> None:
-    from peft_ext.tuners.mask_pruning import ARCHITECTURES as TABLE
+    from peft_ext.groups import ARCHITECTURES as TABLE
 
     known = {(ARCHITECTURES | MORE_ARCHITECTURES)[name][1]().model_type for name in FIELDS}
     known = {name.removesuffix("_text") for name in known}

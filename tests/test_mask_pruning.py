@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 import peft_ext
 from peft_ext import MaskLoraCallback, MaskLoraConfig
-from peft_ext.tuners.mask_pruning import Group, MaskGate, MaskLoraLayer, find_groups, gates_of, keep_ratios, kept_units
+from peft_ext.groups import Group, find_groups
+from peft_ext.tuners.mask_pruning import MaskGate, MaskLoraLayer, gates_of, keep_ratios, kept_units
 from peft_ext.tuners.mask_pruning.gate import (
     MaskSchedule,
     check_reachable,

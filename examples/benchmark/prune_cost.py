@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from peft_ext.export import cut, report
-from peft_ext.tuners.mask_pruning import find_groups
+from peft_ext.groups import find_groups
 
 
 RESULTS = Path(__file__).parent / "results"

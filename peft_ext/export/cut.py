@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..tuners.mask_pruning import Group
+from ..groups import Group
 from .modeling_pruned import LayerConfig, set_parameter
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..tuners.mask_pruning import Group, MaskLoraConfig, MaskLoraLayer, gates_of, kept_units
+from ..groups import Group
+from ..tuners.mask_pruning import MaskLoraConfig, MaskLoraLayer, gates_of, kept_units
 from .cut import cut, refuse_quantised, slices
 from .saving import settle
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..cards import CardInfo, hub_ids, update_card
-from ..tuners.mask_pruning import Group, find_groups
+from ..groups import Group, find_groups
 from . import modeling_pruned
 from .modeling_pruned import Pruned, explained, pruned_class
 

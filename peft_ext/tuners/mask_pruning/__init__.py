@@ -3,21 +3,16 @@
 from .callback import MaskLoraCallback
 from .config import MaskLoraConfig
 from .gate import MaskGate
-from .groups import ARCHITECTURES, Group, Rule, find_groups
 from .layer import MaskLoraLayer
 from .model import MaskLoraModel, fix_masks, gates_of, keep_ratios, kept_units
 
 
 __all__ = [
-    "ARCHITECTURES",
-    "Group",
     "MaskGate",
     "MaskLoraCallback",
     "MaskLoraConfig",
     "MaskLoraLayer",
     "MaskLoraModel",
-    "Rule",
-    "find_groups",
     "fix_masks",
     "gates_of",
     "keep_ratios",

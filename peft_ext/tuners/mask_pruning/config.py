@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...core import ExtConfig
-from .groups import KINDS
+from ...groups import KINDS
 
 
 COSTS = ("parameters", "flops", "latency")
@@ -30,7 +30,7 @@ class MaskLoraConfig(ExtConfig):
         prune: What is masked: `"ffn"`, the channels of feed-forward blocks; `"heads"`, attention heads (key-value heads
             with all their queries).
         groups: Which channels hang together, for an architecture that is not known: a list of entries like
-            `{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}`; see `groups.Rule`.
+            `{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}`; see `peft_ext.groups.Rule`.
         target_sparsity: Share of the prunable weights (or of what `cost` says) that is removed, in (0, 1); the masks
             that are decided remove it. `None`: as much as `penalty` makes them.
         cost: What a unit counts for: its `"parameters"`, its `"flops"` on sequences of `sequence_length` tokens, or

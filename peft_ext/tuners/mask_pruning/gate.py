@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 
 from ...core import ExactLeaf
 from ...core.schedule import exempt_from_weight_decay, listen_to_steps
+from ...groups import Group
 from .config import MaskLoraConfig
-from .groups import Group
 
 
 UNDECIDED = -1

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from ...groups import Group, features_of
 from .config import MaskLoraConfig
-from .groups import Group, features_of
 
 
 def measured_costs(model: nn.Module, groups: Mapping[str, Group], config: MaskLoraConfig) -> dict[str, float]:

@@ -11,9 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...core import ExtLayer, linear_features
+from ...groups import Group
 from .config import MaskLoraConfig
 from .gate import MaskGate
-from .groups import Group
 
 
 class Down(nn.Linear):

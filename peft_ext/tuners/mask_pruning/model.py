@@ -2,7 +2,7 @@ r"""Mask-pruning LoRA: what is cut is learnt while the model is adapted.
 
     y = W (m * x) + b + (alpha / r) B A (m * x)
 
-m masks whole groups of channels at the input of the one module that reads them (`groups.py`), for the base and for
+m masks whole groups of channels at the input of the one module that reads them (`peft_ext/groups.py`), for the base and for
 LoRA alike, so that a masked channel has no influence and can be cut out afterwards (`export`). The paper's abstract
 ("Learning to Prune and Low-Rank Adaptation for Compact Language Model Deployment") is all that is known of it; the
 masks follow its relatives (CoFi, Sheared LLaMA, FineGates).
@@ -29,9 +29,9 @@ from ...core import (
     matched_targets,
     without_adapters,
 )
+from ...groups import Group, find_groups
 from .config import MaskLoraConfig
 from .gate import MaskGate, MaskSchedule, check_reachable
-from .groups import Group, find_groups
 from .latency import measured_costs
 from .layer import MaskLoraLayer, MaskLoraLinear
 

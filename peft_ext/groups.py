@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import linear_features, unadapted_modules
+from .core import linear_features, unadapted_modules
 
 
 KINDS = ("ffn", "heads")
