@@ -1,0 +1,1 @@
+"""The conformance kit: tests that any method can inherit. Needs the extra `testing`."""
