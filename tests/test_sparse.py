@@ -73,7 +73,7 @@ def test_code_is_small(density: float, at_most: float) -> None:
 
 
 def test_code_of_many_places_spans_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_ext.sparse.CHUNK", 64)
+    monkeypatch.setattr("peft_ext.sparse.codec.CHUNK", 64)
     indices = random_indices(1000, 77_777, generator())
     assert torch.equal(decode(encode(indices, 77_777), 1000, 77_777).long(), indices)
 
@@ -112,7 +112,7 @@ def test_top_indices(scores: list[int], k: int) -> None:
 
 
 def test_top_indices_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_ext.sparse.CHUNK", 100)
+    monkeypatch.setattr("peft_ext.sparse.selection.CHUNK", 100)
     scores = torch.rand(1234, generator=generator())
     found = top_indices(lambda start, stop: scores[start:stop], 1234, 77)
     assert torch.equal(found, scores.topk(77).indices.sort().values)
