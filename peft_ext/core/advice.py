@@ -1,14 +1,16 @@
-"""Warnings about what an adapter leaves out: experts, and heads that stay at their random start."""
+"""Warnings about what an adapter leaves out: experts, heads that stay at their random start, layers that never act."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import ExtConfig
+from .layer import ExtLayer
 
 
 def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
@@ -28,6 +30,36 @@ def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
                     stacklevel=2,
                 )
                 return
+
+
+def warn_of_idle_layers(model: nn.Module, adapter_names: Iterable[str]) -> None:
+    """Says once, of each adapter that was trained here, which of its layers took no part in the training."""
+    for adapter in adapter_names:
+        layers = {
+            name.removeprefix("base_model.model."): module
+            for name, module in model.named_modules()
+            if isinstance(module, ExtLayer) and adapter in module.watched
+        }
+        idle = {name: layer for name, layer in layers.items() if adapter not in layer.learnt}
+        if len(idle) == len(layers) or all(adapter in layer.reported for layer in idle.values()):
+            continue  # not trained, or trained where nobody could watch; or nothing new
+        for layer in idle.values():
+            layer.reported.add(adapter)
+        never_run = [name for name, layer in idle.items() if not layer.has_run]
+        unused = [name for name in idle if name not in never_run]
+        parts = [f"{len(never_run)} were never run ({_some(never_run)})"] if never_run else []
+        parts += [f"{len(unused)} were run, but the loss did not depend on them ({_some(unused)})"] if unused else []
+        warnings.warn(
+            f"Adapter {adapter!r} was trained, but not all of it: of its {len(layers)} modules, {', and '.join(parts)}. "
+            "They are still as they were initialised. Leave them out of `target_modules`, or train with a loss and "
+            "inputs that use them.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def warn_of_fresh_head(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -30,6 +31,10 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         self._unmerged: dict[str, torch.Tensor | None] = {}
+        self.has_run = False  # whether an adapter on it ever acted in a forward with gradients
+        self.watched: set[str] = set()  # adapters whose first gradient would be seen,
+        self.learnt: set[str] = set()  # those of them that had one,
+        self.reported: set[str] = set()  # and those that it was said of that they had none
         self.like = torch.empty(0)  # of the device and dtype that a base layer without parameters works in
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -98,6 +103,8 @@ class ExtLayer(nn.Module, BaseTunerLayer):
             self._refuse_training_while_merged()
             return self.base_layer(*args, **kwargs)
         adapters = self.present(self.active_adapters)
+        if torch.is_grad_enabled():
+            self.has_run = True
         return self.adapted_forward(adapters, *args, **kwargs) if adapters else self.base_layer(*args, **kwargs)
 
     def _refuse_training_while_merged(self) -> None:
@@ -125,6 +132,25 @@ class ExtLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return (self.like.device, self.like.dtype) if device is None else (device, dtype)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes these adapters the active ones, and trainable unless `inference_mode`."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._watch_first_gradients()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes the adapter off, and what is known of its training."""
+        super().delete_adapter(adapter_name)
+        for record in (self.watched, self.learnt, self.reported):
+            record.discard(adapter_name)
+
+    def _watch_first_gradients(self) -> None:
+        for container in self.adapter_layer_names:
+            for adapter, leaf in getattr(self, container).items():
+                for parameter in leaf.parameters():
+                    if parameter.requires_grad and adapter not in self.learnt and not parameter._backward_hooks:
+                        self.watched.add(adapter)
+                        parameter.register_hook(_FirstGradient(self, adapter))
 
     def finish_update(self, adapter_name: str, config: ExtConfig) -> None:
         """To be called at the end of `update_layer`: device, dtype and `requires_grad` of the new leaves."""
@@ -228,3 +254,16 @@ class ExtLayer(nn.Module, BaseTunerLayer):
                 getattr(base, key).data = value
         self._unmerged = {}
         self.merged_adapters.clear()
+
+
+class _FirstGradient:
+    """A hook on a parameter that notes in its layer that there was a gradient."""
+
+    def __init__(self, layer: ExtLayer, adapter_name: str) -> None:
+        self.layer = weakref.ref(layer)
+        self.adapter_name = adapter_name
+
+    def __call__(self, grad: torch.Tensor) -> None:
+        layer = self.layer()
+        if layer is not None:
+            layer.learnt.add(self.adapter_name)

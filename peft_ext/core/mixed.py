@@ -21,10 +21,12 @@ from peft.utils.constants import DUMMY_MODEL_CONFIG
 from safetensors.torch import save_file
 from torch import nn
 
+from .advice import warn_of_idle_layers
 from .config import ExtConfig
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .model import tuner_of
+from .upkeep import prepare, restore
 
 
 class _MixedModel(MixedModel):
@@ -66,6 +68,7 @@ class _MixedModel(MixedModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter of any method on the model."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        prepare(model)
         config = self.peft_config[adapter_name]
         if isinstance(config, ExtConfig):
             tuner_of(config).finish_injection(model, config, adapter_name)
@@ -91,6 +94,7 @@ class _MixedModel(MixedModel):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges all layers, the innermost first: an outer method acts on what an inner one has already changed."""
         check_merges(self.model, safe_merge, adapter_names)
+        warn_of_idle_layers(self.model, adapter_names or self.active_adapters)
         for module in reversed(list(self.model.modules())):
             if isinstance(module, BaseTunerLayer):
                 module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -106,6 +110,7 @@ class _MixedModel(MixedModel):
             self.merge_adapter(adapter_names, safe_merge)
         methods = {tuner_of(config) for config in self.peft_config.values() if isinstance(config, ExtConfig)}
         announce_unloading(self.model)
+        restore(self.model)
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if merge:
             for method in methods:

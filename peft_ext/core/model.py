@@ -19,12 +19,14 @@ from peft.utils.other import _get_submodules
 from torch import nn
 from transformers import PreTrainedModel
 
-from .advice import warn_of_experts, warn_of_fresh_head
+from .advice import warn_of_experts, warn_of_fresh_head, warn_of_idle_layers
 from .config import ExtConfig
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
 from .targets import is_named, matched_targets, refuse_unknown_targets
+from .uncalled import uncalled_modules
+from .upkeep import prepare, restore
 
 
 TASKS_WITH_TRAINED_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
@@ -140,6 +142,7 @@ class ExtModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter on the model, the first or a further one."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        prepare(model)
         self.finish_injection(model, self.peft_config[adapter_name], adapter_name)
 
     @classmethod
@@ -236,10 +239,16 @@ class ExtModel(BaseTuner):
             )
         takes_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
         _maybe_include_all_linear_layers(config, model)
+        uncalled = uncalled_modules(model)
+        if takes_all_linear and isinstance(config.target_modules, set):
+            config.target_modules -= set(uncalled)
         if not (isinstance(config.target_modules, str) or config.inference_mode):
             refuse_unknown_targets(config.target_modules or (), model)
+        is_new = not (config.inference_mode or config.awaits_weights)  # what was trained before may load
         for name, base_layer in matched_targets(config, model):
             try:
+                if is_new and name in uncalled:
+                    raise TypeError(f"An adapter on it would not act: {uncalled[name]}.")
                 cls.layer_class(base_layer)
             except TypeError as error:
                 raise TypeError(
@@ -263,6 +272,7 @@ class ExtModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
+        warn_of_idle_layers(model, [adapter_name])
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
         return cls.stored_tensors(model, config, adapter_name, tensors)
 
@@ -288,6 +298,7 @@ class ExtModel(BaseTuner):
         Either all layers are merged or, with an error, none.
         """
         check_merges(self.model, safe_merge, adapter_names)
+        warn_of_idle_layers(self.model, adapter_names or self.active_adapters)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -299,7 +310,9 @@ class ExtModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             check_merges(self.model, safe_merge, adapter_names)
+            warn_of_idle_layers(self.model, adapter_names or self.active_adapters)
         announce_unloading(self.model)
+        restore(self.model)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             self.finish_merge(self.model)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import ExtConfig
+from .uncalled import uncalled_modules
 
 
 HEADS = {"lm_head", "score", "classifier", "qa_outputs", "cls", "classification_head"}
@@ -56,12 +57,14 @@ def layer_and_type(name: str) -> tuple[int, str]:
 
 
 def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Those of `unadapted_modules` that belong to no head."""
+    """Those of `unadapted_modules` that belong to no head and are called, so that an adapter can act on them."""
+    uncalled = uncalled_modules(model)
     prefix = getattr(model, "base_model_prefix", "")
     prefix = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for name, module in unadapted_modules(model):
-        if name.startswith(prefix) and module is not output and not HEADS & set(name.split(".")):
+        is_head = module is output or bool(HEADS & set(name.split(".")))
+        if name.startswith(prefix) and not is_head and name not in uncalled:
             yield name, module
 
 
