@@ -3,10 +3,11 @@
     python tests/capabilities.py                   # print the table
     python tests/capabilities.py --write README.md # between <!-- capabilities --> and <!-- /capabilities -->
 
-A test that shows a capability is marked with it: `@pytest.mark.capability("merge")`. The methods are those of its
-parametrisation over `METHODS` in `test_conformance.py`; a test of one method names it,
-`@pytest.mark.capability("4-bit base", "ssf")`. Where the test shows that a method refuses, the mark says so:
-`refused=True`, or `only_if="mixes_batches"`, a field of the method's row. A method without a test gets no tick.
+A test of the conformance kit that shows a capability says so, `@shows("merge")`, for all methods in
+`test_conformance.py` that it is run on, or, `@shows("adapter_names", only_if="mixes_batches")`, for those whose
+`Method` says yes in that field; it shows that the others refuse. Any other test is marked,
+`@pytest.mark.capability("4-bit base", "ssf")`, with `refused=True` where it shows that the method refuses; its methods
+are those it names, or those it is parametrised over. A method without a test gets no tick.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from test_conformance import METHODS
 
 from peft_ext import METHODS as PEFT_TYPES
 from peft_ext.cards import METHODS as CARDS
+from peft_ext.testing import MethodConformance, models_of
 
 
 YES, REFUSED, UNTESTED = "✓", "refused", "-"
@@ -59,16 +61,27 @@ class Capabilities:
         for mark in marks(test, "capability"):
             capability, *named = mark.args
             for method, model in cases(test, *named):
-                if method not in COLUMNS:
-                    raise ValueError(f"{test.__name__} shows {capability!r} of {method!r}, which is no method.")
-                refused = mark.kwargs.get("refused", False)
-                if "only_if" in mark.kwargs:
-                    refused = not getattr(METHODS[method], mark.kwargs["only_if"])
-                cell = REFUSED if refused else YES
-                if self.cells[capability].setdefault(method, cell) != cell:
-                    raise ValueError(f"{test.__name__} contradicts another test on {capability!r} of {method!r}.")
-                if model is not None:
-                    self.models[method].add(model)
+                self._enter(test.__name__, capability, method, model, mark.kwargs.get("refused", False))
+
+    def add_kit(self, case: type[MethodConformance]) -> None:
+        """Reads what the tests of the kit show of one method."""
+        claims = case.method
+        tests = [test for group in case.__mro__ for test in vars(group).values()]
+        for test in tests:
+            if callable(test) and hasattr(test, "shows"):
+                capability, only_if = test.shows
+                refused = bool(only_if) and not getattr(claims, only_if)
+                for model in models_of(test, claims):
+                    self._enter(test.__name__, capability, claims.prefix.rstrip("_"), model, refused)
+
+    def _enter(self, test: str, capability: str, method: str, model: str | None, refused: bool) -> None:
+        if method not in COLUMNS:
+            raise ValueError(f"{test} shows {capability!r} of {method!r}, which is no method.")
+        cell = REFUSED if refused else YES
+        if self.cells[capability].setdefault(method, cell) != cell:
+            raise ValueError(f"{test} contradicts another test on {capability!r} of {method!r}.")
+        if model is not None:
+            self.models[method].add(model)
 
     def table(self) -> str:
         """Markdown: a row for each capability, a column for each method; below, what the tests run on."""
@@ -106,9 +119,11 @@ def cases(test: Callable[..., Any], method: str | None = None) -> Iterator[tuple
 
 
 def collect() -> Capabilities:
-    """Reads all test files, the conformance matrix first."""
+    """Reads the conformance kit, then all test files."""
     found = Capabilities()
-    for path in sorted(TESTS.glob("test_*.py"), key=lambda path: (path.stem != "test_conformance", path.stem)):
+    for case in METHODS.values():
+        found.add_kit(case)
+    for path in sorted(TESTS.glob("test_*.py")):
         if "mark.capability(" in path.read_text():  # the others need not be imported
             module = importlib.import_module(path.stem)
             for test in vars(module).values():
