@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +36,9 @@ class MergingTests(ConformanceTests):
         safely = copy.deepcopy(model).merge_and_unload(safe_merge=True)
         same(logits(safely, batch), logits(merged, batch))
         if isinstance(merged, PreTrainedModel):
-            merged.save_pretrained(tmp_path)
-            reloaded, report = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+            merged.save_pretrained(str(tmp_path))
+            loaded: Any = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+            reloaded, report = loaded
             assert not report["missing_keys"] and not report["unexpected_keys"]
             same(logits(reloaded.eval(), batch), logits(merged, batch))
 

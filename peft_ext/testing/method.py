@@ -120,12 +120,12 @@ class ConformanceTests:
     # shorter for the tests
 
     @property
-    def adapted(self) -> Callable[..., PeftModel]:
+    def adapted(self) -> Callable[..., Any]:
         """See `Method.adapted`."""
         return self.method.adapted
 
     @property
-    def config_for(self) -> Callable[..., ExtConfig]:
+    def config_for(self) -> Callable[..., Any]:
         """See `Method.config_for`."""
         return self.method.config_for
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -41,7 +42,7 @@ class SavingTests(ConformanceTests):
     def test_save_and_load(self, name: str, tmp_path: Path) -> None:
         model, batch = self.adapted(name), inputs(name)
         expected = logits(model, batch)
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(str(tmp_path))
         stored = load_file(tmp_path / "adapter_model.safetensors")
         assert stored and not any(".default" in key for key in stored)
         assert all(self.method.prefix in key for key in stored)
@@ -69,7 +70,7 @@ class SavingTests(ConformanceTests):
                     if f".{adapter}." in key and self.method.prefix in key:
                         parameter.fill_(0.1 * (seed + 1))
             expected[adapter] = logits(model, batch)
-        model.save_pretrained(tmp_path, selected_adapters=names[1:])
+        model.save_pretrained(str(tmp_path), selected_adapters=names[1:])
         assert not (tmp_path / "adapter_model.safetensors").exists()  # that is where "default" would be
         for adapter in names[1:]:
             loaded = PeftModel.from_pretrained(tiny(name), str(tmp_path / adapter))
@@ -87,7 +88,7 @@ class SavingTests(ConformanceTests):
             model = inject_adapter_in_model(
                 self.config_for(name), tiny(name), adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
             )
-            result = set_peft_model_state_dict(model, state, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+            result: Any = set_peft_model_state_dict(model, state, "other", low_cpu_mem_usage=low_cpu_mem_usage)
             assert not result.unexpected_keys
             same(logits(model.eval(), inputs(name)), logits(source, inputs(name)))
             prefix = "base_model.model."
@@ -115,7 +116,7 @@ class SavingTests(ConformanceTests):
 
     @on_any_few
     def test_loading_is_deterministic(self, name: str, tmp_path: Path) -> None:
-        self.adapted(name).save_pretrained(tmp_path)
+        self.adapted(name).save_pretrained(str(tmp_path))
         loaded = []
         for seed in (1, 2):
             with torch.random.fork_rng(devices=[]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ class TogetherTests(ConformanceTests):
         same(logits(model, batch), plain)
         model.enable_adapters()
         same(logits(model, batch), expected)
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(str(tmp_path))
         assert (tmp_path / "adapter_config.json").exists()
         other = tiny(name)
         other.load_adapter(str(tmp_path))
@@ -71,8 +72,8 @@ class TogetherTests(ConformanceTests):
     @among("llama", "gpt2", "bert", "vit", "convnext")
     def test_auto_classes(self, name: str, tmp_path: Path) -> None:
         """`AutoModel*.from_pretrained(adapter)` and PEFT's Auto classes find the base by the adapter's config."""
-        tiny(name).save_pretrained(tmp_path / "base")
-        auto = AutoModelForCausalLM if name in ("llama", "gpt2") else AutoModelForSequenceClassification
+        tiny(name).save_pretrained(str(tmp_path / "base"))
+        auto: Any = AutoModelForCausalLM if name in ("llama", "gpt2") else AutoModelForSequenceClassification
         if name in ("vit", "convnext"):
             auto = AutoModel if self.method.adapts_modules else AutoModelForImageClassification
         base = auto.from_pretrained(tmp_path / "base")
@@ -85,16 +86,17 @@ class TogetherTests(ConformanceTests):
         model = get_peft_model(base, self.config_for(name, base, task_type=task))
         self.randomize(model)
         expected = output(model)
-        model.save_pretrained(tmp_path / "adapter")
+        model.save_pretrained(str(tmp_path / "adapter"))
         loaded = auto.from_pretrained(tmp_path / "adapter")
         assert any(isinstance(module, BaseTunerLayer) for module in loaded.modules())
         same(output(loaded), expected)
-        options = {"num_labels": 3} if task == "SEQ_CLS" else {}
+        options: dict[str, Any] = {"num_labels": 3} if task == "SEQ_CLS" else {}
         same(output(peft_ext.load(tmp_path / "adapter", **options)), expected)
         same(output(peft_ext.load(tmp_path / "adapter", auto.from_pretrained(tmp_path / "base"))), expected)
-        peft_auto = {"CAUSAL_LM": AutoPeftModelForCausalLM, "SEQ_CLS": AutoPeftModelForSequenceClassification}.get(
-            task
-        )
+        peft_auto: Any = {
+            "CAUSAL_LM": AutoPeftModelForCausalLM,
+            "SEQ_CLS": AutoPeftModelForSequenceClassification,
+        }.get(task or "")
         if peft_auto is not None:
             same(output(peft_auto.from_pretrained(str(tmp_path / "adapter"), **options)), expected)
 
@@ -150,7 +152,7 @@ class TogetherTests(ConformanceTests):
         single = get_peft_model(tiny(name), self.config_for(name))
         self.randomize(single)
         close(outputs["ours",], logits(single.eval(), batch))
-        single.save_pretrained(tmp_path)
+        single.save_pretrained(str(tmp_path))
         model.set_adapter(["ours", "lora"])
         assert any("lora_" in key for key in trained_parameters(model))
         assert any(self.method.prefix in key for key in trained_parameters(model))
