@@ -38,28 +38,26 @@ from peft_ext import (
 )
 
 
-# name of the file: config, learning rate, callbacks, what draws the trained model
-FIGURES: dict[str, tuple[Any, float, list[Any], Any]] = {
-    "ssf": (SSFConfig(modules_to_save=["classifier"]), 1e-2, [], plots.ssf_offsets),
+# name of the file: config, learning rate, callbacks
+FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
+    "ssf": (SSFConfig(modules_to_save=["classifier"]), 1e-2, []),
     "sparse": (
         SparseFTConfig(density=0.02, modules_to_save=["classifier"]),
         5e-3,
         [SparseFTCallback()],
-        plots.sparse_support,
     ),
-    "spt": (SPTConfig(budget=0.05, r=4, modules_to_save=["classifier"]), 5e-3, [], plots.spt_allocation),
+    "spt": (SPTConfig(budget=0.05, r=4, modules_to_save=["classifier"]), 5e-3, []),
     "mask_pruning": (
         MaskLoraConfig(target_sparsity=0.25, modules_to_save=["classifier"]),
         5e-3,
         [MaskLoraCallback()],
-        plots.kept_channels,
     ),
 }
 
 
 def draw(name: str, file: Path, epochs: int = 20) -> None:
     """Trains the adapter of the method `name` and writes its figure, a PNG, to `file`."""
-    config, learning_rate, callbacks, plot = FIGURES[name]
+    config, learning_rate, callbacks = FIGURES[name]
     set_seed(0)
     base = pretrained_on_digits()
     data = digits(range(5, 10), train=200, validation=200)
@@ -73,7 +71,7 @@ def draw(name: str, file: Path, epochs: int = 20) -> None:
         trainer.add_callback(callback)
     trainer.train()
     accuracy = trainer.evaluate(inputs["test"])["eval_accuracy"]
-    figure = plot(trainer.model)
+    figure = plots.plot(trainer.model)
     figure.savefig(file, dpi=80)
     print(f"{file}: test accuracy {accuracy:.3f}")
 

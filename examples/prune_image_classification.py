@@ -36,7 +36,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 import peft_ext
 from peft_ext import MaskLoraCallback, MaskLoraConfig
 from peft_ext.export import card_rows, markdown, report
-from peft_ext.plots import kept_channels
+from peft_ext.plots import plot
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output_dir / "adapter")
-    kept_channels(model).savefig(args.output_dir / "kept.png")
+    plot(model).savefig(args.output_dir / "kept.png")
     info = card_info(
         args,
         data,

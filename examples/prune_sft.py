@@ -33,7 +33,7 @@ from trl import SFTConfig, SFTTrainer
 import peft_ext
 from peft_ext import MaskLoraCallback, MaskLoraConfig
 from peft_ext.export import card_rows, markdown, report
-from peft_ext.plots import kept_channels
+from peft_ext.plots import plot
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
     model: Any = trainer.model.eval()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output_dir / "adapter")
-    kept_channels(model).savefig(args.output_dir / "kept.png")
+    plot(model).savefig(args.output_dir / "kept.png")
     info = answers_card_info(
         args,
         split,

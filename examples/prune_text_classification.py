@@ -47,7 +47,7 @@ from transformers import (
 import peft_ext
 from peft_ext import MaskLoraCallback, MaskLoraConfig
 from peft_ext.export import card_rows, markdown, report
-from peft_ext.plots import kept_channels
+from peft_ext.plots import plot
 
 
 def make_trainer(model: nn.Module, args: argparse.Namespace, tokenizer: Any, data: Any, seed: int) -> Trainer:
@@ -117,7 +117,7 @@ def main() -> None:
     model = models["mask-pruning LoRA"]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output_dir / "adapter")
-    kept_channels(model).savefig(args.output_dir / "kept.png")
+    plot(model).savefig(args.output_dir / "kept.png")
     info = card_info(
         args,
         data,

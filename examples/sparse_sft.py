@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 
 import peft_ext
 from peft_ext import SparseFTConfig
-from peft_ext.plots import sparse_support
+from peft_ext.plots import plot
 
 
 TOPICS = ("ai", "computers", "food", "history", "literature", "movies", "science", "sports", "trivia")
@@ -108,7 +108,7 @@ def main() -> None:
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figure = args.output_dir / "support.png"
-    sparse_support(trainer.model).savefig(figure)
+    plot(trainer.model).savefig(figure)
     console.print(f"Where the deltas live, and how the support turned over: {figure}")
     batch = chat_batch(tokenizer, split["test"][:4]["prompt"])
     trip = check_round_trip(trainer.model, batch, args.output_dir, base, "AutoModelForCausalLM", {"dtype": "float32"})

@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 
 import peft_ext
 from peft_ext import SPTConfig
-from peft_ext.plots import spt_allocation
+from peft_ext.plots import plot
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     console.print(f"Test accuracy: {score:.3f}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figure = args.output_dir / "allocation.png"
-    spt_allocation(model).savefig(figure)
+    plot(model).savefig(figure)
     console.print(f"Where the budget went: {figure}")
     model.save_pretrained(args.output_dir / "adapter")
     info = card_info(

@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 import peft_ext
 from peft_ext import SPTConfig
-from peft_ext.plots import spt_allocation
+from peft_ext.plots import plot
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def main() -> None:
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figure = args.output_dir / "allocation.png"
-    spt_allocation(trainer.model).savefig(figure)
+    plot(trainer.model).savefig(figure)
     console.print(f"Where the budget went: {figure}")
     batch = chat_batch(tokenizer, split["test"][:4]["prompt"])
     trip = check_round_trip(trainer.model, batch, args.output_dir, base, "AutoModelForCausalLM", {"dtype": "float32"})

@@ -41,7 +41,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from peft_ext import FrozenPassCache, PeftMixedModel, SSFConfig, VQTConfig
-from peft_ext.plots import layer_shares, plot_attention, plot_layers
+from peft_ext.plots import plot
+from peft_ext.tuners.vqt import layer_shares
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -335,8 +336,8 @@ def main() -> None:
             comparison.probe(f"Head2Toe-style, {args.queries} a layer", args.queries)
         if "vqt" in args.methods:
             model = comparison.vqt(args.queries)
-            plot_layers(model).savefig(args.output.with_name(f"layers-{name}.png"), dpi=120)
-            figure = plot_attention(model, pixel_values=test.pixels[:1])
+            plot(model).savefig(args.output.with_name(f"layers-{name}.png"), dpi=120)
+            figure = plot(model, pixel_values=test.pixels[:1])
             figure.savefig(args.output.with_name(f"attention-{name}.png"), dpi=120)
             adapter = args.output.with_name(f"adapter-{name}".replace(" ", "-"))
             model.save_pretrained(adapter)

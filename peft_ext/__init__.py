@@ -1,9 +1,10 @@
 """Fine-tuning methods that PEFT does not have, as a plug-in: `import peft_ext` registers them with PEFT."""
 
 from .calibrate import calibrate
-from .core import ExtConfig, PeftMixedModel, register_method
+from .core import ExtConfig, PeftMixedModel, load_plugins, register_method
 from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_pruned
 from .loading import load
+from .tuners import mask_pruning, sparse_ft, spt, ssf, vqt
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.sparse_ft import (
     SparseFTCallback,
@@ -57,8 +58,9 @@ __all__ = [
     "select_features",
 ]
 
-register_method("ssf", SSFConfig, SSFModel)
-register_method("vqt", VQTConfig, VQTModel)
-register_method("sparse_ft", SparseFTConfig, SparseFTModel)
-register_method("spt", SPTConfig, SPTModel)
-register_method("mask_pruning", MaskLoraConfig, MaskLoraModel)
+register_method("ssf", SSFConfig, SSFModel, about=ssf.ABOUT)
+register_method("vqt", VQTConfig, VQTModel, about=vqt.ABOUT)
+register_method("sparse_ft", SparseFTConfig, SparseFTModel, about=sparse_ft.ABOUT)
+register_method("spt", SPTConfig, SPTModel, about=spt.ABOUT)
+register_method("mask_pruning", MaskLoraConfig, MaskLoraModel, about=mask_pruning.ABOUT)
+load_plugins()

@@ -26,98 +26,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-
-CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a card says about a method, whatever it was trained on."""
-
-    name: str
-    idea: str  # the rest of a sentence that begins with the name
-    paper: str  # its address
-    bibtex: str
-    mergeable: bool
-    limits: tuple[str, ...] = ()
+from .core import ADAPTER_CONFIG, ADAPTER_WEIGHTS, About, Method, after_saving, method_of, methods
 
 
-METHODS: dict[str, Method] = {  # by `peft_type`; a new method adds one entry
-    "SSF": Method(
-        name="SSF",
-        idea="trains a scale and a shift for every channel of the frozen model's features; both are folded into the "
-        "weights for inference.",
-        paper="https://arxiv.org/abs/2210.08823",
-        bibtex=r"""@inproceedings{lian2022scaling,
-  title = {Scaling \& Shifting Your Features: A New Baseline for Efficient Model Tuning},
-  author = {Lian, Dongze and Zhou, Daquan and Feng, Jiashi and Wang, Xinchao},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2022},
-  url = {https://arxiv.org/abs/2210.08823}
-}""",
-        mergeable=True,
-        limits=("A shift on a module that cannot have a bias, such as an RMSNorm, works only while not merged.",),
-    ),
-    "VQT": Method(
-        name="VQT",
-        idea="trains query tokens that read the keys and values of every layer of the frozen model, and a linear head "
-        "on what they read; the model's own output stays as it is.",
-        paper="https://arxiv.org/abs/2212.03220",
-        bibtex=r"""@inproceedings{tu2023visual,
-  title = {Visual Query Tuning: Towards Effective Usage of Intermediate Representations for Parameter and Memory
-           Efficient Transfer Learning},
-  author = {Tu, Cheng-Hao and Mai, Zheda and Chao, Wei-Lun},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year = {2023},
-  url = {https://arxiv.org/abs/2212.03220}
-}""",
-        mergeable=False,
-        limits=("It classifies only, with a head of its own, and cannot be merged into the weights.",),
-    ),
-    "SPARSE_FT": Method(
-        name="Sparse fine-tuning",
-        idea="changes a small share of the weights and leaves the others as they are; which ones is chosen by SpIEL "
-        "while it trains, by LT-SFT, or beforehand.",
-        paper="https://arxiv.org/abs/2401.16405",
-        bibtex=r"""@article{ansell2024scaling,
-  title = {Scaling Sparse Fine-Tuning to Large Language Models},
-  author = {Ansell, Alan and Vuli{\'c}, Ivan and Sterz, Hannah and Korhonen, Anna and Ponti, Edoardo M.},
-  journal = {arXiv preprint arXiv:2401.16405},
-  year = {2024},
-  url = {https://arxiv.org/abs/2401.16405}
-}""",
-        mergeable=True,
-        limits=("It is not merged into a quantised base model, whose grid would swallow the small changes.",),
-    ),
-    "SPT": Method(
-        name="SPT",
-        idea="spends a budget of trainable parameters where a few batches say that the loss depends on the weights: "
-        "single weights, whole vectors, or low-rank updates.",
-        paper="https://arxiv.org/abs/2303.08566",
-        bibtex=r"""@inproceedings{he2023sensitivity,
-  title = {Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning},
-  author = {He, Haoyu and Cai, Jianfei and Zhang, Jing and Tao, Dacheng and Zhuang, Bohan},
-  booktitle = {IEEE/CVF International Conference on Computer Vision},
-  year = {2023},
-  url = {https://arxiv.org/abs/2303.08566}
-}""",
-        mergeable=True,
-        limits=("With `structured='adapter'` it cannot be merged.",),
-    ),
-    "MASK_PRUNING": Method(
-        name="Mask-pruning LoRA",
-        idea="trains LoRA together with binary masks over feed-forward channels and attention heads; what is masked "
-        "can be cut out, which leaves a smaller and faster model.",
-        paper="https://par.nsf.gov/biblio/10616373",
-        bibtex=r"""@misc{learning2025prune,
-  title = {Learning to Prune and Low-Rank Adaptation for Compact Language Model Deployment},
-  year = {2025},
-  url = {https://par.nsf.gov/biblio/10616373}
-}""",
-        mergeable=True,
-        limits=("Merged, it keeps the size of its base model; `peft_ext.prune_and_unload(model)` cuts it.",),
-    ),
-}
+CARD = "README.md"
+PYPI = "https://pypi.org/project"
+
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -241,7 +155,7 @@ def add_usage(directory: str | os.PathLike[str]) -> None:
     try:
         if path.is_file() and "\nlibrary_name: peft" in path.read_text(encoding="utf-8"):
             saved = _Saved(folder, subfolder)
-            if saved.config.get("peft_type") in METHODS:
+            if method_of(saved.config.get("peft_type", "")) is not None:
                 _fill(ModelCard.load(path), saved, CardInfo(), usage_only=True).save(path)
     except (OSError, ValueError, YAMLError) as error:  # a damaged card is no reason to lose a trained adapter
         warnings.warn(f"The card {path} does not tell how to load the adapter: {error}", UserWarning, stacklevel=3)
@@ -262,9 +176,12 @@ class _Saved:
                 f"There is no {ADAPTER_CONFIG} in {self.directory}. Save the adapter there first; for a merged model "
                 'say what it is: CardInfo(method="SSF", relation="finetune", base_model="...").'
             )
-        if key not in METHODS:
-            raise ValueError(f"{key} is not a method of peft_ext; its cards are for {', '.join(METHODS)}.")
-        return METHODS[key]
+        method = method_of(key)
+        if method is None:
+            raise ValueError(
+                f"{key} is not a method of peft_ext or of a package for it; cards are for {', '.join(methods())}."
+            )
+        return method
 
     def base_class(self, info: CardInfo) -> str | None:
         """Name of the transformers class of the model, or `None` if it is of another library."""
@@ -285,6 +202,7 @@ class _Saved:
 
 def _fill(card: ModelCard, saved: _Saved, info: CardInfo, usage_only: bool = False) -> ModelCard:
     method = saved.method(info)
+    about = method.about
     data: Any = card.data  # typed as the parent of ModelCardData
     known = re.search(r"<!-- peft_ext:usage repo=(\S*) base=(\S*) -->", card.text)  # by an earlier call
     known_repo, known_base = known.groups() if known else ("", "")
@@ -293,29 +211,29 @@ def _fill(card: ModelCard, saved: _Saved, info: CardInfo, usage_only: bool = Fal
     configured = hub_ids([saved.config.get("base_model_name_or_path"), known_base])
     bases = [info.base_model] if info.base_model else named or configured[:1]
     info = replace(info, repo_id=info.repo_id or known_repo, base_model=bases[0] if bases else None)
-    stand_in = f"{method.name} {'adapter' if info.relation == 'adapter' else 'model'}"
+    stand_in = f"{about.name} {'adapter' if info.relation == 'adapter' else 'model'}"
     title = info.title or (info.repo_id or stand_in).split("/")[-1]
-    _fill_metadata(data, saved, info, method, title, bases)
+    _fill_metadata(data, saved, info, about, title, bases)
 
     nameless = re.compile(rf"^# (Model Card for Model ID|{stand_in})$", re.MULTILINE)
     text = nameless.sub(lambda _: f"# {title}", _without_template(card.text), count=1)
     note = f" repo={info.repo_id or ''} base={info.base_model or ''}"
     text = _set_block(text, "usage", note, _usage(saved, info, method), title)
     if not usage_only:
-        text = _set_block(text, "details", "", _details(saved, info, method), title)
+        text = _set_block(text, "details", "", _details(saved, info, about), title)
     card.text = text.rstrip() + "\n"
     return card
 
 
 def _fill_metadata(
-    data: ModelCardData, saved: _Saved, info: CardInfo, method: Method, title: str, bases: list[str]
+    data: ModelCardData, saved: _Saved, info: CardInfo, about: About, title: str, bases: list[str]
 ) -> None:
     data.library_name = "peft" if info.relation == "adapter" else "transformers"
     data.base_model = bases[0] if len(bases) == 1 else bases or None
     data["base_model_relation"] = info.relation if bases else None
     prefix = "base_model:adapter:"  # PEFT writes this tag, too, with a local path
     kept = [tag for tag in data.tags or [] if not tag.startswith(prefix) or hub_ids([tag.removeprefix(prefix)])]
-    data.tags = _union(kept, [method.name.lower().replace(" ", "-"), "peft-ext"])
+    data.tags = _union(kept, [about.name.lower().replace(" ", "-"), "peft-ext"])
     base_class = saved.base_class(info) or ""
     derived = next((tag for end, tag in PIPELINE_TAGS.items() if base_class.endswith(end)), None)
     data.pipeline_tag = info.task or data.pipeline_tag or derived
@@ -330,15 +248,19 @@ def _fill_metadata(
 
 def _usage(saved: _Saved, info: CardInfo, method: Method) -> str:
     base, base_class = info.base_model, saved.base_class(info)
-    lines = [f"[{method.name}]({method.paper}) {method.idea}"]
+    about = method.about
+    name = f"[{about.name}]({about.paper})" if about.paper else about.name
+    lines = [f"{name} {about.idea}" if about.idea else f"The method is {name}."]
     if base:
         lines.append(f"The base model is [{base}](https://huggingface.co/{base}).")
     elif local := saved.config.get("base_model_name_or_path"):  # only its last part: the rest is about a machine
         lines.append(f"The base model, `{Path(local).name}`, was a local directory and is not on the Hub.")
     code = [f"from transformers import {base_class}"] if base_class else []
     if info.relation == "adapter":
-        lines.append("It is loaded with [peft-ext](https://pypi.org/project/peft-ext/): `pip install peft-ext`.")
-        first = f"import peft_ext  # tells PEFT what {method.name} is; has to come before the adapter is loaded"
+        lines.append(_installation(method))
+        first = (
+            f"import {method.import_name}  # tells PEFT what {about.name} is; has to come before the adapter is loaded"
+        )
         code = [first, "from peft import PeftModel", *code, ""]
         options = saved.load_options(base_class or "")
         own = (saved.config.get("auto_mapping") or {}).get("base_model_class", "model")
@@ -346,7 +268,7 @@ def _usage(saved: _Saved, info: CardInfo, method: Method) -> str:
         code.append(f"base = {loaded}" if base_class else f"base = ...  # the {own} that the adapter was trained on")
         subfolder = f', subfolder="{saved.subfolder}"' if saved.subfolder else ""
         code.append(f'model = PeftModel.from_pretrained(base, "{info.repo_id or "path/to/adapter"}"{subfolder})')
-        if method.mergeable:
+        if about.merges:
             code.append("model = model.merge_and_unload()  # optional: folds the adapter into the base's weights")
     else:
         lines.append("The adapter is merged into the weights: the model is loaded like any other of its class.")
@@ -368,7 +290,19 @@ def _usage(saved: _Saved, info: CardInfo, method: Method) -> str:
     return "\n".join([*lines, "", "```python", *code, "```"])
 
 
-def _details(saved: _Saved, info: CardInfo, method: Method) -> str:
+def _installation(method: Method) -> str:
+    """Which package to install: ours, or the one that the method is from."""
+    distribution = method.distribution
+    if distribution is None:
+        return f"The method is from the module `{method.package}`, which has to be imported and is in no package."
+    ours = f"[peft-ext]({PYPI}/peft-ext/)"
+    loaded_with = (
+        ours if distribution == "peft-ext" else f"[{distribution}]({PYPI}/{distribution}/), which uses {ours}"
+    )
+    return f"It is loaded with {loaded_with}: `pip install {distribution}`."
+
+
+def _details(saved: _Saved, info: CardInfo, about: About) -> str:
     parts = []
     if info.training:
         parts += ["## How it was trained", _table([{"Setting": k, "Value": v} for k, v in info.training.items()])]
@@ -385,9 +319,10 @@ def _details(saved: _Saved, info: CardInfo, method: Method) -> str:
     ]
     if tables := [_table(rows) for rows in (results, info.comparison) if rows]:
         parts += ["## Results", *tables]
-    if limits := [*info.limits, *(method.limits if info.relation == "adapter" else ())]:
+    if limits := [*info.limits, *(about.limits if info.relation == "adapter" else ())]:
         parts += ["## Limits", "\n".join(f"- {limit}" for limit in limits)]
-    return "\n\n".join([*parts, "## Citation", f"```bibtex\n{method.bibtex}\n```"])
+    citation = ["## Citation", f"```bibtex\n{about.bibtex}\n```"] if about.bibtex else []
+    return "\n\n".join([*parts, *citation])
 
 
 def _set_block(text: str, name: str, note: str, body: str, title: str) -> str:
@@ -482,3 +417,6 @@ def _as_list(value: Any) -> list[Any]:
 
 def _union(old: Sequence[str], new: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*old, *new]))
+
+
+after_saving(add_usage)

@@ -22,6 +22,7 @@ from .core import linear_features, unadapted_modules
 
 
 KINDS = ("ffn", "heads")
+TITLES = {"ffn": "feed-forward channels", "heads": "attention heads (with their keys)"}
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,13 @@ for folder in (TESTS, TESTS.parent):  # as a script, only the first is there
 from test_conformance import METHODS
 
 from peft_ext import METHODS as PEFT_TYPES
-from peft_ext.cards import METHODS as CARDS
+from peft_ext.core import about_of
 from peft_ext.testing import MethodConformance, models_of
 
 
 YES, REFUSED, UNTESTED = "✓", "refused", "-"
 BLOCK = re.compile(r"(<!-- capabilities -->\n).*?(<!-- /capabilities -->)", re.DOTALL)
-COLUMNS = {peft_type.lower(): CARDS[peft_type].name for peft_type in PEFT_TYPES}
+COLUMNS = {peft_type.lower(): about_of(peft_type).name for peft_type in PEFT_TYPES}
 
 
 @dataclass

@@ -18,8 +18,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from peft_ext import SparseFTConfig, SSFConfig
-from peft_ext.cards import METHODS, CardInfo, add_usage, model_card, update_card
+from peft_ext import METHODS, SparseFTConfig, SSFConfig
+from peft_ext.cards import CardInfo, add_usage, model_card, update_card
+from peft_ext.core import about_of
 
 
 ACCURACY = EvalResult(
@@ -68,7 +69,7 @@ def code_blocks(text: str) -> list[str]:
 
 @pytest.mark.parametrize("peft_type", METHODS)
 def test_every_method_says_what_it_is(peft_type: str) -> None:
-    method = METHODS[peft_type]
+    method = about_of(peft_type)
     assert method.idea.endswith(".")
     assert re.fullmatch(r"https://(arxiv\.org/abs/\d{4}\.\d{5}|par\.nsf\.gov/biblio/\d+)", method.paper)
     assert method.paper in method.bibtex

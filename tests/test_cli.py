@@ -30,9 +30,9 @@ from torch import nn
 import peft_ext
 from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig
 from peft_ext.cli import main
-from peft_ext.plots import layer_shares
 from peft_ext.tuners.mask_pruning import gates_of
-from peft_ext.tuners.vqt.model import layer_of
+from peft_ext.tuners.vqt import layer_shares
+from peft_ext.tuners.vqt.layer import layer_of
 from peft_ext.tuners.vqt.selection import count_by_source
 
 
@@ -171,7 +171,7 @@ def test_counts_and_sizes(name: str, adapters: dict[str, Saved], run: Any) -> No
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_tables(name: str, adapters: dict[str, Saved], run: Any) -> None:
-    text = run("inspect", adapters[name].path)
+    text = run("inspect", adapters[name].path, "--modules")
     found = json.loads(run("inspect", adapters[name].path, "--json"))
     assert text.isascii() and "..." not in text
     lines = text.splitlines()
@@ -646,7 +646,8 @@ def test_a_diverged_adapter_is_still_json(adapters: dict[str, Saved], run: Any, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["inspect"], ["export", "x"], ["export", "x", "--to", "onnx", "--output", "y"]]
+    "arguments",
+    [[], ["inspect"], ["export", "x"], ["export", "x", "--to", "merged", "--output", "y", "--dtype", "int8"]],
 )
 def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

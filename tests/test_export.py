@@ -594,7 +594,9 @@ def test_flops_follow_the_widths() -> None:
 
 def test_a_figure_of_what_is_kept() -> None:
     pytest.importorskip("matplotlib")
-    from peft_ext.plots import kept_channels, kept_shares
+    from peft_ext.export import kept_shares as left
+    from peft_ext.plots import plot
+    from peft_ext.tuners.mask_pruning import kept_shares
 
     model = masked("bert")
     gates = gates_of(model, "default")
@@ -602,12 +604,13 @@ def test_a_figure_of_what_is_kept() -> None:
     assert of_masks["heads"] == {
         key: (int(gate.kept.sum()), 4) for key, gate in gates.items() if gate.group.kind == "heads"
     }
-    assert len(kept_channels(model).axes) == 2
+    assert len(plot(model).axes) == 2
     pruned = prune_and_unload(model)
-    for kind, layers in kept_shares(pruned).items():
+    for kind, layers in left(pruned).items():
         assert layers == {key: (max(1, kept), units) for key, (kept, units) in of_masks[kind].items()}
-    with pytest.raises(ValueError, match="no masks"):
-        kept_shares(nn.Linear(2, 2))
+    assert len(plot(pruned).axes) == 2
+    with pytest.raises(ValueError, match="has no adapters, and was not pruned"):
+        plot(nn.Linear(2, 2))
 
 
 def test_the_card_says_what_was_cut_and_how_to_load_it(tmp_path: Path) -> None:
@@ -706,7 +709,7 @@ def test_masks_that_are_not_decided() -> None:
 def test_what_is_no_model_with_masks() -> None:
     with pytest.raises(TypeError, match="got BertForSequenceClassification"):
         prune_and_unload(model_of("bert"))
-    with pytest.raises(ValueError, match="no mask-pruning adapter"):
+    with pytest.raises(ValueError, match="No active adapter of the model has masks"):
         prune_and_unload(get_peft_model(model_of("llama"), LoraConfig(r=2)))
     merged = masked("bert")
     merged.merge_adapter()

@@ -783,7 +783,7 @@ def test_several_active_adapters_are_their_weighted_sum(tmp_path: Path) -> None:
 
 
 def test_ties_elects_signs() -> None:
-    from peft_ext.tuners.sparse_ft.compose import combine
+    from peft_ext.tuners.sparse_ft.sums import combine
 
     first = (torch.tensor([1, 4, 6]), torch.tensor([1.0, 2.0, -3.0]))
     second = (torch.tensor([1, 5, 6]), torch.tensor([-0.5, 4.0, -1.0]))
@@ -1134,13 +1134,13 @@ def test_figure(tmp_path: Path) -> None:
         model(**inputs("llama")).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    figure = plots.sparse_support(model)
+    figure = plots.plot(model)
     figure.savefig(tmp_path / "figure.png")
     left, right = figure.axes[:2]
     assert [tick.get_text() for tick in left.get_yticklabels()] == ["0", "1"]
     assert list(right.lines[0].get_xdata()) == [5]
-    with pytest.raises(ValueError, match="no sparse adapter named 'other'"):
-        plots.sparse_support(model, "other")
+    with pytest.raises(ValueError, match="no adapter named 'other'"):
+        plots.plot(model, "other")
 
 
 @pytest.mark.capability("4-bit base", "sparse_ft")

@@ -275,12 +275,12 @@ def test_the_allocation_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[s
         size = "" if kind == "whole" else f" {(config.ranks or {}).get(name) or config.counts[name]}"
         assert cell == kind + size
     model = get_peft_model(base, config)
-    figure = plots.spt_allocation(model)
+    figure = plots.plot(model)
     values = figure.axes[0].images[0].get_array()
     assert values is not None and values.sum() == 400
     figure.savefig(tmp_path / "allocation.png")
-    with pytest.raises(ValueError, match="no SPT adapter named 'other'"):
-        plots.spt_allocation(model, "other")
+    with pytest.raises(ValueError, match="no adapter named 'other'"):
+        plots.plot(model, "other")
 
 
 def test_layers_of_two_stacks_are_told_apart() -> None:

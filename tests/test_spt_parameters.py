@@ -21,6 +21,7 @@ from torch import nn
 
 import peft_ext
 from peft_ext import SPTConfig, inspection
+from peft_ext.core import about_of
 from peft_ext.tuners.spt.model import SPTModel, allocation_table
 from peft_ext.tuners.spt.parameters import SPTParameters, matrices_of
 
@@ -505,7 +506,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
         assert row["gets"] == ", ".join(parts) and f"| {', '.join(parts)} |" in table
         norm = (weights[name] - base.get_parameter(name)).norm().item()
         assert row["norm"] == pytest.approx(norm, rel=1e-4)
-        _, updates = inspection._found(adapter, adapter.sites[name])
+        _, updates = about_of("SPT").read(adapter, adapter.sites[name])
         for number in low_rank.get(name, ()):
             update: Any = updates[f"{name}[{number}]"]
             expected = weights[name][number] - base.get_parameter(name)[number]

@@ -870,16 +870,16 @@ def test_no_warnings_by_default() -> None:
 
 def test_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib").use("agg")
-    from peft_ext.plots import ssf_offsets
+    from peft_ext.plots import plot
 
     model = get_peft_model(tiny("vit"), SSFConfig(init_weights="identity"))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "layers.1.mlp.fc1.ssf_scale" in key:
                 parameter.copy_(torch.tensor([0.0, 0.3] * 12))  # the offset from one
-    figure = ssf_offsets(model)
+    figure = plot(model)
     scales, shifts = (axes.images[0].get_array() for axes in figure.axes if axes.images and axes.get_title())
     assert abs(scales.max() - 0.3 / 2**0.5) < 1e-6 and (scales > 0).sum() == 1 and shifts.max() == 0
     figure.savefig(tmp_path / "figure.png")
-    with pytest.raises(ValueError, match="no SSF adapter named 'default'"):
-        ssf_offsets(tiny("vit"))
+    with pytest.raises(ValueError, match="no adapter named 'other'"):
+        plot(model, "other")

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 import peft_ext
 from peft_ext import FrozenPassCache, SSFConfig, VQTConfig, attention_maps, select_features
-from peft_ext.tuners.vqt.model import VQTLayer, layer_of
+from peft_ext.tuners.vqt.layer import VQTLayer, layer_of
 
 
 IMAGES = ["vit", "deit", "dinov2", "dinov2_with_registers", "beit", "clip_image", "siglip_image"]
@@ -258,7 +258,7 @@ def test_attention_implementations_agree(name: str) -> None:
 def test_masks_of_every_attention_implementation() -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from peft_ext.tuners.vqt.model import query_mask
+    from peft_ext.tuners.vqt.frozen import query_mask
 
     padding = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     expected = padding.bool()[:, None, None]
@@ -1098,7 +1098,8 @@ def test_figures(tmp_path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from peft_ext.plots import layer_shares, plot_attention, plot_layers, token_grid
+    from peft_ext.plots import plot
+    from peft_ext.tuners.vqt.about import layer_shares, token_grid
 
     model, batch = vqt("vit"), batch_of("vit")
     head = layer_of(model).vqt_head["default"].weight
@@ -1108,8 +1109,8 @@ def test_figures(tmp_path: Path) -> None:
         head[:, :16] = 1.0
     shares = layer_shares(model)
     assert shares == pytest.approx({"class_token": 0.25, "layer_0": 0.0, "layer_1": 0.75})
-    plot_layers(model).savefig(tmp_path / "layers.png")
-    plot_attention(model, query=1, pixel_values=batch["pixel_values"]).savefig(tmp_path / "attention.png")
+    plot(model).savefig(tmp_path / "layers.png")
+    plot(model, query=1, pixel_values=batch["pixel_values"]).savefig(tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 1000
     maps = attention_maps(model, pixel_values=batch["pixel_values"])
     assert {index: tuple(weights.shape) for index, weights in maps.items()} == {0: (2, 2, 3, 5), 1: (2, 2, 3, 5)}
@@ -1125,7 +1126,7 @@ def test_attention_maps_are_those_of_the_forward(name: str) -> None:
     maps = attention_maps(model, **{key: value for key, value in batch.items() if key != "labels"})
     found, _, _ = layer.frozen_pass("default", {key: value for key, value in batch.items() if key != "labels"})
     outputs = _outputs(model, **batch)
-    from peft_ext.tuners.vqt.model import run_block
+    from peft_ext.tuners.vqt.frozen import run_block
 
     for index, block in layer.blocks("default").items():
         values, weights = found[index].values, maps[index]

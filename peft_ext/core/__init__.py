@@ -4,14 +4,30 @@ A method is a config (`ExtConfig`), a layer (`ExtLayer`) with trainable leaves (
 (`ExtModel`) and a description (`About`); `register_method` makes it known to PEFT.
 """
 
-from .about import About
+from .about import About, Writer
 from .advice import warn_of_experts
-from .config import ExtConfig
+from .config import ExtConfig, after_saving
+from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Adapter,
+    BadInput,
+    Column,
+    Figures,
+    Reading,
+    Row,
+    Site,
+    is_trained,
+    spread,
+)
 from .layer import ExtLayer
 from .leaves import HALF, AdapterVector, ExactLeaf
 from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
 from .modes import without_adapters
+from .names import layer_and_type
+from .packages import load_plugins
+from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
 from .registry import Method, about_of, is_registered, method_of, methods, register_method
 from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps
 from .targets import (
@@ -19,40 +35,68 @@ from .targets import (
     backbone_modules,
     count_parameters,
     is_admitted,
-    layer_and_type,
     linear_features,
     linear_out_features,
     matched_targets,
     unadapted_modules,
 )
+from .updates import LowRank, Overlap, Sparse, Support, Update, Vector, lora_scale, overlap_of
 
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "HALF",
     "About",
+    "Adapter",
     "AdapterVector",
+    "BadInput",
+    "Bars",
+    "Column",
+    "Curve",
     "ExactLeaf",
     "ExtConfig",
     "ExtLayer",
     "ExtModel",
+    "Figures",
+    "Fillings",
+    "HeatMap",
+    "Image",
+    "LowRank",
     "Method",
+    "Overlap",
     "PeftMixedModel",
+    "Picture",
+    "Reading",
+    "Row",
+    "Site",
+    "Sparse",
     "StepListener",
+    "Support",
+    "Update",
+    "Vector",
+    "Writer",
     "about_of",
+    "after_saving",
     "backbone_linears",
     "backbone_modules",
     "count_parameters",
     "exempt_from_weight_decay",
     "is_admitted",
     "is_registered",
+    "is_trained",
     "layer_and_type",
     "linear_features",
     "linear_out_features",
     "listen_to_steps",
+    "load_plugins",
+    "lora_scale",
     "matched_targets",
     "method_of",
     "methods",
+    "overlap_of",
     "register_method",
+    "spread",
     "tuner_of",
     "unadapted_modules",
     "warn_of_experts",

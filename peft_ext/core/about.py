@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .files import Adapter, Column, Figures, Reading, Row, Site, is_trained
+from .names import layer_and_type
+from .pictures import HeatMap, Picture
+
+
+Writer = Callable[[Any, Path], Any]  # writes a PeftModel, in another form, into a directory
 
 
 @dataclass(frozen=True)
 class About:
     """What there is to say about a method, whatever it was trained on. Every field but the name may be left out.
+
+    A method whose tensors mean more than their number and shape makes a subclass and overrides `read`, or `rows` where
+    it adapts no modules. Nothing here may load a model, and no method may change what it gets.
 
     Args:
         name: The method's name in running text.
@@ -15,8 +31,10 @@ class About:
         paper: The address of the paper.
         bibtex: How to cite it.
         merges: Whether `merge_and_unload` works.
-        limits: What the method cannot do; one sentence each.
+        limits: What the method cannot do; one sentence each. The first says why it does not merge, if it does not.
         headline: The fields of the config that say most about an adapter.
+        page: The address of the method's page: under `docs/` for ours.
+        instead: What to do where `peft-ext export` refuses, by form: the rest of a sentence.
     """
 
     name: str
@@ -26,3 +44,82 @@ class About:
     merges: bool = True
     limits: tuple[str, ...] = ()
     headline: tuple[str, ...] = ()
+    page: str = ""
+    instead: Mapping[str, str] = field(default_factory=dict)
+
+    columns: ClassVar[tuple[Column, ...]] = ()
+    """The columns of the keys that `read` and `rows` put into a row, in order."""
+    labels: ClassVar[Mapping[str, str]] = {}
+    """How the keys of `figures` are written, where they are not written as they are."""
+
+    # Files
+
+    def place(self, module: str, leaf: str) -> tuple[str, str]:
+        """Where a saved tensor belongs, given its module and the rest of its name behind the method's prefix.
+
+        Called once for each tensor before `read`; for methods that put several sites on one module.
+        """
+        return module, leaf
+
+    def read(self, adapter: Adapter, site: Site) -> Reading:
+        """What the tensors of one site say: figures for its row, and the updates by the tensor of the base.
+
+        Raises:
+            BadInput: They cannot be what the method saved. A KeyError, IndexError, TypeError, AttributeError or
+                RuntimeError is reported as such too.
+        """
+        return {}, {}
+
+    def rows(self, adapter: Adapter) -> list[Row]:
+        """A row for each site: its layer and type, parameters, shapes, what `read` tells, and the norm of its updates.
+
+        Raises:
+            BadInput: See `read`.
+        """
+        rows = []
+        for site in adapter.sites.values():
+            figures, updates = self.reading(adapter, site)
+            layer, kind = layer_and_type(site.module)
+            row: Row = {"module": site.module, "layer": layer, "type": kind or site.module}
+            row["parameters"] = sum(leaf.numel() for leaf in site.leaves.values() if is_trained(leaf))
+            row |= figures
+            if updates:
+                row["norm"] = math.hypot(*(update.norm() for update in updates.values()))
+            row["shapes"] = {name: list(leaf.shape) for name, leaf in sorted(site.leaves.items()) if is_trained(leaf)}
+            rows.append(row)
+        return sorted(rows, key=lambda row: (row["layer"] < 0, row["layer"], row["module"]))  # in no layer: last
+
+    def reading(self, adapter: Adapter, site: Site) -> Reading:
+        """`read`, with whatever it stumbles over said as a `BadInput`."""
+        try:
+            return self.read(adapter, site)
+        except (KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
+            raise adapter.misfit(f"{site.module!r}: {type(error).__name__} {error}") from error
+
+    def figures(self, adapter: Adapter, rows: Sequence[Row]) -> Figures:
+        """What the method tells of the whole adapter, besides sums over its rows."""
+        return {}
+
+    def pictures_of_rows(self, rows: Sequence[Row]) -> list[Picture]:
+        """What `peft-ext inspect --figure` draws; nothing if the rows have no norms."""
+        values = {(row["layer"], row["type"]): row["norm"] for row in rows if "norm" in row}
+        return [HeatMap(values, "norm of the update")] if values else []
+
+    # Models
+
+    def pictures(self, model: nn.Module, adapter_name: str, **inputs: Any) -> list[Picture]:
+        """What `plots.plot` draws of an adapter on a model; `inputs` are what the caller gave besides.
+
+        Raises:
+            ValueError: The model has no such adapter.
+        """
+        raise ValueError(
+            f"{self.name} has no figure of its own: try `peft-ext inspect --figure` on the saved adapter."
+        )
+
+    def exports(self) -> Mapping[str, Writer]:
+        """What `peft-ext export` can make of an adapter besides a merged model, by the name of the form.
+
+        A writer takes the `PeftModel` and an output directory, and raises a ValueError where it cannot.
+        """
+        return {}

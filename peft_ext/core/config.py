@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -12,6 +13,14 @@ from peft import PeftConfig, PeftType
 
 from ..version import __version__
 from .registry import is_registered
+
+
+_after_saving: list[Callable[[str], None]] = []
+
+
+def after_saving(call: Callable[[str], None]) -> None:
+    """Has `call` run on every directory that a config was saved in; cards put the code that loads the adapter there."""
+    _after_saving.append(call)
 
 
 @dataclass
@@ -141,6 +150,5 @@ class ExtConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and how to load the adapter into the card that PEFT wrote beside it."""
         super().save_pretrained(save_directory, **kwargs)
-        from ..cards import add_usage  # cards knows the methods, the methods do not know the cards
-
-        add_usage(save_directory)
+        for call in _after_saving:
+            call(save_directory)

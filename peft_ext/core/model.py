@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftType, TaskType
+from peft import LoraConfig, PeftType, TaskType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import get_quantization_kwargs
@@ -24,6 +24,7 @@ from .config import ExtConfig
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
+from .registry import about_of
 from .targets import is_named, matched_targets, refuse_unknown_targets
 from .uncalled import uncalled_modules
 from .upkeep import prepare, restore
@@ -106,6 +107,32 @@ class ExtModel(BaseTuner):
     def with_budget(cls, config: Any, budget: float) -> Any:
         """A copy of the config with another budget, for a calibration for several."""
         raise TypeError(f"{config.METHOD} has no budget of its own to vary: calibrate once for each.")
+
+    # What can be made of an adapter
+
+    @classmethod
+    def kept_units(cls, model: nn.Module, adapter_name: str) -> dict[str, tuple[Any, torch.Tensor]]:
+        """Which units of which groups stay if the base is cut: the `groups.Group` and the units' sorted indices, by name.
+
+        Called by `prune_and_unload` for each active adapter; empty if the method cuts nothing.
+
+        Raises:
+            ValueError: What to cut is not decided yet.
+        """
+        return {}
+
+    @classmethod
+    def as_lora(
+        cls, model: nn.Module, adapter_name: str
+    ) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """The adapter's low-rank updates in PEFT's words: a config, and A `(r, inputs)`, B `(outputs, r)` by module.
+
+        Called by `prune_and_unload(keep_lora=True)`.
+
+        Raises:
+            ValueError: It has none.
+        """
+        raise ValueError(f"An adapter of the method {about_of(cls.prefix[:-1].upper()).name} has no LoRA to keep.")
 
     # Injection
 

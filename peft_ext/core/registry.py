@@ -22,6 +22,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 from .about import About
+from .lora import LORA
+from .packages import OURS, distribution_of, is_plugin, version_of
 
 
 StrEnum = TypeVar("StrEnum", bound=enum.Enum)
@@ -41,8 +43,29 @@ class Method:
         """The top-level package that must be imported before PEFT knows the method."""
         return self.config.__module__.partition(".")[0]
 
+    @property
+    def distribution(self) -> str | None:
+        """The name by which that package is installed with pip, `None` if it was not."""
+        return distribution_of(self.package)
+
+    @property
+    def version(self) -> str | None:
+        """The version of that package, `None` if it was not installed."""
+        return version_of(self.package)
+
+    @property
+    def import_name(self) -> str:
+        """What to import so that PEFT knows the method: `peft_ext`, where that imports the package by itself."""
+        return OURS if is_plugin(self.package) else self.package
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with."""
+        return f"{self.peft_type.lower()}_"
+
 
 _methods: dict[str, Method] = {}  # by `peft_type`
+_BUILT_IN = {"LORA": LORA}  # what is said here about PEFT's own methods
 
 
 def methods() -> dict[str, Method]:
@@ -56,9 +79,9 @@ def method_of(peft_type: str) -> Method | None:
 
 
 def about_of(peft_type: str) -> About:
-    """The description of a method, one with nothing but its name if it has none."""
+    """The description of a method, registered or PEFT's own; one with nothing but its name if it has none."""
     method = _methods.get(peft_type)
-    return About(peft_type) if method is None else method.about
+    return _BUILT_IN.get(peft_type) or About(peft_type) if method is None else method.about
 
 
 def add_member(enum_class: type[StrEnum], name: str) -> StrEnum:

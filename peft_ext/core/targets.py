@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
@@ -42,18 +41,6 @@ def is_admitted(config: ExtConfig, name: str) -> bool:
     config = copy.copy(config)
     config.target_modules = {name.rpartition(".")[2]}
     return bool(check_target_module_exists(config, name))
-
-
-def layer_and_type(name: str) -> tuple[int, str]:
-    """The number of the layer that a module is in, -1 if in none, and its name within the layer.
-
-    A model may have a second stack of layers; the name then begins with that of the stack, such as `decoder.`.
-    """
-    match = re.search(r"(?:^|\.)(\d+)\.", name)
-    if match is None:
-        return -1, name
-    stack = re.search(r"(?:^|\.)(decoder|text_model|vision_model)\.", name[: match.start() + 1])
-    return int(match[1]), (f"{stack[1]}." if stack else "") + name[match.end() :]
 
 
 def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

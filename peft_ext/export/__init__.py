@@ -3,12 +3,13 @@
 from .cut import cut
 from .prune import prune_and_unload
 from .report import card_rows, markdown, report
-from .saving import load_pruned, push_pruned_to_hub, save_pruned
+from .saving import kept_shares, load_pruned, push_pruned_to_hub, save_pruned
 
 
 __all__ = [
     "card_rows",
     "cut",
+    "kept_shares",
     "load_pruned",
     "markdown",
     "prune_and_unload",

@@ -8,10 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from ..core import ExtConfig, ExtModel, tuner_of
 from ..groups import Group
-from ..tuners.mask_pruning import MaskLoraConfig, MaskLoraLayer, gates_of, kept_units
 from .cut import cut, refuse_quantised, slices
 from .saving import settle
 
@@ -43,8 +42,9 @@ def prune_and_unload(
             f"`prune_and_unload` takes a PeftModel with a mask-pruning adapter, got {type(model).__name__}."
         )
     groups, kept = _decided(model)
+    layers = tuple({tuner.tuner_layer_cls for tuner in _tuners(model).values()})
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, MaskLoraLayer):
+        if isinstance(module, layers):
             refuse_quantised(name, module.get_base_layer())
     if not keep_lora:
         base: Any = model.merge_and_unload()
@@ -61,46 +61,37 @@ def prune_and_unload(
     return pruned
 
 
+def _tuners(model: PeftModel) -> dict[str, type[ExtModel]]:
+    """The tuner classes of the active adapters."""
+    configs = {name: model.peft_config[name] for name in model.active_adapters}
+    return {name: tuner_of(config) for name, config in configs.items() if isinstance(config, ExtConfig)}
+
+
 def _decided(model: PeftModel) -> tuple[dict[str, Group], dict[str, torch.Tensor]]:
     """Groups of the active adapters, and the units that none of them cuts."""
     groups: dict[str, Group] = {}
     kept: dict[str, torch.Tensor] = {}
-    for adapter in model.active_adapters:
-        for name, units in kept_units(model, adapter).items():
+    for adapter, tuner in _tuners(model).items():
+        for name, (group, units) in tuner.kept_units(model, adapter).items():
             kept[name] = units[torch.isin(units, kept[name])] if name in kept else units
-        groups |= {name: gate.group for name, gate in gates_of(model, adapter).items()}
+            groups[name] = group
+    if not groups:
+        raise ValueError(
+            f"No active adapter of the model has masks that say what to cut (active: {model.active_adapters}); a model "
+            "with a mask-pruning adapter has."
+        )
     return groups, kept
 
 
 def _lora(model: PeftModel) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """The adapter's LoRA in PEFT's words: config, and A `(r, inputs)` and B `(outputs, r)` by module."""
-    merged = any(module.merged for module in model.modules() if isinstance(module, MaskLoraLayer))
+    """The LoRA of the one active adapter: config, and A `(r, inputs)` and B `(outputs, r)` by module."""
+    tuners = _tuners(model)
+    layers = tuple({tuner.tuner_layer_cls for tuner in tuners.values()})
+    merged = any(module.merged for module in model.modules() if isinstance(module, layers))
     if len(model.active_adapters) != 1 or merged:
         raise ValueError("`keep_lora` takes one active adapter that is not merged: `set_adapter`, `unmerge_adapter`.")
-    adapter = model.active_adapters[0]
-    config = model.peft_config[adapter]
-    assert isinstance(config, MaskLoraConfig)
-    tensors = {}
-    transposed = False
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, MaskLoraLayer) and adapter in module.mask_pruning_down:
-            down: Any = module.mask_pruning_down[adapter]
-            up: Any = module.mask_pruning_up[adapter]
-            tensors[name] = (down.weight.detach(), up.weight.detach())
-            transposed |= isinstance(module.get_base_layer(), Conv1D)
-    if not tensors:
-        raise ValueError("The adapter has masks but no LoRA to keep.")
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-        use_rslora=config.use_rslora,
-        lora_dropout=config.lora_dropout,
-        target_modules=list(tensors),
-        modules_to_save=config.modules_to_save,
-        task_type=config.task_type,
-        fan_in_fan_out=transposed,
-    )
-    return lora, tensors
+    ((adapter, tuner),) = tuners.items()
+    return tuner.as_lora(model, adapter)
 
 
 @torch.no_grad()

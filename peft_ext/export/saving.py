@@ -399,6 +399,23 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
     return _built(stock_class(model), config, _merged(fields, getattr(config, "unpruned", {})))
 
 
+def kept_shares(model: PreTrainedModel) -> dict[str, dict[str, tuple[float, float]]]:
+    """How many units each group of a pruned model has, and how many it had, by kind and name of the group.
+
+    Raises:
+        ValueError: Nothing is cut out of it that could be shown.
+    """
+    shares: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    after = groups_of(model)
+    for key, group in groups_of(dense_model(model)).items():
+        shares[group.kind][key] = (after[key].units, group.units)
+    if not shares:
+        raise ValueError(
+            f"This {type(model).__name__} has no masks, and nothing is cut out of it that could be shown."
+        )
+    return dict(shares)
+
+
 def size_rows(dense: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
     """A row for each kind of channels, and one for the parameters: how many there were, are, and share that is left."""
     before, after = groups_of(dense), groups_of(model)

@@ -1,5 +1,6 @@
 """Mask-pruning LoRA: LoRA with learnt binary masks over groups of channels, which can then be cut out."""
 
+from .about import ABOUT, kept_shares
 from .callback import MaskLoraCallback
 from .config import MaskLoraConfig
 from .gate import MaskGate
@@ -8,6 +9,7 @@ from .model import MaskLoraModel, fix_masks, gates_of, keep_ratios, kept_units
 
 
 __all__ = [
+    "ABOUT",
     "MaskGate",
     "MaskLoraCallback",
     "MaskLoraConfig",
@@ -16,5 +18,6 @@ __all__ = [
     "fix_masks",
     "gates_of",
     "keep_ratios",
+    "kept_shares",
     "kept_units",
 ]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -177,6 +178,40 @@ class MaskLoraModel(ExtModel):
             config.initial_logits |= zip(names, quantiles.split([groups[name].units for name in names]), strict=True)
 
     # Distillation
+
+    @classmethod
+    def kept_units(cls, model: nn.Module, adapter_name: str) -> dict[str, tuple[Any, torch.Tensor]]:
+        """What the decided masks leave."""
+        gates = gates_of(model, adapter_name)
+        return {name: (gates[name].group, units) for name, units in kept_units(model, adapter_name).items()}
+
+    @classmethod
+    def as_lora(
+        cls, model: nn.Module, adapter_name: str
+    ) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """The LoRA beside the masks."""
+        config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr, index]
+        tensors = {}
+        transposed = False
+        for name, module in model.named_modules():
+            if isinstance(module, MaskLoraLayer) and adapter_name in module.mask_pruning_down:
+                down: Any = module.mask_pruning_down[adapter_name]
+                up: Any = module.mask_pruning_up[adapter_name]
+                tensors[name.removeprefix("base_model.model.")] = (down.weight.detach(), up.weight.detach())
+                transposed |= isinstance(module.get_base_layer(), Conv1D)
+        if not tensors:
+            raise ValueError("The adapter has masks but no LoRA to keep.")
+        lora = LoraConfig(
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            use_rslora=config.use_rslora,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(tensors),
+            modules_to_save=config.modules_to_save,
+            task_type=config.task_type,
+            fan_in_fan_out=transposed,
+        )
+        return lora, tensors
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own; with `distillation`, its loss also has the divergence from the frozen dense model."""

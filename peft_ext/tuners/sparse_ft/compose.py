@@ -6,10 +6,8 @@ Deltas add up, so a task's and a language's adapter are composed by having both 
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -17,110 +15,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ...core import matched_targets
+from ...core import Overlap, Support, matched_targets, overlap_of
 from ...delta import layer_operation
-from ...sparse import is_in
 from .config import SparseFTConfig
-from .model import SparseFTModel, best_of_all, deltas
-
-
-Sparse = tuple[torch.Tensor, torch.Tensor]  # sorted flat places (k,) and their values (k,)
-
-
-def add_weighted_adapter(
-    tuner: SparseFTModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-) -> None:
-    """See [`SparseFTModel.add_weighted_adapter`]."""
-    if combination_type not in ("linear", "ties"):
-        raise ValueError(f"`combination_type` must be 'linear' or 'ties', got {combination_type!r}.")
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"Got {len(adapters)} adapters and {len(weights)} weights: give one weight per adapter.")
-    if adapter_name in tuner.peft_config:
-        raise ValueError(f"An adapter named {adapter_name!r} exists: choose another name, or delete it first.")
-    sparse = {name for name, config in tuner.peft_config.items() if isinstance(config, SparseFTConfig)}
-    if missing := [name for name in adapters if name not in sparse]:
-        raise ValueError(f"There is no sparse adapter named {missing[0]!r} on this model.")
-    parts = [_tensors(tuner.model, name) for name in adapters]
-    combined = {}
-    for module in dict.fromkeys(key for part in parts for key in part):
-        own = [(part[module], weight) for part, weight in zip(parts, weights, strict=True) if module in part]
-        combined[module] = combine([delta for delta, _ in own], [weight for _, weight in own], combination_type)
-    configs: list[Any] = [tuner.peft_config[name] for name in adapters]
-    config = copy.deepcopy(configs[0])
-    for other in configs[1:]:
-        config.target_modules = _either(config.target_modules, other.target_modules)
-    config = _as_given(config).use_support({module: indices for module, (indices, _) in combined.items()})
-    tuner.peft_config[adapter_name] = config
-    tuner.inject_adapter(tuner.model, adapter_name)
-    _set_values(tuner.model, adapter_name, combined)
-    tuner.set_requires_grad(adapter_name, requires_grad=False)
-
-
-def _either(first: Any, second: Any) -> Any:
-    if isinstance(first, str) or isinstance(second, str):
-        if first != second:
-            raise ValueError(
-                "The adapters' `target_modules` are different regular expressions, which have no union: load them "
-                "with lists of names."
-            )
-        return first
-    return set(first) | set(second)
-
-
-def _as_given(config: SparseFTConfig) -> SparseFTConfig:
-    config.selection, config.density, config.num_tunable_weights = "given", None, None
-    config.support, config.num_weights_per_module = None, None
-    return config
-
-
-def combine(parts: Sequence[Sparse], weights: Sequence[float], combination_type: str = "linear") -> Sparse:
-    """The weighted sum of sparse deltas on one weight, on the union of their places.
-
-    With `"ties"`, each place keeps only the values whose sign is that of the weighted sum there, and becomes their
-    weighted mean: values that contradict each other no longer cancel.
-    """
-    union = torch.cat([indices.long() for indices, _ in parts]).unique()
-    rows = torch.zeros(len(parts), len(union), dtype=torch.float64, device=union.device)
-    for row, (indices, values), weight in zip(rows, parts, weights, strict=True):
-        row[torch.searchsorted(union, indices.long())] = weight * values.double()
-    total = rows.sum(0)
-    if combination_type == "ties":
-        agrees = (rows.sign() == total.sign()) & (rows != 0)
-        strengths = torch.tensor(weights, dtype=torch.float64, device=union.device).abs().unsqueeze(1)
-        strength = (agrees * strengths).sum(0)
-        total = torch.where(strength > 0, (rows * agrees).sum(0) / strength.clamp(min=1e-300), 0.0)
-    return union, total.float()
-
-
-def _tensors(model: nn.Module, adapter_name: str) -> dict[str, Sparse]:
-    return {name: (leaf.indices().long(), leaf().detach()) for name, leaf in deltas(model, adapter_name)}
-
-
-@torch.no_grad()
-def _set_values(model: nn.Module, adapter_name: str, tensors: Mapping[str, Sparse]) -> None:
-    for name, leaf in deltas(model, adapter_name):
-        leaf.weight.copy_(tensors[name][1])
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How two sparse adapters relate, on one module or all together.
-
-    Args:
-        first, second: Tuned weights of each.
-        shared: Weights that both tune.
-        same_sign: Shared weights that both move in the same direction.
-    """
-
-    first: int
-    second: int
-    shared: int
-    same_sign: int
-
-    @property
-    def jaccard(self) -> float:
-        """Shared weights as a fraction of all that either tunes."""
-        return self.shared / max(1, self.first + self.second - self.shared)
+from .deltas import best_of_all
+from .model import SparseFTModel
+from .sums import set_values, tensors_of
 
 
 def overlap(model: nn.Module, first: str, second: str) -> dict[str, Overlap]:
@@ -129,27 +29,11 @@ def overlap(model: nn.Module, first: str, second: str) -> dict[str, Overlap]:
     Raises:
         ValueError: There is no such sparse adapter.
     """
-    ours, theirs = _tensors(model, first), _tensors(model, second)
+    ours, theirs = tensors_of(model, first), tensors_of(model, second)
     for name, part in ((first, ours), (second, theirs)):
         if not part:
             raise ValueError(f"There is no sparse adapter named {name!r} on this model.")
     return overlap_of(ours, theirs)
-
-
-def overlap_of(ours: Mapping[str, Sparse], theirs: Mapping[str, Sparse]) -> dict[str, Overlap]:
-    """The same of the places and values of two adapters, by module."""
-    found = {}
-    nothing = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
-    for module in dict.fromkeys([*ours, *theirs]):
-        (places, values), (others, other_values) = ours.get(module, nothing), theirs.get(module, nothing)
-        places, others = places.cpu(), others.cpu()
-        mine = is_in(places, others)
-        their_values = other_values.cpu()[torch.searchsorted(others, places[mine])]
-        same_sign = int((values.cpu()[mine].sign() == their_values.sign()).sum())
-        found[module] = Overlap(len(places), len(others), int(mine.sum()), same_sign)
-    parts = list(found.values())
-    found[""] = Overlap(*(sum(getattr(part, key) for part in parts) for key in Overlap.__dataclass_fields__))
-    return found
 
 
 # Conversion
@@ -205,12 +89,12 @@ def _parameters(model: nn.Module, config: SparseFTConfig) -> dict[str, torch.Ten
     return found
 
 
-def _with_adapter(model: nn.Module, config: SparseFTConfig, tensors: dict[str, Sparse]) -> PeftModel:
+def _with_adapter(model: nn.Module, config: SparseFTConfig, tensors: dict[str, Support]) -> PeftModel:
     config.num_weights_per_module = None
     config.use_support({name: indices for name, (indices, _) in tensors.items()})
     adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     assert isinstance(adapted, PeftModel)
-    _set_values(adapted, "default", tensors)
+    set_values(adapted, "default", tensors)
     return adapted
 
 
@@ -251,7 +135,7 @@ def import_lt_sft(
         content = torch.load(file, map_location="cpu", weights_only=True)
     parameters = dict(base_model.named_parameters())
     modules = dict(base_model.named_modules())
-    tensors: dict[str, Sparse] = {}
+    tensors: dict[str, Support] = {}
     for key, part in content["diffs"].items():
         if key not in parameters:
             raise ValueError(f"{file} changes {key!r}, which {type(base_model).__name__} does not have.")
@@ -280,7 +164,7 @@ def _scalar() -> Any:
     return numpy.float32(0).__reduce__()[0]
 
 
-def decode_lt_sft(part: Mapping[str, Any], shape: Sequence[int]) -> Sparse:
+def decode_lt_sft(part: Mapping[str, Any], shape: Sequence[int]) -> Support:
     """The sorted row-major places and values of one tensor of a `pytorch_diff.bin`.
 
     The file counts places in column-major order, the first dimension running fastest, as steps from one to the next.
@@ -299,6 +183,3 @@ def decode_lt_sft(part: Mapping[str, Any], shape: Sequence[int]) -> Sparse:
         places = places // size
     order = indices.argsort()
     return indices[order], values.float()[order]
-
-
-__all__ = ["Overlap", "add_weighted_adapter", "combine", "graft", "import_lt_sft", "overlap", "overlap_of"]

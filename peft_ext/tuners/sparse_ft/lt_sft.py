@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 from ...core import count_parameters, matched_targets
 from ...core.schedule import listen_to_steps
 from .config import SparseFTConfig
-from .model import SparseFTModel, best_of_all, deltas
+from .deltas import best_of_all, deltas
+from .model import SparseFTModel
 
 
 class _PullToStart:

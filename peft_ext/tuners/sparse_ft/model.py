@@ -9,7 +9,6 @@ arXiv:2110.07560) finds it by a dense training first; others fix it by the magni
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,11 +23,13 @@ from ...core import (
     matched_targets,
     warn_of_experts,
 )
-from ...delta import SparseDelta, layer_operation
-from ...sparse import LinearOperation, top_indices
+from ...delta import layer_operation
+from ...sparse import LinearOperation
 from .config import GIVEN, SAVE_DTYPES, SPIEL, WHERE_FROM, SparseFTConfig
+from .deltas import best_of_all, deltas
 from .layer import SparseFTLayer, SparseFTLinear
 from .spiel import warn_once
+from .sums import add_weighted_adapter
 
 
 class SparseFTModel(ExtModel):
@@ -137,7 +138,7 @@ class SparseFTModel(ExtModel):
             for key, tensor in tensors.items()
         }
 
-    # Composition, see compose.py
+    # Composition, see sums.py
 
     def add_weighted_adapter(
         self,
@@ -159,21 +160,7 @@ class SparseFTModel(ExtModel):
             ValueError: An adapter is missing or of another method, the numbers do not match, the new name is taken,
                 or `combination_type` is unknown.
         """
-        from .compose import add_weighted_adapter
-
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
-
-
-def deltas(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseDelta]]:
-    """The deltas of an adapter by the name of the module that they are on (`"<module>.bias"` for a bias's)."""
-    for name, module in model.named_modules():
-        if isinstance(module, SparseFTLayer):
-            name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-            for container, suffix in ((module.deltas, ""), (module.bias_deltas, ".bias")):
-                if adapter_name in container:
-                    leaf = container[adapter_name]
-                    assert isinstance(leaf, SparseDelta)
-                    yield name + suffix, leaf
 
 
 def warn_if_unmoved(model: nn.Module, adapter_name: str) -> None:
@@ -304,25 +291,3 @@ def _best_scores(
             raise ValueError(f"`use_scores` needs {sizes[name]} scores for the target {name!r}, got {got}.")
     budget = _budget(config, model, sum(sizes[name] for name in targets))
     return best_of_all({name: scores[name].reshape(-1) for name in targets}, budget)
-
-
-def best_of_all(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
-    """The flat places of the k largest scores of all tensors together, by tensor; those without any are left out."""
-    starts = [0]
-    for tensor in scores.values():
-        starts.append(starts[-1] + tensor.numel())
-
-    def piece(start: int, stop: int) -> torch.Tensor:
-        parts = []
-        for tensor, first, last in zip(scores.values(), starts, starts[1:], strict=False):
-            if first < stop and last > start:
-                parts.append(tensor[max(0, start - first) : stop - first].float())
-        return torch.cat([part.to(parts[0].device) for part in parts])
-
-    chosen = top_indices(piece, starts[-1], k)
-    found = {}
-    for name, first, last in zip(scores, starts, starts[1:], strict=False):
-        own = chosen[torch.searchsorted(chosen, first) : torch.searchsorted(chosen, last)] - first
-        if len(own):
-            found[name] = own
-    return found

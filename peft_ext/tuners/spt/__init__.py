@@ -14,10 +14,11 @@ structure, goes to the next largest scores. A structured matrix has no sparse pa
 Parameters that are no Linear's weight, such as the experts of a mixture, are in `parameters.py`.
 """
 
+from .about import ABOUT
 from .allocation import Allocation, allocate
 from .config import SPTConfig
 from .convert import save_as_lora
 from .model import SPTModel
 
 
-__all__ = ["Allocation", "SPTConfig", "SPTModel", "allocate", "save_as_lora"]
+__all__ = ["ABOUT", "Allocation", "SPTConfig", "SPTModel", "allocate", "save_as_lora"]

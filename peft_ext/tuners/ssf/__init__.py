@@ -18,6 +18,7 @@ weight for the forward, so that no pass over the features is added; on a norm th
 parameters, whose own backward gives both gradients from what a frozen norm keeps as well.
 """
 
+from .about import ABOUT
 from .config import DEFAULT_SITES, SSFConfig
 from .functional import ScaledLinear, ScaledRMSNorm, ScaleShift
 from .layer import SSFLayer, SSFLinear
@@ -25,6 +26,7 @@ from .model import SSFModel
 
 
 __all__ = [
+    "ABOUT",
     "DEFAULT_SITES",
     "SSFConfig",
     "SSFLayer",

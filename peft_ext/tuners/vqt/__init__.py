@@ -1,9 +1,20 @@
 """VQT: learnt queries that read a frozen transformer, with no backward through it."""
 
+from .about import ABOUT, layer_shares
 from .cache import FrozenPassCache
 from .config import VQTConfig
-from .model import VQTLayer, VQTModel, attention_maps
+from .layer import VQTLayer
+from .model import VQTModel, attention_maps
 from .selection import select_features
 
 
-__all__ = ["FrozenPassCache", "VQTConfig", "VQTLayer", "VQTModel", "attention_maps", "select_features"]
+__all__ = [
+    "ABOUT",
+    "FrozenPassCache",
+    "VQTConfig",
+    "VQTLayer",
+    "VQTModel",
+    "attention_maps",
+    "layer_shares",
+    "select_features",
+]

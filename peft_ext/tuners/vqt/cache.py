@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-
-if TYPE_CHECKING:
-    from .model import Frozen, VQTLayer
+from .frozen import Frozen
+from .layer import VQTLayer, active_adapter_of, layer_of
 
 
 _SHARD = "frozen_pass.arrow"
@@ -87,8 +86,6 @@ class FrozenPassCache:
         from datasets import Features, Value
         from datasets.arrow_writer import ArrowWriter
 
-        from .model import active_adapter_of, layer_of
-
         layer = layer_of(model)
         adapter = active_adapter_of(layer, adapter_name)
         _refuse_trained_backbone(layer)
@@ -143,8 +140,6 @@ class FrozenPassCache:
         Raises:
             ValueError: The cache was made with another backbone, or for other layers.
         """
-        from .model import active_adapter_of, layer_of
-
         layer = layer_of(model)
         adapter = active_adapter_of(layer, adapter_name)
         _refuse_trained_backbone(layer)
@@ -186,7 +181,6 @@ class FrozenPassCache:
     def _assemble(
         self, layer: VQTLayer, rows: list[int]
     ) -> tuple[list[Frozen], torch.Tensor, BaseModelOutputWithPooling]:
-        from .model import Frozen
 
         meta, device = self.meta, next(layer.backbone.parameters()).device
         tokens = {self._tokens[row] for row in rows}

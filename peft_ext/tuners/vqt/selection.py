@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .model import active_adapter_of, layer_of
+from .layer import active_adapter_of, layer_of
 
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -1,0 +1,104 @@
+"""What VQT trains: queries, the weights of a learnt pooling, and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class QueryRows:
+    """The query rows `(B, T, D)` of one layer, and which of their elements are dropped.
+
+    The dropout is applied where the rows are used, so that for the backward one byte an element is kept and not eight.
+    """
+
+    rows: torch.Tensor
+    dropped: torch.Tensor | None = None
+    probability: float = 0.0
+
+    def __call__(self) -> torch.Tensor:
+        """The rows after the dropout."""
+        return self.rows if self.dropped is None else self.rows.masked_fill(self.dropped, 0.0) / (1 - self.probability)
+
+
+class QueryTokens(nn.Module):
+    """The queries of all layers, `weight` `(L, T, D)`."""
+
+    def __init__(self, layers: int, queries: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(layers, queries, width))
+        self.dropout = dropout
+
+    def forward(self, batch: int) -> list[QueryRows]:
+        """The rows of each layer for `batch` samples."""
+        layers, queries, width = self.weight.shape
+        rows = self.weight.unsqueeze(1).expand(layers, batch, queries, width)
+        if not (self.training and self.dropout > 0):
+            return [QueryRows(one) for one in rows.unbind(0)]
+        dropped = torch.rand(rows.shape, device=rows.device) < self.dropout
+        return [
+            QueryRows(one, mask, self.dropout) for one, mask in zip(rows.unbind(0), dropped.unbind(0), strict=True)
+        ]
+
+    def extra_repr(self) -> str:
+        return f"{', '.join(map(str, self.weight.shape))}, dropout={self.dropout}"
+
+
+class PoolingWeights(nn.Module):
+    """The weights `(L, T)` of a learnt sum over the queries of each layer."""
+
+    def __init__(self, layers: int, queries: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(layers, queries))
+
+    def forward(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """outputs: `(B, T, D)` of each layer; returns `(B, D)` of each."""
+        weight = self.weight
+        return [torch.einsum("btd,t->bd", z, w.to(z.dtype)) for z, w in zip(outputs, weight.unbind(0), strict=True)]
+
+
+class QueryHead(nn.Module):
+    """The linear head: `weight` `(C, F)`, `bias` `(C,)`, and, after feature selection, the `columns` `(F,)` it reads.
+
+    No `nn.Linear`, so that `target_modules="all-linear"` of another method does not take it for part of the model.
+    """
+
+    columns: torch.Tensor | None
+
+    def __init__(self, features: int, classes: int, selected: int | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, selected or features))
+        self.bias = nn.Parameter(torch.empty(classes))
+        self.features = features
+        self.columns_are_known = False
+        # negative until a selection, or a loaded adapter, fills them in
+        self.register_buffer("columns", None if selected is None else torch.full((selected,), -1, dtype=torch.int32))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """features `(B, F)`; returns `(B, C)`."""
+        if features.shape[-1] != self.features:
+            raise ValueError(
+                f"`vqt_head` was made for {self.features} features and got {features.shape[-1]}: the model is not "
+                "the one that the adapter was made for. Load the adapter on its own base model."
+            )
+        if self.columns is not None:
+            if not self.columns_are_known and self.columns[0] < 0:
+                raise ValueError(
+                    "`num_selected_features` is set, but no features were selected: it is written by "
+                    "`peft_ext.select_features`. Leave it out of a new config."
+                )
+            self.columns_are_known = True  # so that a GPU is asked once only
+            features = features[:, self.columns.long()]
+        return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+    def group_lasso(self) -> torch.Tensor:
+        """The sum over the feature columns of their L2 norms."""
+        return self.weight.norm(dim=0).sum()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
