@@ -297,7 +297,8 @@ def test_a_pruned_model(uniform: bool, adapters: dict[str, Saved], run: Any, tmp
         "now": sum(p.numel() for p in pruned.parameters()),
     }
     assert ("load_pruned" in found["loads_with"]) == (not uniform)
-    assert f"{widths[0]}" in run("inspect", tmp_path) and run("inspect", tmp_path).isascii()
+    text = run("inspect", tmp_path, "--modules")
+    assert f"{widths[0]}" in text and text.isascii()
     run("inspect", tmp_path, "--figure", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
