@@ -25,6 +25,13 @@ from .sparse import (
 )
 
 
+_NO_SUPPORT = (
+    "The config has the numbers of tuned weights, but not which they are (JSON has no room for them), and no saved "
+    "adapter was loaded, so the tuned weights would be arbitrary. Give the config its support before `get_peft_model`, "
+    "with `peft_ext.calibrate(...)` or `config.use_support(...)`, or load the adapter with `PeftModel.from_pretrained`."
+)
+
+
 class Tracker(Protocol):
     """Somebody who moves the places of a delta as training steps go by."""
 
@@ -89,7 +96,8 @@ class SparseDelta(ExactLeaf):
 
     def indices(self) -> torch.Tensor:
         """The flat places `(k,)`, sorted; decoded once after they were set or loaded."""
-        self._is_unloaded()  # takes note of a loader that came in between
+        if self.is_unloaded():  # takes note of a loader that came in between
+            raise ValueError(_NO_SUPPORT)
         now = (self.index, self.index._version)
         before = self._decoded_from
         if self._decoded is not None and before is not None and now[0] is before[0]:
@@ -110,7 +118,8 @@ class SparseDelta(ExactLeaf):
         self._decoded_from = (self.index, self.index._version)
         self.placeholder = False
 
-    def _is_unloaded(self) -> bool:
+    def is_unloaded(self) -> bool:
+        """Whether the places only hold the shape, since no loader has filled them in yet."""
         if self.placeholder and self._decoded_from is not None:
             kept, version = self._decoded_from
             self.placeholder = self.index is kept and self.index._version == version
@@ -124,7 +133,7 @@ class SparseDelta(ExactLeaf):
         self.placeholder = False
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseDelta:
-        unloaded = self._is_unloaded()
+        unloaded = self.is_unloaded()
         super()._apply(fn, recurse)
         self._forget()
         self.placeholder = unloaded
@@ -145,13 +154,8 @@ class SparseDelta(ExactLeaf):
 
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Refuses to train what cannot be trained, then lets the tracker look at the gradient."""
-        if self._is_unloaded():
-            raise ValueError(
-                "The config has the numbers of tuned weights, but not which they are (JSON has no room for them), and no "
-                "saved adapter was loaded, so the tuned weights would be arbitrary. Give the config its support before "
-                "`get_peft_model`, with `peft_ext.calibrate(...)` or `config.use_support(...)`, or load the adapter with "
-                "`PeftModel.from_pretrained`."
-            )
+        if self.is_unloaded():
+            raise ValueError(_NO_SUPPORT)
         if self.tracker is None:
             return
         if self.weight.dtype in HALF:

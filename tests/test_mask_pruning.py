@@ -252,7 +252,7 @@ def test_latency_is_measured_once_and_kept(tmp_path: Path) -> None:
     settings = config(cost="latency", batch_size=2, sequence_length=16, target_sparsity=0.5, task_type="CAUSAL_LM")
     base = tiny("llama", intermediate_size=256, num_attention_heads=8, head_dim=4, num_key_value_heads=4)
     model = get_peft_model(base, settings)
-    costs = settings.unit_costs
+    costs = model.peft_config["default"].unit_costs
     assert costs is not None and set(costs) == set(gates_of(model, "default")) and min(costs.values()) > 0
     ffn = [cost for name, cost in costs.items() if name.endswith("down_proj")]
     assert ffn[0] == ffn[1]  # equal shapes are timed once
@@ -398,7 +398,7 @@ def test_the_callback(tmp_path: Path) -> None:
     model = get_peft_model(tiny("bert"), config(total_steps=None))
     run = trainer(model, tmp_path, [MaskLoraCallback()])
     run.train()
-    assert model.peft_config["default"].total_steps == 10
+    assert model.peft_config["default"].total_steps is None  # the number was that of this training
     assert len(kept_units(model)) == 4
     ratios = [entry["keep_ffn"] for entry in run.state.log_history if "loss" in entry]
     assert ratios[0] > 0.8 > ratios[-1] and all("keep_heads" in entry for entry in run.state.log_history)

@@ -641,7 +641,9 @@ def test_resuming_under_the_trainer(selection: str, tmp_path: Path) -> None:
 def test_the_callback_takes_the_number_of_steps(tmp_path: Path) -> None:
     model = classifier(total_steps=None)
     trainer_for(model, tmp_path, callbacks=[peft_ext.SparseFTCallback()]).train()
-    assert all(leaf.tracker.config.total_steps == 30 for _, leaf in deltas(model, "default"))
+    assert all(
+        leaf.tracker.config.total_steps is None for _, leaf in deltas(model, "default")
+    )  # that training is over
     model = classifier(total_steps=None)
     with pytest.warns(UserWarning, match="3 steps were taken"):
         trainer_for(model, tmp_path, callbacks=[peft_ext.SparseFTCallback()], max_steps=3).train()

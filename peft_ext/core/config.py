@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Self
 
+import torch
 from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, PeftType
 
@@ -48,7 +50,12 @@ class ExtConfig(PeftConfig):
     """
 
     METHOD: ClassVar[str] = ""
-    awaits_weights = False  # read from a file whose weights were not loaded yet; no field, so not in the JSON
+    # no fields, so not in the JSON
+    awaits_weights = False  # read from a file whose weights were not loaded yet
+    # optimizer steps of the training that is under way, from a callback
+    trainer_steps = None  # type: int | None
+    # of a config that belongs to an adapter: what its model has filled in, as (what was asked for, what was found)
+    filled_in = None  # type: dict[str, tuple[Any, Any]] | None
 
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt: names, a regular expression or 'all-linear'."}
@@ -126,6 +133,38 @@ class ExtConfig(PeftConfig):
                 stacklevel=2,
             )
 
+    def for_adapter(self, reopen: bool = True) -> Self:
+        """A copy for one adapter, which its model may fill in: the user's config stays what was asked for.
+
+        Args:
+            reopen: Of a config that belongs to an adapter of another model, take back what that has filled in, unless
+                it was changed since.
+        """
+        own = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(own, name, copy.copy(value) if isinstance(value, (list, set, dict)) else value)
+        for name, (asked, found) in (own.filled_in or {}).items() if reopen else ():
+            if is_same(getattr(own, name), found):
+                setattr(own, name, asked)
+        if reopen:
+            own.filled_in = {}
+        return own
+
+    def note_filled_in(self, before: Mapping[str, Any]) -> None:
+        """Notes what has changed since `vars(self)` was `before`."""
+        now = {name: value for name, value in vars(self).items() if name not in ("filled_in", "modules_to_save")}
+        changed = {name: (before.get(name), v) for name, v in now.items() if not is_same(before.get(name), v)}
+        self.filled_in = {**(self.filled_in or {}), **changed}
+
+    def is_of(self, other: ExtConfig) -> bool:
+        """Whether this is the config of the adapter that has the config `other`, or a copy of it."""
+        if self is other:
+            return True
+        if self.filled_in is None or type(self) is not type(other):
+            return False
+        ours, theirs = ({k: v for k, v in vars(c).items() if k != "awaits_weights"} for c in (self, other))
+        return is_same(ours, theirs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Reads `adapter_config.json`.
@@ -152,3 +191,20 @@ class ExtConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         for call in _after_saving:
             call(save_directory)
+
+
+def is_same(first: Any, second: Any) -> bool:
+    """Whether two values of config attributes are equal; they may hold tensors."""
+    if first is second:
+        return True
+    if type(first) is not type(second):
+        return False
+    if is_dataclass(first) and not isinstance(first, type):
+        return is_same(vars(first), vars(second))
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(is_same(value, second[key]) for key, value in first.items())
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(is_same, first, second))
+    return bool(first == second)

@@ -42,6 +42,20 @@ class AdapterVector(nn.Module):
         return f"{self.weight.numel()}, offset={self.offset}"
 
 
+def copy_state(source: nn.Module, target: nn.Module) -> bool:
+    """Gives a leaf what another one holds besides its parameters; `False` if that was never filled in itself.
+
+    It goes through `load_state_dict`, so that the leaf takes notice as it does of a file.
+    """
+    is_unloaded: Any = getattr(source, "is_unloaded", None)
+    if is_unloaded is not None and is_unloaded():
+        return False
+    buffers = dict(source.named_buffers())
+    if buffers:
+        target.load_state_dict(buffers, strict=False)
+    return True
+
+
 class ExactLeaf(nn.Module):
     """A leaf whose `weight` moves in steps that are too small for half precision.
 

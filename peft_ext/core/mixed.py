@@ -23,6 +23,7 @@ from torch import nn
 
 from .advice import warn_of_idle_layers
 from .config import ExtConfig
+from .copies import own_config
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .model import tuner_of
@@ -67,11 +68,15 @@ class _MixedModel(MixedModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter of any method on the model."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        prepare(model)
-        config = self.peft_config[adapter_name]
-        if isinstance(config, ExtConfig):
-            tuner_of(config).finish_injection(model, config, adapter_name)
+        given = self.peft_config[adapter_name]
+        if not isinstance(given, ExtConfig):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            prepare(model)
+            return
+        with own_config(self.peft_config, model, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            prepare(model)
+            tuner_of(given).finish_injection(model, self.peft_config[adapter_name], adapter_name)
 
     # PEFT's class goes by lists of prefixes and layer types that do not know ours; the structural versions do.
     _mark_only_adapters_as_trainable = BaseTuner._mark_only_adapters_as_trainable

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .advice import warn_of_experts, warn_of_fresh_head, warn_of_idle_layers
 from .config import ExtConfig
+from .copies import own_config
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
@@ -167,10 +168,15 @@ class ExtModel(BaseTuner):
         return layer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Puts an adapter on the model, the first or a further one."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        prepare(model)
-        self.finish_injection(model, self.peft_config[adapter_name], adapter_name)
+        """Puts an adapter on the model, the first or a further one.
+
+        It gets a config of its own. If it is given the config of another adapter on the model, as TRL does to make a
+        reference, it also gets what that one holds besides parameters.
+        """
+        with own_config(self.peft_config, model, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            prepare(model)
+            self.finish_injection(model, self.peft_config[adapter_name], adapter_name)
 
     @classmethod
     def replace_target(

@@ -15,16 +15,22 @@ from .model import gates_of
 class MaskLoraCallback(TrainerCallback):
     """Takes `total_steps` from the Trainer, and adds the keep ratios to its log and progress bar.
 
-    Everything else works without it. A `total_steps` that the config sets itself stays.
+    Everything else works without it. A `total_steps` in the config goes before.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fills in the number of optimizer steps that the Trainer has worked out."""
+        """Passes on the number of optimizer steps that the Trainer has worked out."""
         for config in _configs(kwargs.get("model")).values():
-            if config.total_steps is None:
-                config.total_steps = state.max_steps
+            config.trainer_steps = state.max_steps
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the number back, which is that of this training alone."""
+        for config in _configs(kwargs.get("model")).values():
+            config.trainer_steps = None
 
     def on_log(
         self,

@@ -142,6 +142,11 @@ class MaskLoraConfig(ExtConfig):
             raise ValueError(f"`init_weights` must be True for mask-pruning LoRA, got {self.init_weights!r}.")
 
     @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the training: `total_steps`, or else what a callback has from its Trainer."""
+        return self.trainer_steps if self.total_steps is None else self.total_steps
+
+    @property
     def scale(self) -> float:
         """The factor of the low-rank product."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)

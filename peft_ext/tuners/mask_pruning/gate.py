@@ -143,7 +143,7 @@ class MaskSchedule:
     @property
     def bounds(self) -> tuple[int, int]:
         """The steps after which masks begin to learn, and are decided; a `ValueError` if `total_steps` is missing."""
-        total = self.config.total_steps
+        total = self.config.steps
         if total is None:
             raise ValueError(
                 "MaskLoraConfig.total_steps is not set, so it is not known when the masks are to be decided. Set it to "
@@ -156,7 +156,7 @@ class MaskSchedule:
     @property
     def is_learning(self) -> bool:
         """Whether the masks are drawn at random now."""
-        return self.config.total_steps is not None and self.bounds[0] <= self.step < self.bounds[1]
+        return self.config.steps is not None and self.bounds[0] <= self.step < self.bounds[1]
 
     def _passed(self) -> float:
         """How much of the mask phase has passed, between 0 and 1."""
@@ -190,8 +190,10 @@ class MaskSchedule:
 
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Adds the gradient of the penalty; raises `ValueError` if the masks cannot learn."""
+        if self.gates[0].is_fixed:
+            return
         begin, end = self.bounds
-        if not begin <= self.step < end or self.gates[0].is_fixed:
+        if not begin <= self.step < end:
             return
         if not any(gate.training for gate in self.gates):
             raise ValueError(
@@ -219,11 +221,13 @@ class MaskSchedule:
         """Counts, holds the target, decides when the time has come."""
         if not taken:
             return
-        begin, end = self.bounds
         self._step = self.step + 1
         for gate in self.gates:
             gate.progress.fill_(self._step)
-        if self.gates[0].is_fixed or self._step < begin:
+        if self.gates[0].is_fixed:
+            return
+        begin, end = self.bounds
+        if self._step < begin:
             return
         if self.config.target_sparsity is not None and self.target > 0:
             self._hold(self.target)

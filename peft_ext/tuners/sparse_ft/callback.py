@@ -14,22 +14,25 @@ from .model import warn_if_unmoved
 class SparseFTCallback(TrainerCallback):
     """Takes `total_steps` of SpIEL's schedule from the Trainer, and says so at the end if the support never moved.
 
-    Everything else works without it. A `total_steps` that the config sets itself stays.
+    Everything else works without it. A `total_steps` in the config goes before.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fills in the number of optimizer steps that the Trainer has worked out."""
+        """Passes on the number of optimizer steps that the Trainer has worked out."""
         for leaf in _deltas(kwargs.get("model")):
-            if leaf.tracker is not None and leaf.tracker.config.total_steps is None:
-                leaf.tracker.config.total_steps = state.max_steps
+            if leaf.tracker is not None:
+                leaf.tracker.config.trainer_steps = state.max_steps
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warns of a schedule that never moved."""
+        """Takes the number back, which is that of this training alone, and warns of a schedule that never moved."""
         model: Any = kwargs.get("model")
+        for leaf in _deltas(model):
+            if leaf.tracker is not None:
+                leaf.tracker.config.trainer_steps = None
         for name in getattr(model, "peft_config", {}):
             warn_if_unmoved(model, name)
 

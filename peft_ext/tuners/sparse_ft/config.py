@@ -138,6 +138,11 @@ class SparseFTConfig(ExtConfig):
         if per_module is not None and not all(isinstance(count, int) and count >= 0 for count in per_module.values()):
             raise ValueError("`num_weights_per_module` must map module names to numbers of weights.")
 
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the training: `total_steps`, or else what a callback has from its Trainer."""
+        return self.trainer_steps if self.total_steps is None else self.total_steps
+
     def use_support(self, support: Mapping[str, torch.Tensor] | str | os.PathLike[str]) -> SparseFTConfig:
         """Sets which weights are tuned, and returns the config.
 

@@ -94,7 +94,7 @@ class Tracker:
     def rate_at(self, step: int) -> float:
         """The fraction that a reselection after so many steps replaces; 0 if there is none."""
         config = self.config
-        total = config.total_steps
+        total = config.steps
         if total is not None and step > total:
             return 0.0
         if step == config.accumulation_steps and config.reselection_policy == "linear" and self.fresh:
@@ -136,7 +136,7 @@ class Tracker:
             known is None or known.state is not optimizer.state
         ):  # accelerate's wrapper shares the state of the real one
             self._resume(leaf, optimizer)
-        if self.config.total_steps is None:
+        if self.config.steps is None:
             warn_once(
                 "total_steps",
                 "SparseFTConfig.total_steps is not set, so every reselection replaces the same fraction of the "

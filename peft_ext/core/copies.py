@@ -1,0 +1,36 @@
+"""An adapter has a config of its own, and a copy of an adapter has all that its function depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .config import ExtConfig
+from .layer import ExtLayer
+from .leaves import copy_state
+
+
+@contextmanager
+def own_config(configs: dict[str, Any], model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Inside, `adapter_name` is put on the model, with a copy of the config that it was given."""
+    given = configs[adapter_name]
+    others = [name for name, other in configs.items() if name != adapter_name and isinstance(other, ExtConfig)]
+    source = next((name for name in others if given.is_of(configs[name])), None)
+    own = configs[adapter_name] = given.for_adapter(reopen=source is None)
+    before = dict(vars(own))
+    yield
+    own.note_filled_in(before)
+    given.modules_to_save = own.modules_to_save  # PEFT looks at the one that it has given once more
+    if source is not None:
+        copy_leaves(model, source, adapter_name)
+
+
+def copy_leaves(model: nn.Module, source: str, target: str) -> None:
+    """Gives the leaves of the adapter `target` what those of `source` hold besides their parameters."""
+    for layer in [module for module in model.modules() if isinstance(module, ExtLayer)]:
+        for container in (getattr(layer, name) for name in layer.adapter_layer_names):
+            if source in container and target in container:
+                copy_state(container[source], container[target])
