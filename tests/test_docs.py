@@ -29,6 +29,7 @@ import torch
 from hub_server import HubServer, only_local
 from models import tiny
 from peft import LoraConfig, PeftConfig, get_peft_model
+from test_conformance import METHODS
 from test_sparse_ft import lt_sft_file
 from torch.utils.data import DataLoader
 from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments, ViTModel, set_seed
@@ -372,7 +373,7 @@ def test_stale_table_of_capabilities_is_found(tmp_path: Path, monkeypatch: pytes
 def test_capabilities_come_from_marks_and_rows() -> None:
     matrix = pytest.mark.parametrize(("method", "name"), [("ssf", "bert"), ("ssf", "vit"), ("spt", "bert")])
 
-    @pytest.mark.capability("mixes", only_if="mixes_batches")
+    @pytest.mark.capability("mixes")
     @matrix
     def test_matrix() -> None: ...
 
@@ -380,7 +381,7 @@ def test_capabilities_come_from_marks_and_rows() -> None:
     @pytest.mark.parametrize("name", ["beit"])
     def test_alone() -> None: ...
 
-    @pytest.mark.capability("mixes", "spt")
+    @pytest.mark.capability("mixes", "spt", refused=True)
     def test_contradiction() -> None: ...
 
     @pytest.mark.capability("mixes", "ssff")
@@ -389,10 +390,19 @@ def test_capabilities_come_from_marks_and_rows() -> None:
     found = capabilities.Capabilities()
     found.add(test_matrix)
     found.add(test_alone)
-    assert found.cells == {"mixes": {"ssf": "✓", "spt": "refused"}, "alone": {"vqt": "refused"}}
+    assert found.cells == {"mixes": {"ssf": "✓", "spt": "✓"}, "alone": {"vqt": "refused"}}
     assert found.models == {"ssf": {"bert", "vit"}, "spt": {"bert"}, "vqt": {"beit"}}
-    assert "| mixes | ✓ | - | - | refused | - |\n| alone | - | refused | - | - | - |" in found.table()
+    assert "| mixes | ✓ | - | - | ✓ | - |\n| alone | - | refused | - | - | - |" in found.table()
     with pytest.raises(ValueError, match="test_contradiction contradicts another test on 'mixes' of 'spt'"):
         found.add(test_contradiction)
     with pytest.raises(ValueError, match="'ssff', which is no method"):
         found.add(test_typo)
+
+
+def test_capabilities_of_the_kit_come_from_its_tests_and_a_methods_claims() -> None:
+    found = capabilities.Capabilities()
+    for method in ("ssf", "spt", "vqt"):
+        found.add_kit(METHODS[method])
+    assert found.cells["merge"] == {"ssf": "✓", "spt": "✓"}
+    assert found.cells["several adapters in one batch"] == {"ssf": "✓", "spt": "refused", "vqt": "refused"}
+    assert found.models["vqt"] == {"bert", "roberta", "vit"}

@@ -257,7 +257,7 @@ def inputs(name: str, batch: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": tokens(5) if name in ("bart", "t5") else ids}
 
 
-def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """The one output tensor that the tests compare."""
     output = model(**batch)
     if isinstance(output, torch.Tensor):
@@ -265,7 +265,7 @@ def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return output.logits if "logits" in output else output.logits_per_image
 
 
-def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """The model's own loss, or a smooth one of its logits if it has none."""
     output = model(**batch)
     if isinstance(output, torch.Tensor):

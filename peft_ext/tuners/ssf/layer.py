@@ -23,6 +23,7 @@ class SSFLayer(ExtLayer):
     """Any supported module with `y = gamma * h + beta` on its output; `ssf_scale` holds gamma - 1, `ssf_shift` beta."""
 
     adapter_layer_names = ("ssf_scale", "ssf_shift")
+    other_param_names: tuple[str, ...] = ("recover", "obstacle")
     supports_mixed_batches = True
     ssf_scale: nn.ModuleDict
     ssf_shift: nn.ModuleDict
