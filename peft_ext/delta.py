@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from .sparse import (
     LinearOperation,
     Operation,
     decode,
+    decode_unchecked,
     encode,
     index_dtype,
     operation_of,
@@ -57,20 +60,32 @@ class SparseDelta(ExactLeaf):
     def __init__(self, indices: torch.Tensor, size: int, placeholder: bool = False) -> None:
         super().__init__()
         self.size = size
-        self.weight = nn.Parameter(torch.zeros(len(indices)))
+        self.k = len(indices)  # what `weight` has may be a shard of it
+        self.weight = nn.Parameter(torch.zeros(self.k))
         self.register_buffer("index", encode(indices, size))
         self.index: torch.Tensor
-        self.tracker: Any = None  # a `Tracker`, if the places move as steps go by
+        self.tracker: Any = None  # a `Tracker`, if the indices move as steps go by
         self.decays = True
-        # places that only hold the shape until those of a saved adapter are loaded
+        # indices that only hold the shape until those of a saved adapter are loaded
         self.placeholder = placeholder
-        self._decoded: torch.Tensor | None = None
-        self._decoded_from: tuple[Any, int] | None = (self.index, self.index._version) if placeholder else None
+        self._placeholder_code: tuple[torch.Tensor, int] | None = self._code() if placeholder else None
+        self._decoded = None if indices.is_meta else indices.to(index_dtype(size), copy=True)
+        self._decoded_from: tuple[torch.Tensor, int] | None = self._code()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.is_unloaded()  # takes note of a loader that came in between
+        return self.__dict__ | dict.fromkeys(("_placeholder_code", "_decoded", "_decoded_from"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget()
+        self._placeholder_code = self._code() if self.placeholder else None
+        self._decode_ahead()
         self._register()  # copies and unpickled leaves too
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "index" and "_decoded" in self.__dict__:  # a loader that assigns tensors
+            self._decode_ahead()
 
     def _register(self) -> None:
         if self.tracker is not None or self.placeholder:
@@ -88,67 +103,110 @@ class SparseDelta(ExactLeaf):
         self.decays = False
         self._register()
 
-    # The places
+    # The indices
 
-    def _forget(self) -> None:
-        self._decoded = None
-        self._decoded_from = None
+    def _code(self) -> tuple[torch.Tensor, int]:
+        """The encoded indices, and a number that changes with what is in them."""
+        return self.index, 0 if self.index.is_inference() else self.index._version
+
+    def _decode_ahead(self) -> None:
+        """Decodes now, since a compiled forward cannot; a damaged code is refused when it is used."""
+        self._decoded = self._decoded_from = None
+        if not self.index.is_meta:
+            with suppress(ValueError):
+                self.indices()
 
     def indices(self) -> torch.Tensor:
-        """The flat places `(k,)`, sorted; decoded once after they were set or loaded."""
+        """The flat indices `(k,)`, sorted; decoded once after they were set or loaded.
+
+        Raises:
+            ValueError: Nothing was loaded yet, or what was loaded are no indices.
+        """
+        if torch.compiler.is_compiling():
+            if self.placeholder:
+                raise ValueError(_NO_SUPPORT)
+            decoded = self._decoded
+            return decode_unchecked(self.index, self.k, self.size) if decoded is None else decoded
         if self.is_unloaded():  # takes note of a loader that came in between
             raise ValueError(_NO_SUPPORT)
-        now = (self.index, self.index._version)
-        before = self._decoded_from
+        now, before = self._code(), self._decoded_from
         if self._decoded is not None and before is not None and now[0] is before[0]:
             # distributed training sends the buffers of the first process to all others before each forward
             same = now[1] == before[1] or (self.training and torch.distributed.is_initialized())
             if same and self._decoded.device == self.index.device:
                 self._decoded_from = now
                 return self._decoded
-        self._decoded = decode(self.index, self.weight.numel(), self.size)
+        with torch.inference_mode(False):  # what is kept must serve training, too
+            self._decoded = decode(self.index, self.k, self.size)
         self._decoded_from = now
         return self._decoded
 
     @torch.no_grad()
     def set_indices(self, indices: torch.Tensor) -> None:
-        """Moves to other places `(k,)`, sorted; the values stay where they are in the vector."""
+        """Moves to other indices `(k,)`, sorted; the values stay where they are in the vector."""
         self.index.copy_(encode(indices, self.size))
-        self._decoded = indices.to(index_dtype(self.size))
-        self._decoded_from = (self.index, self.index._version)
         self.placeholder = False
+        with torch.inference_mode(False):
+            self._decoded = indices.to(index_dtype(self.size), copy=True)
+        self._decoded_from = self._code()
 
     def is_unloaded(self) -> bool:
-        """Whether the places only hold the shape, since no loader has filled them in yet."""
-        if self.placeholder and self._decoded_from is not None:
-            kept, version = self._decoded_from
-            self.placeholder = self.index is kept and self.index._version == version
+        """Whether the indices only hold the shape, since no loader has filled them in yet."""
+        if self.placeholder and self._placeholder_code is not None:
+            kept, version = self._placeholder_code
+            now = self._code()
+            self.placeholder = now[0] is kept and now[1] == version
         return self.placeholder
 
     # Loading, casting, saving
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._forget()
-        self.placeholder = False
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Values and indices are loaded together or not at all: on other indices the values would mean nothing."""
+        own = [f"{prefix}weight", f"{prefix}index"]
+        found = [key for key in own if key in state_dict]
+        if len(found) == 1:
+            (absent,) = set(own) - set(found)
+            warnings.warn(
+                f"{found[0]!r} is not loaded, since {absent!r} is missing or was left out for its size: the values "
+                "and the indices of a sparse adapter belong together. The adapter starts anew there.",
+                stacklevel=2,
+            )
+            missing_keys += own
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if found:
+            self.placeholder = False
+        self._decode_ahead()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseDelta:
-        unloaded = self.is_unloaded()
+        unloaded, before = self.is_unloaded(), self.index
         super()._apply(fn, recurse)
-        self._forget()
-        self.placeholder = unloaded
         if unloaded:
-            self._decoded_from = (self.index, self.index._version)
+            self._placeholder_code = self._code()
+        if self.index is not before:
+            self._decode_ahead()
         return self
 
     def forward(self) -> torch.Tensor:
-        """The values, in fp32 at least; read by calling, for FSDP gathers `weight` only while a leaf runs."""
-        if self.weight.dtype in HALF:
-            return self.weight.float()
-        return self.weight if isinstance(self.weight, nn.Parameter) else self.weight.clone()
+        """The values `(k,)`, in fp32 at least, as a new tensor.
+
+        They are read by calling, for FSDP gathers `weight` only while a leaf runs, and frees it afterwards.
+        """
+        return self.weight.float() if self.weight.dtype in HALF else self.weight.clone()
 
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()} of {self.size}"
+        return f"{self.k} of {self.size}"
 
     # Steps
 
@@ -222,6 +280,11 @@ class DeltaLayer(ExtLayer):
             return functional_call(self.base_layer, self._effective(adapters), args, kwargs)
         if kwargs or len(args) != 1:
             raise TypeError(f"A sparse adapter on {type(self.base_layer).__name__} takes one positional argument.")
+        return self._with_bias(self._with_weight(adapters, args[0]), adapters)
+
+    def _with_weight(self, adapters: list[str], x: torch.Tensor) -> torch.Tensor:
+        """The output for the input x with the adapters on the weight, and not yet on the bias."""
+        assert self.op is not None
         values, indices, observers = [], [], []
         start = 0
         for name in adapters:
@@ -230,21 +293,14 @@ class DeltaLayer(ExtLayer):
                 values.append(leaf())
                 indices.append(leaf.indices())
                 stop = start + len(values[-1])
-                if leaf.tracker is not None and leaf.weight.requires_grad:
+                if leaf.tracker is not None and leaf.weight.requires_grad and not torch.compiler.is_compiling():
                     observers.append((_Watch(leaf), start, stop))
                 start = stop
-        (x,) = args
-        if values:
-            all_values = values[0] if len(values) == 1 else torch.cat(values)
-            all_indices = indices[0] if len(indices) == 1 else torch.cat(indices)
-            output = sparse_apply(self.base_layer, self.op, x, all_values, all_indices, tuple(observers))
-        else:
-            output = self.base_layer(x)
-        return self._with_bias(self._between(adapters, x, output), adapters)
-
-    def _between(self, adapters: list[str], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The output after the deltas on the weight and before those on the bias; for what a subclass adds."""
-        return output
+        if not values:
+            return self.base_layer(x)
+        all_values = values[0] if len(values) == 1 else torch.cat(values)
+        all_indices = indices[0] if len(indices) == 1 else torch.cat(indices)
+        return sparse_apply(self.base_layer, self.op, x, all_values, all_indices, tuple(observers))
 
     def _with_bias(self, output: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         bias = self._bias_delta(adapters)
@@ -271,12 +327,13 @@ class DeltaLayer(ExtLayer):
         for key, container in (("weight", self.deltas), ("bias", self.bias_deltas)):
             if not any(name in container for name in adapters):
                 continue
-            total = getattr(base, key).float()
+            own = getattr(base, key)
+            total = own.to(torch.promote_types(own.dtype, torch.float32))
             for name in adapters:
                 if name in container:
                     leaf: Any = container[name]
                     total = total.index_add(0, leaf.indices(), leaf().to(total.dtype))
-            parameters[key] = total.to(getattr(base, key).dtype)
+            parameters[key] = total.to(own.dtype)
         return parameters
 
     # Merge

@@ -29,7 +29,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        self._quantization_kwargs = quantization_kwargs
         self._unmerged: dict[str, torch.Tensor | None] = {}
         self.has_run = False  # whether an adapter on it ever acted in a forward with gradients
         self.watched: set[str] = set()  # adapters whose first gradient would be seen,
@@ -47,6 +47,11 @@ class ExtLayer(nn.Module, BaseTunerLayer):
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", ()):
                 raise
             return getattr(self.get_base_layer(), name)
+
+    @property
+    def quantization_backend(self) -> Any:
+        """How the base layer is quantised, `None` if it is not; looked at anew, for a model may be dequantised."""
+        return resolve_quantization_backend(self.get_base_layer(), **self._quantization_kwargs)
 
     def activate_only(self, adapter_name: str) -> None:
         """Names the active adapter of a new layer, before it has any."""
@@ -106,6 +111,17 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled():
             self.has_run = True
         return self.adapted_forward(adapters, *args, **kwargs) if adapters else self.base_layer(*args, **kwargs)
+
+    def active_inside(self) -> list[str]:
+        """The adapters of other methods that act between this layer and its base layer."""
+        inner: Any = self.base_layer
+        found: list[str] = []
+        while isinstance(inner, BaseTunerLayer):
+            if not (inner.disable_adapters or inner.merged):
+                owned = inner._get_available_adapters()
+                found += [name for name in inner.active_adapters if name in owned]
+            inner = inner.base_layer  # type: ignore[attr-defined]
+        return found
 
     def _refuse_training_while_merged(self) -> None:
         if not (self.training and torch.is_grad_enabled()):

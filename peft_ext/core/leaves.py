@@ -52,7 +52,7 @@ def copy_state(source: nn.Module, target: nn.Module) -> bool:
         return False
     buffers = dict(source.named_buffers())
     if buffers:
-        target.load_state_dict(buffers, strict=False)
+        target.load_state_dict(target.state_dict() | buffers)  # its own parameters, so that nothing is missing
     return True
 
 

@@ -17,7 +17,7 @@ quantised, offloaded) the base runs as it is and the product with S is added in 
 are slow, the dense product of one layer, which lives only until its entries are read, gives the gradient.
 """
 
-from .codec import decode, decode_alone, encode, encoded_size, index_dtype
+from .codec import decode, decode_alone, decode_unchecked, encode, encoded_size, index_dtype
 from .operations import (
     Conv2dOperation,
     EmbeddingOperation,
@@ -27,7 +27,7 @@ from .operations import (
     csr,
     operation_of,
 )
-from .product import Observer, SparseProduct, can_be_written, sparse_apply
+from .product import Observer, SparseProduct, add_product, can_be_written, sparse_apply
 from .selection import CHUNK, is_in, random_indices, top_indices
 
 
@@ -40,10 +40,12 @@ __all__ = [
     "Observer",
     "Operation",
     "SparseProduct",
+    "add_product",
     "can_be_written",
     "csr",
     "decode",
     "decode_alone",
+    "decode_unchecked",
     "encode",
     "encoded_size",
     "index_dtype",

@@ -46,25 +46,41 @@ def encode(indices: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def decode(code: torch.Tensor, k: int, n: int) -> torch.Tensor:
-    """The places `(k,)` that `encode` wrote, sorted, in `index_dtype(n)`.
+    """The indices `(k,)` that `encode` wrote, sorted, in `index_dtype(n)`.
 
     Raises:
-        ValueError: These are not the places of k among n entries.
+        ValueError: These are not the indices of k among n entries.
     """
     if len(code) != encoded_size(k, n):
-        raise ValueError(f"An index of {k} among {n} places has {encoded_size(k, n)} bytes, got {len(code)}.")
+        raise ValueError(f"An index of {k} among {n} entries has {encoded_size(k, n)} bytes, got {len(code)}.")
     if k == 0:
         return torch.zeros(0, dtype=index_dtype(n), device=code.device)
-    low = _low_bits(k, n)
-    n_lower = -(-k * low // 8)
-    eight = torch.arange(8, device=code.device)
-    ones = ((code[n_lower:, None] >> eight) & 1).flatten().nonzero().squeeze(1)
+    ones = _upper_bits(code, k, n).nonzero().squeeze(1)
     if len(ones) == k:
-        upper = ones - torch.arange(k, device=code.device)
-        indices = (upper << low) + _unpack(code[:n_lower], low, k)
+        indices = _joined(ones, code, k, n)
         if indices[-1] < n and (indices[1:] > indices[:-1]).all():
             return indices.to(index_dtype(n))
-    raise ValueError(f"The stored index is damaged: it does not name {k} distinct places among {n}.")
+    raise ValueError(f"The stored index is damaged: it does not name {k} distinct entries of {n}.")
+
+
+def decode_unchecked(code: torch.Tensor, k: int, n: int) -> torch.Tensor:
+    """The same without a look at what is in the code, so that a compiler can trace it: all shapes follow from k and n."""
+    if k == 0:
+        return torch.zeros(0, dtype=index_dtype(n), device=code.device)
+    ones = _upper_bits(code, k, n).argsort(descending=True, stable=True)[:k]  # the ones, in their order
+    return _joined(ones, code, k, n).to(index_dtype(n))
+
+
+def _upper_bits(code: torch.Tensor, k: int, n: int) -> torch.Tensor:
+    n_lower = -(-k * _low_bits(k, n) // 8)
+    return ((code[n_lower:, None] >> torch.arange(8, device=code.device)) & 1).flatten()
+
+
+def _joined(ones: torch.Tensor, code: torch.Tensor, k: int, n: int) -> torch.Tensor:
+    """The indices, from the positions `(k,)` of the ones among the upper bits, and from the lower bits."""
+    low = _low_bits(k, n)
+    upper = ones - torch.arange(k, device=code.device)
+    return (upper << low) + _unpack(code[: -(-k * low // 8)], low, k)
 
 
 def decode_alone(code: torch.Tensor, k: int) -> list[tuple[torch.Tensor, int, int]]:

@@ -122,23 +122,35 @@ class LinearOperation(Operation):
         if left.device.type != "cpu":
             return (left @ right).reshape(-1).index_select(0, indices)
         left, right = _at_least_fp32(left), _at_least_fp32(right)
-        pattern = csr(indices, torch.zeros(len(indices), dtype=left.dtype), self.shape)
-        return torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
+        distinct, inverse = _distinct(indices)
+        pattern = csr(distinct, torch.zeros(len(distinct), dtype=left.dtype), self.shape)
+        values = torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
+        return values if inverse is None else values[inverse]
 
     def sparse_product(self, x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or self.transposed or not _is_increasing(indices):
+        if x.device.type != "cpu" or self.transposed:
             return super().sparse_product(x, values, indices)
         rows = _at_least_fp32(x.reshape(-1, x.shape[-1]))
-        return (csr(indices, values.to(rows.dtype), self.shape) @ rows.T).T.reshape(*x.shape[:-1], -1)
+        values = values.to(rows.dtype)
+        distinct, inverse = _distinct(indices)
+        if inverse is not None:
+            values = values.new_zeros(len(distinct)).index_add_(0, inverse, values)
+        return (csr(distinct, values, self.shape) @ rows.T).T.reshape(*x.shape[:-1], -1)
 
 
-def _is_increasing(indices: torch.Tensor) -> bool:
-    """Whether this is one sorted run; the places of several adapters, one after the other, are not."""
-    return len(indices) < 2 or bool((indices[1:] > indices[:-1]).all())
+def _distinct(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The indices sorted and each once, as CSR needs them, and where in that each of them is (`None`: they were so).
+
+    Those of several adapters come one after the other, and may overlap.
+    """
+    if len(indices) < 2 or bool((indices[1:] > indices[:-1]).all()):
+        return indices, None
+    distinct, inverse = torch.unique(indices, return_inverse=True)
+    return distinct, inverse
 
 
 def csr(indices: torch.Tensor, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """S as a sparse matrix in CSR layout; entries need not be in order within a row."""
+    """S as a sparse matrix in CSR layout; the indices are sorted and distinct."""
     rows = indices // shape[1]
     columns = indices - rows * shape[1]
     starts = torch.searchsorted(rows, torch.arange(shape[0] + 1, device=indices.device, dtype=rows.dtype))
@@ -198,7 +210,7 @@ class EmbeddingOperation(Operation):
         return False
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._scaled(F.embedding(x, weight))
+        return self._scaled(F.embedding(x, weight, self.padding_idx))
 
     def sparse_product(self, x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         tokens, place = x.unique(return_inverse=True)

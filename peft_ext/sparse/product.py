@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -22,30 +24,47 @@ class Observer(Protocol):
 
 
 # The weight is changed for the time of one product, so two threads must not do it at once.
-_locks: dict[int, threading.Lock] = {}
+_locks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_locks_guard = threading.Lock()
 
 
-class written:
-    """Inside, `weight` is W + S; afterwards it is W again, bit for bit, for the originals are put back.
+def _lock_of(weight: torch.Tensor) -> threading.Lock:
+    with _locks_guard:
+        return _locks.setdefault(weight.data_ptr(), threading.Lock())
 
-    Subtracting the values instead would leave 0.7 % of the touched entries changed in their last bit.
+
+def with_delta(
+    weight: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    function: Callable[[torch.Tensor], torch.Tensor | None],
+) -> Any:
+    """`function(weight)` while `weight` is W + S; afterwards it is W again, bit for bit, for the originals are put back.
+
+    Subtracting the values instead would leave 0.7 % of the touched entries changed in their last bit. Whatever may
+    fail for want of memory is made before the first write. This is one function and no context manager, because Ctrl-C
+    can come between the end of a `with` block and the first line of `__exit__`, but not between the end of a `try`
+    block and a builtin in its `finally`.
     """
+    # `data` has a version counter of its own: who keeps W for a backward finds there the W that was kept
+    data = weight.data
+    flat, values, indices = data.view(-1), values.to(data.dtype), indices.long()
+    with _lock_of(data):
+        kept = flat.index_select(0, indices)
+        try:
+            flat.index_add_(0, indices, values)
+            return function(data)
+        finally:
+            try:
+                flat.index_copy_(0, indices, kept)
+            except BaseException:  # out of memory, or Ctrl-C, in here: the weight must not stay changed
+                flat.index_copy_(0, indices, kept)
+                raise
 
-    def __init__(self, weight: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> None:
-        # `data` has a version counter of its own: who keeps W for a backward finds there the W that was kept
-        self.weight, self.values, self.indices = weight.data, values, indices
-        self.lock = _locks.setdefault(weight.data_ptr(), threading.Lock())
 
-    def __enter__(self) -> torch.Tensor:
-        self.lock.acquire()
-        flat = self.weight.view(-1)
-        self.kept = flat.index_select(0, self.indices)
-        flat.index_add_(0, self.indices, self.values.to(flat.dtype))
-        return self.weight
-
-    def __exit__(self, *error: object) -> None:
-        self.weight.view(-1).index_copy_(0, self.indices.long(), self.kept)
-        self.lock.release()
+def _own(output: torch.Tensor) -> torch.Tensor:
+    """The same memory, but no view: autograd refuses in-place changes of a view that a custom function returns."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 class SparseProduct(torch.autograd.Function):
@@ -70,9 +89,8 @@ class SparseProduct(torch.autograd.Function):
             ctx.save_for_backward(x, values, indices)
         with torch.autocast(values.device.type, enabled=False):
             if weight is None:
-                return op.sparse_product(x, values, indices)
-            with written(weight, values, indices) as changed:
-                return op.product(x, changed, bias)
+                return _own(op.sparse_product(x, values, indices))
+            return _own(with_delta(weight, values, indices, lambda changed: op.product(x, changed, bias)))
 
     @staticmethod
     @once_differentiable
@@ -85,8 +103,7 @@ class SparseProduct(torch.autograd.Function):
                 if weight is None:
                     grad_x = op.grad_input(x, grad.to(x.dtype), op.dense(values, indices, x.dtype))
                 else:
-                    with written(weight, values, indices) as changed:
-                        grad_x = op.grad_input(x, grad, changed)
+                    grad_x = with_delta(weight, values, indices, lambda changed: op.grad_input(x, grad, changed))
             if ctx.needs_input_grad[1]:
                 # the product's own type, unless x was in half precision and the product made in fp32
                 grad = grad.to(x.dtype) if x.is_floating_point() else grad
@@ -111,6 +128,7 @@ def can_be_written(module: nn.Module, dtype: torch.dtype) -> bool:
         and not weight.is_inference()
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         and not (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+        and not (module._backward_hooks or module._backward_pre_hooks)  # which see the module's own output
     )
 
 
@@ -130,23 +148,48 @@ def sparse_apply(
         indices: `(k,)`, the flat places of the values.
         observers: Who looks at the gradient, with the slice of `values` that is theirs.
     """
-    device = values.device.type
-    if op.takes(x):
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    else:
-        assert isinstance(module.weight, torch.Tensor)
-        dtype = module.weight.dtype
-    if torch.compiler.is_compiling():  # the compiler chooses what to keep
-        output = module(x)
-        inputs = x.to(dtype) if op.takes(x) else x
-        inputs = op.pad(inputs) if isinstance(op, Conv2dOperation) else inputs
+    dtype = _compute_dtype(x) if op.takes(x) else module.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    if _is_transformed() or not can_be_written(module, dtype):
+        return add_product(op, x, module(x), values, indices, observers)
+    product = SparseProduct.apply(
+        _inputs(op, x), values, indices, module.weight, getattr(module, "bias", None), op, observers
+    )
+    assert isinstance(product, torch.Tensor)
+    return product
+
+
+def add_product(
+    op: Operation,
+    x: torch.Tensor,
+    output: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    observers: tuple[tuple[Observer, int, int], ...] = (),
+) -> torch.Tensor:
+    """`output` and the product of x with S alone; the arguments are those of `sparse_apply`."""
+    inputs = _inputs(op, x)
+    if _is_transformed():
+        # plain operations, with S as a whole weight: a compiler chooses by itself what to keep
+        dtype = inputs.dtype if op.takes(x) else values.dtype
         dense = torch.zeros(op.n, dtype=dtype, device=values.device).index_add(0, indices, values.to(dtype))
-        return output + op.product(inputs, dense.view(op.shape), None).to(output.dtype)
-    weight = module.weight if can_be_written(module, dtype) else None
-    output = module(x) if weight is None else None
-    inputs = x.to(dtype) if op.takes(x) else x
-    if isinstance(op, Conv2dOperation):
-        inputs = op.pad(inputs)
-    bias = getattr(module, "bias", None) if weight is not None else None
-    product = SparseProduct.apply(inputs, values, indices, weight, bias, op, observers)
-    return product if output is None else (output + product.to(output.dtype))
+        product = op.product(inputs, dense.view(op.shape), None)
+    else:
+        product = SparseProduct.apply(inputs, values, indices, None, None, op, observers)
+    return output + product.to(output.dtype)
+
+
+def _is_transformed() -> bool:
+    """Whether a compiler, or a transform of `torch.func`, is at work."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _inputs(op: Operation, x: torch.Tensor) -> torch.Tensor:
+    """x in the type that is computed in, and padded."""
+    inputs = x.to(_compute_dtype(x)) if op.takes(x) else x
+    return op.pad(inputs) if isinstance(op, Conv2dOperation) else inputs

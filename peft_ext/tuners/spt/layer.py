@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...core.schedule import listen_to_steps
 from ...delta import DeltaLayer, SparseDelta
+from ...sparse import add_product
 from .config import SPTConfig
 from .structures import LEAVES, STRUCTURES, Structure
 
@@ -63,14 +64,63 @@ class SPTLayer(DeltaLayer):
         weight = self.get_base_weight()
         return weight.T if self._is_transposed() else weight
 
-    def _between(self, adapters: list[str], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The structures of the adapters, one after the other."""
-        for name in adapters:
-            if (structure := self.structures.get(name)) is not None:
-                weight = self._matrix() if structure.needs_weight else None
-                bias = getattr(self.get_base_layer(), "bias", None)
-                output = structure.apply(self.leaves(name), x, output, weight, bias)
+    def _with_weight(self, adapters: list[str], x: torch.Tensor) -> torch.Tensor:
+        """Deltas, then structures; from an adapter on that needs the weight before it, adapter by adapter as merged."""
+        first = next((i for i, name in enumerate(adapters) if self._needs_weight(name)), len(adapters))
+        output = super()._with_weight(adapters[:first], x)
+        bias = getattr(self.get_base_layer(), "bias", None)
+        for name in adapters[:first]:
+            output = self._structured(name, x, output, None, bias)
+        for i, name in enumerate(adapters[first:], start=first):
+            if name in self.deltas:
+                leaf: Any = self.deltas[name]
+                output = add_product(self.op, x, output, leaf(), leaf.indices())  # type: ignore[arg-type]
+            weight = self._weight_after(adapters[:i]) if self._needs_weight(name) else None
+            output = self._structured(name, x, output, weight, bias)
         return output
+
+    def _needs_weight(self, name: str) -> bool:
+        return name in self.structures and self.structures[name].needs_weight
+
+    def _structured(
+        self, name: str, x: torch.Tensor, output: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The output with an adapter's structure, if it has one."""
+        structure = self.structures.get(name)
+        return output if structure is None else structure.apply(self.leaves(name), x, output, weight, bias)
+
+    @torch.no_grad()
+    def _weight_after(self, adapters: list[str]) -> torch.Tensor:
+        """The weight `(outputs, inputs)` once these adapters are in it.
+
+        Raises:
+            ValueError: An adapter between the weight and this one, of another method or a bottleneck, is in no weight.
+        """
+        others = self.active_inside() + [name for name in adapters if not self._is_mergeable(name)]
+        if others:
+            raise ValueError(
+                f"An SPT adapter with `structured='dora'` takes the norm of the weight that it changes, which {others[0]!r} "
+                "cannot be written into while it is active: merge that adapter first, or activate one of the two alone."
+            )
+        weight = self._matrix()
+        for name in adapters:
+            weight = self._changed_weight(name, weight)
+        return weight
+
+    def _is_mergeable(self, name: str) -> bool:
+        return name not in self.structures or self.structures[name].mergeable
+
+    def _changed_weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight `(outputs, inputs)` with one adapter in it, in fp32 at least."""
+        if name in self.structures:
+            return self.structures[name].merged(self.leaves(name), weight)
+        if name in self.deltas:
+            leaf: Any = self.deltas[name]
+            flat = (weight.T if self._is_transposed() else weight).reshape(-1)
+            flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+            flat = flat.index_add(0, leaf.indices(), leaf().to(flat.dtype))
+            return flat.view(weight.shape[::-1]).T if self._is_transposed() else flat.view(weight.shape)
+        return weight
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """The weight with delta or structure, and the bias with its delta.
@@ -79,15 +129,14 @@ class SPTLayer(DeltaLayer):
             ValueError: The structure cannot be merged, or the base is quantised.
         """
         merged = super().merged_tensors(adapter_name)
-        structure = self.structures.get(adapter_name)
-        if structure is None:
+        if adapter_name not in self.structures:
             return merged
-        if not structure.mergeable:
+        if not self._is_mergeable(adapter_name):
             raise ValueError(
                 f"The SPT adapter {adapter_name!r} has `structured='adapter'`: a bottleneck with a nonlinearity cannot "
                 "be merged into a weight. Keep it as an adapter, or calibrate with `structured='lora'`."
             )
-        weight = structure.merged(self.leaves(adapter_name), self._matrix())
+        weight = self._changed_weight(adapter_name, self._matrix())
         merged["weight"] = weight.T.contiguous() if self._is_transposed() else weight
         return merged
 
