@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -188,6 +188,10 @@ class SparseDelta(ExactLeaf):
         if found:
             self.placeholder = False
         self._decode_ahead()
+
+    def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises `ValueError` if the places of a file are none."""
+        decode(tensors["index"], tensors["weight"].numel(), self.size)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseDelta:
         unloaded, before = self.is_unloaded(), self.index

@@ -84,6 +84,13 @@ class _MixedModel(MixedModel):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         BaseTuner.set_adapter(self, adapter_name, inference_mode=inference_mode)
 
+    def discard(self, adapter_name: str) -> None:
+        """Takes an adapter off again, and with the last one all of the adapter layers."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+        else:
+            self._unload_and_optionally_merge(merge=False)
+
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         _check_adapters_not_merged(self.model, names)

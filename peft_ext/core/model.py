@@ -26,6 +26,7 @@ from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
 from .registry import about_of
+from .stored import Stored, refuse_other_shapes
 from .targets import is_named, matched_targets, refuse_unknown_targets
 from .uncalled import uncalled_modules
 from .upkeep import prepare, restore
@@ -137,16 +138,22 @@ class ExtModel(BaseTuner):
 
     # Injection
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_refuse_other_shapes)
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.loads_together: list[set[str]] = []  # keys that are loaded all or none
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        super().__init__(model, peft_config, *args, **kwargs)
+        awaits_weights = any(getattr(config, "awaits_weights", False) for config in self.peft_config.values())
+        self._trained_before = before if awaits_weights else {}
+        self.register_load_state_dict_pre_hook(refuse_other_shapes)
 
     def discard(self, adapter_name: str) -> None:
         """Takes an adapter off again, and with the last one all of the adapter layers."""
         if len(self.peft_config) > 1:
             self.delete_adapter(adapter_name)
-        else:
-            super()._unload_and_optionally_merge(merge=False)
+            return
+        self._unload_and_optionally_merge(merge=False)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._trained_before.get(name, parameter.requires_grad))
 
     @classmethod
     def inject_layer(
@@ -309,6 +316,21 @@ class ExtModel(BaseTuner):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
         return cls.stored_tensors(model, config, adapter_name, tensors)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a file by their keys in the model; `ValueError` with a list of all that is wrong with them."""
+        stored = Stored(model, adapter_name, cls.prefix, state_dict)
+        tuner: Any = getattr(model, "base_model", None)
+        if stored.faults:
+            if config.awaits_weights and hasattr(tuner, "discard"):
+                tuner.discard(adapter_name)
+            raise stored.refusal(cls.misfit_advice)
+        if isinstance(tuner, BaseTuner):
+            tuner.loads_together = stored.groups  # type: ignore[assignment]
+        return stored.tensors
+
     # Samples of one batch on several adapters
 
     @contextmanager
@@ -357,29 +379,3 @@ def tuner_of(config: ExtConfig) -> type[ExtModel]:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.METHOD)]
     assert issubclass(tuner, ExtModel)
     return tuner
-
-
-def _refuse_other_shapes(tuner: ExtModel, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    """Before weights are loaded: if they are of another model, takes adapters that wait for them off again and raises."""
-    own = tuner.state_dict(prefix=prefix)
-    configs: dict[str, ExtConfig] = {n: c for n, c in tuner.peft_config.items() if isinstance(c, ExtConfig)}
-    waiting = [name for name, config in configs.items() if config.awaits_weights]
-    misfits = [
-        key
-        for key, value in state_dict.items()
-        if key in own and f".{tuner.prefix}" in key and value.shape != own[key].shape
-    ]
-    if misfits:
-        for name in waiting:
-            tuner.discard(name)
-        raise RuntimeError(
-            "The adapter does not fit this model:\n"
-            + "".join(
-                f"    size mismatch for {key.removeprefix(f'{prefix}model.')}: {tuple(state_dict[key].shape)} in the "
-                f"adapter, {tuple(own[key].shape)} in the model\n"
-                for key in misfits[:5]
-            )
-            + f"({len(misfits)} in all.) {tuner.misfit_advice}"
-        )
-    for name in waiting:
-        configs[name].awaits_weights = False

@@ -60,6 +60,14 @@ class MaskGate(ExactLeaf):
         if self.schedule is not None:
             self.schedule.forget()
 
+    def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises `ValueError` if the masks of a file are none."""
+        found = set(tensors["kept"].unique().tolist())
+        if not (found <= {0, 1} or found == {UNDECIDED}):
+            raise ValueError(f"`kept` must be {UNDECIDED} everywhere, or 0 and 1, got {sorted(found)[:5]}")
+        if int(tensors["progress"]) < 0:
+            raise ValueError(f"`progress` is a number of steps, got {int(tensors['progress'])}")
+
     @property
     def is_fixed(self) -> bool:
         """Whether it is decided which units stay."""

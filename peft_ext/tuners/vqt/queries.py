@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,14 @@ class QueryHead(nn.Module):
             self.columns_are_known = True  # so that a GPU is asked once only
             features = features[:, self.columns.long()]
         return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+    def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises `ValueError` if the columns of a file are none."""
+        columns = tensors.get("columns")
+        if columns is None or bool((columns == -1).all()):
+            return
+        if int(columns.min()) < 0 or int(columns.max()) >= self.features or bool((columns.diff() <= 0).any()):
+            raise ValueError(f"`columns` must be distinct, sorted and below {self.features}")
 
     def group_lasso(self) -> torch.Tensor:
         """The sum over the feature columns of their L2 norms."""
