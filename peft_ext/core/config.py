@@ -39,7 +39,8 @@ class ExtConfig(PeftConfig):
         layers_to_transform: Index, or indices, of the layers to adapt; 0 counts as an index. Needs `target_modules`
             to be a list or `None`.
         layers_pattern: Name, or names, of the module list that holds the layers, if it is not found by itself.
-        init_weights: How the adapter starts; `True` is the method's published initialisation.
+        init_weights: How the adapter starts. `True` is the method's published initialisation. `False` adds noise to it,
+            so that the model clearly differs from its base from the start; PEFT's convention, for tests.
         trainable_token_indices: Token ids whose embeddings are trained besides the adapter (a list for the input
             embedding, or a dict from embedding name to ids), as in PEFT's LoRA. TRL sets it when it adds a chat
             template's special tokens.
@@ -50,6 +51,7 @@ class ExtConfig(PeftConfig):
     """
 
     METHOD: ClassVar[str] = ""
+    NAMED_STARTS: ClassVar[tuple[str, ...]] = ()  # what `init_weights` takes besides True and False
     # no fields, so not in the JSON
     awaits_weights = False  # read from a file whose weights were not loaded yet
     # optimizer steps of the training that is under way, from a callback
@@ -73,7 +75,8 @@ class ExtConfig(PeftConfig):
         default=None, metadata={"help": "Name of the module list that holds the layers."}
     )
     init_weights: bool | str = field(
-        default=True, metadata={"help": "How the adapter starts; True is the method's published initialisation."}
+        default=True,
+        metadata={"help": "How the adapter starts: True as published, False clearly away from the base model."},
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token ids whose embeddings are trained besides the adapter."}
@@ -115,6 +118,12 @@ class ExtConfig(PeftConfig):
                     )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` is set but `layers_to_transform` is not; set both or neither.")
+        if not (isinstance(self.init_weights, bool) or self.init_weights in self.NAMED_STARTS):
+            names = ["True", "False", *map(repr, self.NAMED_STARTS)]
+            raise ValueError(
+                f"`init_weights` must be {', '.join(names[:-1])} or {names[-1]} for {self.METHOD}, got "
+                f"{self.init_weights!r}."
+            )
         self._check_version()
 
     def _check_version(self) -> None:
@@ -167,18 +176,20 @@ class ExtConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Reads `adapter_config.json`.
+        """Reads `adapter_config.json`; as in PEFT, the config is of the class of the method that the file names.
 
-        Raises:
-            TypeError: It belongs to an adapter of another method.
+        Where that is another method than this class's, a warning says so.
         """
         config = super().from_pretrained(*args, **kwargs)
         if not isinstance(config, cls):
-            raise TypeError(
-                f"This is an adapter of the method {config.peft_type.value}, not {cls.METHOD}; "
-                "`PeftConfig.from_pretrained` reads any."
+            warnings.warn(
+                f"This is the config of an adapter of the method {config.peft_type.value}, not {cls.METHOD}: it is "
+                f"returned as a {type(config).__name__}.",
+                UserWarning,
+                stacklevel=2,
             )
-        config.awaits_weights = True
+        if isinstance(config, ExtConfig):
+            config.awaits_weights = True
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,11 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 
 from .config import ExtConfig
+from .targets import features_of
+
+
+FEATURES = ("in_features", "out_features")
+START_NOISE = 0.1  # standard deviation of what `init_weights=False` adds
 
 
 class ExtLayer(nn.Module, BaseTunerLayer):
@@ -20,7 +25,8 @@ class ExtLayer(nn.Module, BaseTunerLayer):
 
     Subclasses set `adapter_layer_names` (the `ModuleDict`s, keyed by adapter name, that hold the trainable leaves; an
     adapter counts as present if the first of them has it) and implement `update_layer`, `adapted_forward` and
-    `merged_tensors`.
+    `merged_tensors`. Dicts of other things by adapter name are listed in `other_param_names`: what is in them goes with
+    the adapter when it is deleted.
     """
 
     supports_mixed_batches: ClassVar[bool] = False
@@ -28,6 +34,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training  # an adapter that is put on a model in eval mode drops nothing out
         self.merged_adapters: list[str] = []
         self._quantization_kwargs = quantization_kwargs
         self._unmerged: dict[str, torch.Tensor | None] = {}
@@ -46,7 +53,10 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         except AttributeError:
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", ()):
                 raise
-            return getattr(self.get_base_layer(), name)
+            base_layer = self.get_base_layer()
+            if name in FEATURES and not hasattr(base_layer, name):
+                return features_of(base_layer)[FEATURES.index(name)]
+            return getattr(base_layer, name)
 
     @property
     def quantization_backend(self) -> Any:
@@ -169,9 +179,28 @@ class ExtLayer(nn.Module, BaseTunerLayer):
                         parameter.register_hook(_FirstGradient(self, adapter))
 
     def finish_update(self, adapter_name: str, config: ExtConfig) -> None:
-        """To be called at the end of `update_layer`: device, dtype and `requires_grad` of the new leaves."""
+        """To be called at the end of `update_layer`: device, dtype, `requires_grad` and, for tests, a random start."""
+        self.start_at_random(adapter_name, config)
+        for leaf in self.leaves_of(adapter_name):
+            if leaf.training != self.training:
+                leaf.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def start_at_random(self, adapter_name: str, config: ExtConfig) -> None:
+        """With `init_weights=False`, adds noise to the trainable leaves of an adapter, so that it is no identity."""
+        if config.init_weights is not False:
+            return
+        for leaf in self.leaves_of(adapter_name):
+            for parameter in leaf.parameters():
+                if not parameter.is_meta:
+                    parameter.add_(torch.randn_like(parameter), alpha=START_NOISE)
+
+    def leaves_of(self, adapter_name: str) -> list[nn.Module]:
+        """The trainable leaves that an adapter has on this layer."""
+        containers = [getattr(self, name) for name in self.adapter_layer_names]
+        return [container[adapter_name] for container in containers if adapter_name in container]
 
     # Merge
 

@@ -90,6 +90,27 @@ def linear_features(base_layer: nn.Module) -> tuple[int, int] | None:
     return None if inputs is None or outputs is None else (inputs, outputs)
 
 
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """Input and output features of a linear layer, channels of a convolution or norm, rows and width of an embedding.
+
+    Raises:
+        AttributeError: The module is none of these.
+    """
+    features = linear_features(module)
+    if features is not None:
+        return features
+    for inputs, outputs in (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim")):
+        if hasattr(module, inputs) and hasattr(module, outputs):
+            return getattr(module, inputs), getattr(module, outputs)
+    for channels in ("num_features", "num_channels"):
+        if hasattr(module, channels):
+            return getattr(module, channels), getattr(module, channels)
+    shape = getattr(module, "normalized_shape", None) or getattr(getattr(module, "weight", None), "shape", None)
+    if not shape:
+        raise AttributeError(f"{type(module).__name__} has no features that could be counted.")
+    return shape[-1], shape[-1]
+
+
 def linear_out_features(base_layer: nn.Module) -> int | None:
     """Output features of a dense or quantised linear layer (or GPT-2's Conv1D), `None` if it is neither."""
     features = linear_features(base_layer)

@@ -11,6 +11,7 @@ from ...core import ExtConfig
 from ...groups import KINDS
 
 
+DEFAULT_SPARSITY = 0.25
 COSTS = ("parameters", "flops", "latency")
 
 
@@ -32,7 +33,7 @@ class MaskLoraConfig(ExtConfig):
         groups: Which channels hang together, for an architecture that is not known: a list of entries like
             `{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}`; see `peft_ext.groups.Rule`.
         target_sparsity: Share of the prunable weights (or of what `cost` says) that is removed, in (0, 1); the masks
-            that are decided remove it. `None`: as much as `penalty` makes them.
+            that are decided remove it. `None`: as much as `penalty` makes them, or 0.25 without a `penalty`.
         cost: What a unit counts for: its `"parameters"`, its `"flops"` on sequences of `sequence_length` tokens, or
             the `"latency"` that it adds there, measured on the device that the model is on.
         sequence_length: Tokens (or patches) of a sample, for the last two.
@@ -107,10 +108,7 @@ class MaskLoraConfig(ExtConfig):
             if self.penalty is not None:
                 raise ValueError("Give either `target_sparsity`, which is met whatever it takes, or `penalty`.")
         elif self.penalty is None:
-            raise ValueError(
-                "How much is to be pruned? Give `target_sparsity`, a share of the prunable weights such as 0.25, or "
-                "`penalty`, the weight of what is kept in the objective, such as 1.0."
-            )
+            self.target_sparsity = DEFAULT_SPARSITY
         elif not self.penalty > 0:
             raise ValueError(f"`penalty` must be positive, got {self.penalty!r}.")
         if self.cost not in COSTS:
@@ -138,8 +136,6 @@ class MaskLoraConfig(ExtConfig):
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)!r}.")
         if self.distillation < 0:
             raise ValueError(f"`distillation` must not be negative, got {self.distillation!r}.")
-        if self.init_weights is not True:
-            raise ValueError(f"`init_weights` must be True for mask-pruning LoRA, got {self.init_weights!r}.")
 
     @property
     def steps(self) -> int | None:

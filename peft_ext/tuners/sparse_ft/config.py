@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from ...core import ExtConfig
 
 
+DEFAULT_DENSITY = 0.01
 SPIEL = ("spiel-ag", "spiel-ma")
 GIVEN = ("given", "lt-sft", "sensitivity")  # the support comes from outside, by `use_support`
 FIXED = ("random", "smallest", "largest", "nonzero")
@@ -28,8 +29,8 @@ WHERE_FROM = {
 class SparseFTConfig(ExtConfig):
     """Configuration of sparse fine-tuning; see also the common fields of [`ExtConfig`].
 
-    Exactly one of `density` and `num_tunable_weights` sets the budget, which is spread over the target modules in
-    proportion to the sizes of their weights.
+    One of `density` and `num_tunable_weights` sets the budget, which is spread over the target modules in proportion to
+    the sizes of their weights; without either it is `density=0.01`.
 
     Args:
         density: Tuned weights as a fraction of all parameters of the model, those outside the targets included.
@@ -55,7 +56,7 @@ class SparseFTConfig(ExtConfig):
             by itself, so that an adapter loads whatever the rest of the model is; given by hand, it replaces the budget.
 
     Raises:
-        ValueError: A field is out of its range, or both budget fields or none are set; the message names the field.
+        ValueError: A field is out of its range, or both budget fields are set; the message names the field.
     """
 
     METHOD: ClassVar[str] = "SPARSE_FT"
@@ -111,8 +112,6 @@ class SparseFTConfig(ExtConfig):
             raise ValueError(f"`reselection_policy` must be 'linear' or 'cosine', got {self.reselection_policy!r}.")
         if self.save_dtype not in SAVE_DTYPES:
             raise ValueError(f"`save_dtype` must be one of {', '.join(SAVE_DTYPES)}, got {self.save_dtype!r}.")
-        if self.init_weights is not True:
-            raise ValueError(f"`init_weights` must be True for sparse fine-tuning, got {self.init_weights!r}.")
 
     def _check_budget(self) -> None:
         given = [name for name in ("density", "num_tunable_weights") if getattr(self, name) is not None]
@@ -124,10 +123,7 @@ class SparseFTConfig(ExtConfig):
             )
         needs_budget = self.selection not in ("nonzero", "given")
         if not given and needs_budget and self.num_weights_per_module is None:
-            raise ValueError(
-                "The budget is missing: give `density` (for example `density=0.01`, 1 % of all parameters of the "
-                "model) or `num_tunable_weights`."
-            )
+            self.density = DEFAULT_DENSITY
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"`density` must be in (0, 1], got {self.density!r}.")
         if self.num_tunable_weights is not None and (

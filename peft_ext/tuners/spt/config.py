@@ -13,6 +13,7 @@ from ...core import ExtConfig
 from .structures import STRUCTURES
 
 
+DEFAULT_BUDGET = 0.004  # the 0.4 % of the paper
 CALIBRATION = "calibration.safetensors"
 
 
@@ -26,6 +27,7 @@ class SPTConfig(ExtConfig):
 
     Args:
         budget: Trainable parameters, those of heads not counted: a number, or a fraction of the model if below 1.
+            `None` is 0.004, the larger of the two budgets of the paper.
         target_parameters: Names of parameters that are no Linear's weight, such as the experts of a mixture
             (`["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`), matched like names of modules. Each of their
             matrices goes low-rank or sparse by itself, without dropout and drop-path. An empty list leaves the experts
@@ -77,10 +79,7 @@ class SPTConfig(ExtConfig):
         super().__post_init__()
         self.support: dict[str, torch.Tensor] | None = None  # not a field: too bulky for JSON
         if self.kinds is None and self.budget is None:
-            raise ValueError(
-                "`budget` is missing: give the number of trainable parameters (for example 400_000) or a fraction of "
-                "the model (0.005)."
-            )
+            self.budget = DEFAULT_BUDGET
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"`budget` must be positive, got {self.budget!r}.")
         if isinstance(self.budget, float) and self.budget >= 1 and not self.budget.is_integer():
@@ -109,8 +108,6 @@ class SPTConfig(ExtConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
         if self.use_rslora and self.lora_alpha is None:
             raise ValueError("`use_rslora` changes what `lora_alpha` is divided by: set `lora_alpha` too.")
-        if self.init_weights is not True:
-            raise ValueError(f"`init_weights` must be True for SPT, got {self.init_weights!r}.")
 
     @property
     def scale(self) -> float:

@@ -101,15 +101,17 @@ class SSFConfig(ExtConfig):
             and on those to which the architecture gives one by a config flag (`attention_bias`, `mlp_bias`), which
             is set on merging. `False`: nowhere. `True`: everywhere, also where the result cannot be merged.
         init_weights: `True` starts at gamma ~ N(1, 0.02) and beta ~ N(0, 0.02), as published; `"identity"` at exactly
-            gamma = 1 and beta = 0, so that training starts from the base model's own output.
+            gamma = 1 and beta = 0, so that training starts from the base model's own output; `False` further away, for
+            tests.
         recover: Recover the features before the scale from those after it, instead of keeping them for the backward.
             `False` needs more memory; it is for models that change a module's output in place.
 
     Raises:
-        ValueError: `init_weights` is neither `True` nor `"identity"`.
+        ValueError: A field has a value that SSF cannot use; the message names it.
     """
 
     METHOD: ClassVar[str] = "SSF"
+    NAMED_STARTS: ClassVar[tuple[str, ...]] = ("identity",)
 
     shift: bool | None = field(
         default=None, metadata={"help": "Train a shift: everywhere, nowhere, or (None) where a merged model has it."}
@@ -118,8 +120,6 @@ class SSFConfig(ExtConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_weights is not True and self.init_weights != "identity":
-            raise ValueError(f"`init_weights` must be True or 'identity' for SSF, got {self.init_weights!r}.")
         if self.shift not in (None, True, False):
             raise ValueError(f"`shift` must be None, True or False, got {self.shift!r}.")
         if self.recover not in (True, False):

@@ -25,6 +25,7 @@ class SSFLayer(ExtLayer):
     adapter_layer_names = ("ssf_scale", "ssf_shift")
     other_param_names: tuple[str, ...] = ("recover", "obstacle")
     supports_mixed_batches = True
+    other_param_names: tuple[str, ...] = ("recover", "obstacle")
     ssf_scale: nn.ModuleDict
     ssf_shift: nn.ModuleDict
 
@@ -41,7 +42,7 @@ class SSFLayer(ExtLayer):
             self.ssf_shift[adapter_name] = AdapterVector(self.site.channels)
         self.recover[adapter_name] = config.recover
         self.obstacle[adapter_name] = obstacle
-        if config.init_weights is True:
+        if config.init_weights != "identity":
             for leaves in (self.ssf_scale, self.ssf_shift):
                 if adapter_name in leaves:
                     nn.init.normal_(leaves[adapter_name].get_parameter("weight"), std=INIT_STD)

@@ -31,7 +31,7 @@ class VQTConfig(ExtConfig):
         num_selected_features: How many feature columns the head reads; `None`: all. Written by [`select_features`].
         id2label: Names of the classes of this adapter's own head; `None` takes those of the model.
         layers_to_transform: Index, or indices, of the layers that get queries; `None`: all.
-        init_weights: `True`, the published initialisation.
+        init_weights: `True` is the published initialisation; `False` adds noise to it, for tests.
 
     Raises:
         TypeError, ValueError: A field has a value that VQT cannot use; the message names it.
@@ -64,8 +64,6 @@ class VQTConfig(ExtConfig):
             raise ValueError(f"`dropout` must be at least 0 and below 1, got {self.dropout!r}.")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative, got {self.group_lasso!r}.")
-        if self.init_weights is not True:
-            raise ValueError(f"`init_weights` must be True for VQT, got {self.init_weights!r}.")
         if self.id2label is not None:
             self.id2label = {int(key): str(value) for key, value in self.id2label.items()}  # JSON has string keys
             if sorted(self.id2label) != list(range(len(self.id2label))) or not self.id2label:

@@ -126,6 +126,7 @@ class VQTLayer(ExtLayer):
             self.vqt_pool[adapter_name] = PoolingWeights(layers, config.num_queries)
         self.vqt_head[adapter_name] = QueryHead(features, len(config.id2label), selected)
         self.reset_parameters(adapter_name)
+        self.start_at_random(adapter_name, config)
         self._move_to_model(adapter_name)
         self.train(self.model.training)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -1,0 +1,113 @@
+"""Which of our methods take part in PEFT's tests, on which models, and what is known to differ.
+
+The lists of cases have the form that they have in PEFT's tests, with `init_weights=False` where those ask for a start
+that is clearly not the identity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft_ext
+from peft_ext.tuners.spt import SPTModel
+
+
+Fields = dict[str, Any]
+
+SSF, SPARSE, SPT, MASKS, VQT = (
+    peft_ext.SSFConfig,
+    peft_ext.SparseFTConfig,
+    peft_ext.SPTConfig,
+    peft_ext.MaskLoraConfig,
+    peft_ext.VQTConfig,
+)
+# The published start of SSF, gamma ~ N(1, 0.02), is not quite the base model, which some of the tests ask for.
+_IDENTITY: Fields = {"init_weights": "identity"}
+_RANDOM: Fields = {"num_tunable_weights": 20, "selection": "random"}
+_SPIEL: Fields = {"num_tunable_weights": 20}
+_LOW_RANK: Fields = {"kinds": {"lin0.weight": "lora", "lin0.bias": "whole"}, "counts": {"lin0.bias": 20}}
+_LOW_RANK |= {"ranks": {"lin0.weight": 4}, "architecture": "MLP", "dropout": 0.0, "drop_path": 0.0}
+_MASKED: Fields = {"groups": [{"kind": "ffn", "rows": ["lin0"], "columns": "lin1"}], "prune": ["ffn"]}
+# the pooler of an encoder, of which the loss of the tests for features takes no notice
+_BACKBONE: Fields = {"exclude_modules": ["pooler.dense"]}
+
+
+def _custom(name: str, model: str, config: type, targets: list[str] | str, **fields: Any) -> tuple[Any, ...]:
+    return name, model, config, {"target_modules": targets, **fields}
+
+
+def _on_common_models(name: str, config: type, fields: Fields, conv1d: Fields | None = None) -> list[tuple[Any, ...]]:
+    """Linear layers, convolutions and GPT-2's Conv1D, as in the lists of PEFT's own methods."""
+    return [
+        _custom(f"MLP {name} 1", "MLP", config, "lin0", **fields),
+        _custom(f"MLP {name} 2", "MLP", config, ["lin0", "lin1"], **fields),
+        _custom(f"MLP {name} 3", "MLP", config, ["lin0"], modules_to_save=["lin1"], **fields),
+        _custom(f"Conv2d {name} 1", "Conv2d", config, ["conv2d"], **fields),
+        _custom(f"Conv2d {name} 2", "Conv2d", config, ["conv2d", "lin0"], **fields),
+        _custom(f"EmbConv1D {name}", "EmbConv1D", config, ["conv1d"], **(fields if conv1d is None else conv1d)),
+    ]
+
+
+CUSTOM_CASES = [
+    *_on_common_models("SSF", SSF, _IDENTITY),
+    _custom("MLP_LayerNorm SSF", "MLP_LayerNorm", SSF, ["layernorm0", "lin0"], **_IDENTITY),
+    _custom("EmbConv1D SSF emb", "EmbConv1D", SSF, ["emb"], **_IDENTITY),
+    _custom("Conv1d SSF", "Conv1d", SSF, ["conv1d"], **_IDENTITY),
+    *_on_common_models("SparseFT", SPARSE, _RANDOM, {**_RANDOM, "num_tunable_weights": 3}),
+    _custom("EmbConv1D SparseFT emb", "EmbConv1D", SPARSE, ["emb"], **_RANDOM),
+    _custom("MLP SpIEL 1", "MLP", SPARSE, "lin0", **_SPIEL),
+    _custom("MLP SpIEL 2", "MLP", SPARSE, ["lin0", "lin1"], **_SPIEL),
+    _custom("MLP SPT", "MLP", SPT, ["lin0"], **_LOW_RANK),
+    _custom("MLP SPT 3", "MLP", SPT, ["lin0"], modules_to_save=["lin1"], **_LOW_RANK),
+    _custom("MLP MaskLora 1", "MLP", MASKS, "lin0", **_MASKED),
+    _custom("MLP MaskLora 2", "MLP", MASKS, ["lin0", "lin1"], **_MASKED),
+]
+MULTI_ADAPTER_CASES = [
+    (f"{name} {kind}", "ours", config, *({"target_modules": [target], **fields} for target in targets))
+    for name, config, fields in (
+        ("SSF", SSF, {"init_weights": False}),
+        ("SparseFT", SPARSE, {**_RANDOM, "init_weights": False}),
+        ("SpIEL", SPARSE, {**_SPIEL, "init_weights": False}),
+    )
+    for kind, targets in (("same", ("lin0", "lin0")), ("different", ("lin0", "lin1")))
+] + [("SPT same", "ours", SPT, {**_LOW_RANK, "init_weights": False}, {**_LOW_RANK, "init_weights": False})]
+MIXED_BATCH_CASES = [
+    (
+        f"SSF {kind}",
+        SSF(target_modules=["lin0"], init_weights=False),
+        SSF(target_modules=[other], init_weights=False),
+    )
+    for kind, other in (("same", "lin0"), ("different", "lin1"))
+]
+TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
+    (SSF, {"target_modules": None}),
+    (SPARSE, {"target_modules": None, "num_tunable_weights": 1000, "selection": "random", **_BACKBONE}),
+    (SPT, {"target_modules": None, "budget": 500, "dropout": 0.0, "drop_path": 0.0, **_BACKBONE}),
+    (MASKS, {"target_modules": None, "prune": ["ffn"], **_BACKBONE}),
+    (VQT, {"target_modules": None}),
+]
+_VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}
+VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **_RANDOM)]
+
+SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS)
+SUPPORTS_MIXED_BATCHES = (SSF,)
+CANNOT_MERGE = (VQT,)
+
+NOT_APPLICABLE: list[tuple[str, str]] = []
+EXPECTED_FAILURES: list[tuple[str, str]] = []
+
+
+def _calibrate_by_magnitude() -> None:
+    """PEFT's tests make a model right after its config; SPT looks at the model in between, here without data."""
+    check_targets = SPTModel.check_targets.__func__  # type: ignore[attr-defined]
+
+    def calibrated(cls: type[SPTModel], config: Any, model: Any) -> None:
+        if config.kinds is None:
+            found = peft_ext.calibrate(model, config, kind="magnitude", progress=False)
+            config.__dict__.update(found.__dict__)
+        check_targets(cls, config, model)
+
+    SPTModel.check_targets = classmethod(calibrated)  # type: ignore[assignment]
+
+
+_calibrate_by_magnitude()
