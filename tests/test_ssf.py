@@ -571,15 +571,131 @@ def test_double_backward_is_refused(name: str) -> None:
 )
 def test_output_changed_in_place(name: str) -> None:
     op, x, _ = make(name)
-    with pytest.raises(RuntimeError, match=r"in place.*SSFConfig\(recover=False\)"):
-        adapt(op)(x).relu_().sum().backward()
-    model = adapt(op, recover=False)
-    reference = adapt(op)
-    reference.load_state_dict(model.state_dict())
-    model(x).relu_().sum().backward()
-    reference(x).relu().sum().backward()
-    for actual, wanted in zip(model.parameters(), reference.parameters(), strict=True):
-        assert_close(actual.grad, wanted.grad, 1e-9)
+    changes = {"relu": lambda y: y.relu_(), "add": lambda y: y.add_(1), "scale": lambda y: y.mul_(-0.5)}
+    for change in changes.values():
+        model, reference = adapt(op), adapt(op, recover=False)
+        reference.load_state_dict(model.state_dict())
+        for _ in range(2):  # the first step finds out, the second one knows
+            for of in (model, reference):
+                of.zero_grad()
+                (change(of(x)) * torch.linspace(-1, 2, of(x).numel()).view(of(x).shape)).sum().backward()
+            for actual, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+                assert_close(actual.grad, wanted.grad, 1e-9)
+        assert layer_of(model).watch.changed
+
+
+def test_output_changed_in_place_long_after() -> None:
+    """Two hundred modules later, the features are no longer there: the step fails, the next one knows."""
+    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(200))).double()
+    model = get_peft_model(layers, SSFConfig(target_modules=r"\d+"))
+    x = torch.randn(64, 4, dtype=torch.float64)
+
+    def step() -> None:
+        first = model.base_model.model[0](x)
+        y = first
+        for layer in list(model.base_model.model)[1:]:
+            y = layer(y)
+        (y + first.add_(1)).sum().backward()
+
+    with pytest.raises(RuntimeError, match="Run this step again"):
+        step()
+    model.zero_grad()
+    step()
+    gradient = model.base_model.model[0].ssf_scale["default"].weight.grad.clone()
+    for layer in model.base_model.model:
+        layer.recover["default"] = False
+    model.zero_grad()
+    step()
+    assert_close(gradient, model.base_model.model[0].ssf_scale["default"].weight.grad, 1e-9)
+
+
+def test_first_step_keeps_features_of_few_modules() -> None:
+    """What the first step keeps besides the outputs does not grow with the depth."""
+    x, layers = torch.randn(512, 8), nn.Sequential(*(nn.Linear(8, 8) for _ in range(60)))
+    model = get_peft_model(layers, SSFConfig(target_modules=r"\d+"))
+    output = model(x)
+    alive = [kept() for kept in functional._pending]
+    assert sum(kept is not None and kept.features is not None for kept in alive) <= functional.PENDING
+    output.sum().backward()
+    assert all(layer.watch.changed is False for layer in model.base_model.model)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 3e-3])
+def test_scale_gradient_under_a_large_shift(spread: float) -> None:
+    """In bfloat16 a shift of 0.5 rounds away features of a small spread, whatever the scale is."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(4096, 16) * spread, torch.randn(4096, 16)
+    op = nn.Linear(16, 16, bias=False)
+    nn.init.eye_(op.weight)
+    model = get_peft_model(nn.Sequential(op), SSFConfig(target_modules=["0"], shift=True, init_weights="identity"))
+    layer = model.base_model.model[0]
+    nn.init.constant_(layer.ssf_shift["default"].weight, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        (model(x).float() * weights).sum().backward()
+    reference = (x.double() * weights.double()).sum(0)
+    assert (layer.ssf_scale["default"].weight.grad - reference).norm() < 0.01 * reference.norm()
+
+
+def test_second_derivatives_of_a_model_with_rms_norms() -> None:
+    model = get_peft_model(tiny("llama").double(), SSFConfig(recover=False)).double()
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(models.loss(model, models.inputs("llama")), leaves, create_graph=True)
+    torch.manual_seed(0)
+    directions = [torch.randn_like(leaf) for leaf in leaves]
+    along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+    second = torch.autograd.grad(along, leaves)
+    step, at = 1e-5, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf.add_(direction, alpha=sign * step)
+        at.append(torch.autograd.grad(models.loss(model, models.inputs("llama")), leaves))
+        with torch.no_grad():
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf.sub_(direction, alpha=sign * step)
+    for actual, plus, minus in zip(second, *at, strict=True):
+        assert_close(actual, (plus - minus) / (2 * step), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear_3d", "layer_norm", "rms_norm", "conv2d_groups"])
+def test_backward_hooks_of_the_base_module_run(name: str) -> None:
+    op, x, _ = make(name)
+    seen: list[int] = []
+    op.register_full_backward_hook(lambda *_: seen.append(1))
+    x.requires_grad_()
+    adapt(op)(x).sum().backward()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("name", ["linear_3d", "layer_norm", "rms_norm", "conv2d_groups"])
+def test_transforms_of_torch_func(name: str) -> None:
+    """Gradients of each sample by `vmap` over `grad` are those of one sample after the other."""
+    op, x, _ = make(name)
+    model = adapt(op).eval()
+    parameters = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, values, (sample.unsqueeze(0),)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        leaves = {key: value.clone().requires_grad_() for key, value in parameters.items()}
+        wanted = torch.autograd.grad(loss(leaves, sample), list(leaves.values()))
+        assert_close([each[key][i] for key in leaves], list(wanted), 1e-9)
+
+
+class PairEmbedding(nn.Embedding):
+    """Returns the rows and their norms."""
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        rows = super().forward(ids)
+        return rows, rows.norm(dim=-1)
+
+
+def test_module_that_returns_a_tuple() -> None:
+    model = get_peft_model(nn.Sequential(PairEmbedding(5, 4)), SSFConfig(target_modules=["0"]))
+    with pytest.raises(TypeError, match=r"PairEmbedding returns a tuple.*`exclude_modules`"):
+        model(torch.tensor([1, 2]))
 
 
 # ---------------------------------------------------------------- memory, attention

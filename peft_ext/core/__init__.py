@@ -24,7 +24,7 @@ from .layer import ExtLayer
 from .leaves import HALF, AdapterVector, ExactLeaf
 from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
-from .modes import without_adapters
+from .modes import is_hooked, needs_plain_operations, without_adapters
 from .names import layer_and_type
 from .packages import load_plugins
 from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
@@ -83,6 +83,7 @@ __all__ = [
     "count_parameters",
     "exempt_from_weight_decay",
     "is_admitted",
+    "is_hooked",
     "is_registered",
     "is_trained",
     "layer_and_type",
@@ -94,6 +95,7 @@ __all__ = [
     "matched_targets",
     "method_of",
     "methods",
+    "needs_plain_operations",
     "overlap_of",
     "register_method",
     "spread",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -15,6 +16,17 @@ from .layer import ExtLayer
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter for this sample"
+
+
+def needs_plain_operations() -> bool:
+    """Whether a compiler or a transform of `torch.func` looks on, which cannot use autograd functions of our own."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something is to happen when `module` is called, so that its product cannot be made without the call."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or hasattr(module, "_hf_hook")
 
 
 @contextmanager

@@ -116,7 +116,9 @@ def _replace_lists_of_classes() -> None:
 
 
 def _fill_lists() -> None:
-    classes = list(dict.fromkeys([row[2] for row in cases.CUSTOM_CASES] + [row[0] for row in cases.TRANSFORMERS_CASES]))
+    classes = list(
+        dict.fromkeys([row[2] for row in cases.CUSTOM_CASES] + [row[0] for row in cases.TRANSFORMERS_CASES])
+    )
     _lists.update(
         TEST_CASES=cases.CUSTOM_CASES,
         ALL_PEFT_CONFIG_CLASSES=list(dict.fromkeys(row[2] for row in cases.CUSTOM_CASES)),

@@ -22,37 +22,83 @@ STD = 0.1  # larger than the usual 0.02: an adapter must have a visible effect o
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]
 ADAPTER = "peft-internal-testing/tiny-opt-lora-revision"  # which `test_config.py` loads at a revision
 BERT: dict[str, Any] = {
-    **{"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS},
-    **{"intermediate_size": HIDDEN, "max_position_embeddings": 128, "initializer_range": STD, "pad_token_id": 0},
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": HIDDEN,
+    "max_position_embeddings": 128,
+    "initializer_range": STD,
+    "pad_token_id": 0,
 }
 LLAMA: dict[str, Any] = {
     **BERT,
-    **{"num_key_value_heads": 2, "intermediate_size": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 GPT: dict[str, Any] = {
-    **{"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128},
-    **{"initializer_range": STD, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
+    "vocab_size": VOCABULARY,
+    "n_embd": WIDTH,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_positions": 128,
+    "initializer_range": STD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
 }
 DEBERTA: dict[str, Any] = {**BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 OPT: dict[str, Any] = {
-    **{"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 5, "ffn_dim": 4, "num_attention_heads": 4},
-    **{"word_embed_proj_dim": 16, "max_position_embeddings": 128, "init_std": STD, "dropout": 0.0},
-    **{"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 5,
+    "ffn_dim": 4,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 16,
+    "max_position_embeddings": 128,
+    "init_std": STD,
+    "dropout": 0.0,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
 }
 T5: dict[str, Any] = {
-    **{"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": HIDDEN, "num_layers": LAYERS},
-    **{"num_decoder_layers": LAYERS, "num_heads": HEADS, "decoder_start_token_id": 0, "pad_token_id": 0},
-    **{"eos_token_id": 1},
+    "vocab_size": VOCABULARY,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": HIDDEN,
+    "num_layers": LAYERS,
+    "num_decoder_layers": LAYERS,
+    "num_heads": HEADS,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
 }
 BART: dict[str, Any] = {
-    **{"vocab_size": VOCABULARY, "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS},
-    **{"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": HIDDEN},
-    **{"decoder_ffn_dim": HIDDEN, "max_position_embeddings": 128, "init_std": STD, "pad_token_id": 1},
-    **{"bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None},
+    "vocab_size": VOCABULARY,
+    "d_model": WIDTH,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": HIDDEN,
+    "decoder_ffn_dim": HIDDEN,
+    "max_position_embeddings": 128,
+    "init_std": STD,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
 }
 RESNET: dict[str, Any] = {
-    **{"embedding_size": 10, "hidden_sizes": [10, 20, 30, 40], "depths": [1, 1, 2, 1], "num_labels": 3},
-    **{"problem_type": "multi_label_classification"},
+    "embedding_size": 10,
+    "hidden_sizes": [10, 20, 30, 40],
+    "depths": [1, 1, 2, 1],
+    "num_labels": 3,
+    "problem_type": "multi_label_classification",
 }
 
 
@@ -99,7 +145,11 @@ def _tokenizer() -> tf.PreTrainedTokenizerFast:
     pad, bos, eos, unknown = SPECIAL_TOKENS
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        **{"pad_token": pad, "bos_token": bos, "eos_token": eos, "unk_token": unknown, "model_max_length": 100},
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unknown,
+        model_max_length=100,
     )
 
 
@@ -131,7 +181,11 @@ def build(cache: Path) -> None:
     snapshot = _snapshot(cache, ADAPTER, "main", "test")
     snapshot.mkdir(parents=True, exist_ok=True)
     adapter = {
-        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "target_modules": ["q_proj", "v_proj"]},
-        **{"base_model_name_or_path": "peft-internal-testing/tiny-random-OPTForCausalLM", "inference_mode": True},
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "base_model_name_or_path": "peft-internal-testing/tiny-random-OPTForCausalLM",
+        "inference_mode": True,
     }
     (snapshot / "adapter_config.json").write_text(json.dumps(adapter))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from typing import Any
 
 import torch
@@ -14,22 +16,86 @@ from torch.autograd.function import once_differentiable
 MIN_DIVISOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def _saved_tensors(ctx: Any) -> Any:
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
+# Channels whose recovered h would be off by more than this share of its size keep their own h.
+MAX_ERROR = 0.02
+SAMPLED_ROWS = 256  # by which that error is estimated
+PENDING = 16  # as many modules keep their features besides their outputs in the first step, see `OutputWatch`
+
+
+class OutputWatch:
+    """Whether the model changes a module's output in place, after which nothing can be recovered from it.
+
+    `changed` is `None` until the first backward tells. Until then the features are kept beside the output, but only
+    while the next `PENDING` modules run: a model that changes an output in place does so soon after.
+    """
+
+    def __init__(self) -> None:
+        self.changed: bool | None = None
+
+
+class _Features:
+    """The features behind one output that may yet be changed in place, and whether it was."""
+
+    def __init__(self, output: torch.Tensor, features: torch.Tensor | None) -> None:
+        self.features = features
+        self._counter = output.detach()  # has the version counter of the output, and of all views of it,
+        self._counter.data = output.new_empty(0)  # but not its memory
+        self._version = self._counter._version
+
+    def is_output_changed(self) -> bool:
+        return self._counter._version != self._version
+
+
+_pending: deque[weakref.ref[_Features]] = deque()
+
+
+def _watch(watch: OutputWatch, output: torch.Tensor, features: torch.Tensor) -> _Features:
+    """Takes note of the version of `output`, and in the first step of the `features` behind it."""
+    if watch.changed is not None:
+        return _Features(output, None)
+    kept = _Features(output, features)
+    _pending.append(weakref.ref(kept))
+    while len(_pending) > PENDING:
+        oldest = _pending.popleft()()
+        if oldest is not None and not oldest.is_output_changed():
+            oldest.features = None
+    return kept
+
+
+def _features_if_changed(watch: OutputWatch | None, kept: _Features | None) -> torch.Tensor | None:
+    """The features if the output behind them was changed in place, which the module takes note of; else `None`.
+
+    Raises:
+        RuntimeError: It was changed, for the first time or late, and the features were not kept.
+    """
+    if watch is None or kept is None:
+        return None
+    if not kept.is_output_changed():
+        watch.changed = bool(watch.changed)
+        return None
+    watch.changed = True
+    if kept.features is None:
         raise RuntimeError(
-            "The model changed the output of a module that SSF adapts in place, but SSF recovers gradients from that "
-            "output. Use `SSFConfig(recover=False)`, which keeps the features before the scale instead."
-        ) from error
+            "The model changed the output of a module that SSF adapts in place, which it did not do in the first step "
+            "or not at once, and SSF recovers gradients from that output. Run this step again: from now on the module "
+            "keeps its features instead; or set `SSFConfig(recover=False)`, with which all modules do."
+        )
+    return kept.features
 
 
-def _near_zero(scale: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Indices of the channels whose scale is too small to divide features of `dtype` by it."""
-    limit = MIN_DIVISOR[dtype] * (1.0 if shift is None else shift.abs().clamp(min=1))
-    return (scale.abs() < limit).nonzero().squeeze(1)
+def _unrecoverable(output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """Indices of the channels whose features cannot be recovered from `output` `(N, C)`.
+
+    The scale is too near zero to be divided by, or the output is mostly shift, whose rounding hides the features:
+    recovered, they are off by about eps |y| / |gamma|.
+    """
+    limit = MIN_DIVISOR[output.dtype] * (1.0 if shift is None else shift.abs().clamp(min=1))
+    lost = scale.abs() < limit
+    if shift is not None and len(output):
+        sample = output[:: -(-len(output) // SAMPLED_ROWS)].to(torch.promote_types(output.dtype, torch.float32))
+        rounding = torch.finfo(output.dtype).eps * sample.square().mean(0).sqrt()
+        lost = lost | (rounding > MAX_ERROR * (sample - shift).square().mean(0).sqrt())
+    return lost.nonzero().squeeze(1)
 
 
 def _vector_gradients(
@@ -38,27 +104,27 @@ def _vector_gradients(
     scale: torch.Tensor,
     shift: torch.Tensor | None,
     kept_is_input: bool,
-    near_zero: torch.Tensor,
-    features_near_zero: torch.Tensor,
+    exact: torch.Tensor,
+    exact_features: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of scale and shift, `(C,)` each, from `grad` and `kept`, both `(N, C)`.
 
-    `kept` holds the features before the scale if `kept_is_input`, else those after it; then `features_near_zero`
-    `(N, k)` holds the features before the scale of the channels `near_zero` `(k,)`.
+    `kept` holds the features before the scale if `kept_is_input`, else those after it; then `exact_features`
+    `(N, k)` holds the features before the scale of the channels `exact` `(k,)`.
     """
     accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
     if grad.dtype == torch.float16:  # in which the products below could overflow
-        kept, features_near_zero = kept.float(), features_near_zero.float()
+        kept, exact_features = kept.float(), exact_features.float()
     grad_shift = grad.sum(0, dtype=accumulate)
     grad_scale = (grad * kept).sum(0, dtype=accumulate)
     if not kept_is_input:
         if shift is not None:
             grad_scale = grad_scale - shift * grad_shift
-        divisor = scale.index_fill(0, near_zero, 1.0)
+        divisor = scale.index_fill(0, exact, 1.0)
         grad_scale = grad_scale / divisor
-        if near_zero.numel():
-            exact = (grad[:, near_zero] * features_near_zero).sum(0, dtype=accumulate)
-            grad_scale = grad_scale.index_copy(0, near_zero, exact.to(grad_scale.dtype))
+        if exact.numel():
+            own = (grad[:, exact] * exact_features).sum(0, dtype=accumulate)
+            grad_scale = grad_scale.index_copy(0, exact, own.to(grad_scale.dtype))
     return grad_scale, grad_shift
 
 
@@ -72,17 +138,27 @@ class ScaleShift(torch.autograd.Function):
     """`scale * features + shift` along the last dimension, which keeps its output and not its input for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor | None,
+        watch: OutputWatch | None = None,
+    ) -> torch.Tensor:
         """features `(..., C)`, scale and shift `(C,)`; returns `(..., C)` in the dtype of the features."""
         output = scale_and_shift(features, scale, shift)
-        near_zero = _near_zero(scale, shift, features.dtype)
-        ctx.save_for_backward(output, scale, shift, near_zero, features[..., near_zero])
+        exact = _unrecoverable(output.reshape(-1, scale.numel()), scale, shift)
+        # by `data`, for a change in place of what is returned is noticed by the watch
+        ctx.save_for_backward(output.data, scale, shift, exact, features[..., exact])
+        ctx.watch = watch
+        ctx.kept = None if watch is None else _watch(watch, output, features)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        output, scale, shift, near_zero, features = _saved_tensors(ctx)
+        output, scale, shift, exact, exact_features = ctx.saved_tensors
+        features = _features_if_changed(ctx.watch, ctx.kept)
         channels = scale.numel()
         grad_features = grad_scale = grad_shift = None
         if ctx.needs_input_grad[0]:
@@ -90,14 +166,14 @@ class ScaleShift(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_scale, grad_shift = _vector_gradients(
                 grad.reshape(-1, channels),
-                output.reshape(-1, channels),
+                (output if features is None else features).reshape(-1, channels),
                 scale,
                 shift,
-                False,
-                near_zero,
-                features.reshape(-1, near_zero.numel()) if near_zero.numel() else features,
+                features is not None,
+                exact,
+                exact_features.reshape(-1, exact.numel()) if exact.numel() else exact_features,
             )
-        return grad_features, grad_scale, grad_shift if shift is not None else None
+        return grad_features, grad_scale, grad_shift if shift is not None else None, None
 
 
 class ScaledRMSNorm(torch.autograd.Function):
@@ -141,6 +217,7 @@ class ScaledLinear(torch.autograd.Function):
         scale: torch.Tensor,
         shift: torch.Tensor | None,
         keep_input: bool,
+        watch: OutputWatch | None = None,
     ) -> torch.Tensor:
         """x `(N, in)`, weight `(out, in)`, bias, scale and shift `(out,)`; returns `(N, out)`."""
         device = x.device.type
@@ -156,36 +233,37 @@ class ScaledLinear(torch.autograd.Function):
                 (scale.unsqueeze(1) * weight).to(ctx.dtype),
                 None if scaled_bias is None else scaled_bias.to(ctx.dtype),
             )
-            kept = near_zero = features = None
+            kept = exact = exact_features = None
+            ctx.watch, ctx.kept = watch, None
             if keep_input:
                 kept = x
             elif any(ctx.needs_input_grad[3:5]):
-                kept = output
-                near_zero = _near_zero(scale, shift, ctx.dtype)
-                part = None if bias is None else bias[near_zero].to(ctx.dtype)
-                features = F.linear(x.to(ctx.dtype), weight[near_zero].to(ctx.dtype), part)
-        ctx.save_for_backward(kept, weight, bias, scale, shift, near_zero, features)
+                kept = output.data  # see `ScaleShift`
+                exact = _unrecoverable(output, scale, shift)
+                part = None if bias is None else bias[exact].to(ctx.dtype)
+                exact_features = F.linear(x.to(ctx.dtype), weight[exact].to(ctx.dtype), part)
+                ctx.kept = None if watch is None else _watch(watch, output, x)
+        ctx.save_for_backward(kept, weight, bias, scale, shift, exact, exact_features)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept, weight, bias, scale, shift, near_zero, features = _saved_tensors(ctx)
+        kept, weight, bias, scale, shift, exact, exact_features = ctx.saved_tensors
+        x = kept if ctx.keep_input else _features_if_changed(ctx.watch, ctx.kept)
         grad_x = grad_scale = grad_shift = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 grad_x = grad @ (scale.unsqueeze(1) * weight).to(grad.dtype)
             if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-                if ctx.keep_input:
-                    kept = F.linear(
-                        kept.to(ctx.dtype), weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-                    )
-                    features = kept
-                    near_zero = scale.new_empty(0, dtype=torch.long)
+                if x is not None:
+                    part = None if bias is None else bias.to(ctx.dtype)
+                    kept = exact_features = F.linear(x.to(ctx.dtype), weight.to(ctx.dtype), part)
+                    exact = scale.new_empty(0, dtype=torch.long)
                 grad_scale, grad_shift = _vector_gradients(
-                    grad, kept, scale, shift, ctx.keep_input, near_zero, features
+                    grad, kept, scale, shift, x is not None, exact, exact_features
                 )
-        return grad_x, None, None, grad_scale, grad_shift if shift is not None else None, None
+        return grad_x, None, None, grad_scale, grad_shift if shift is not None else None, None, None
 
 
 def kept_by_attention(x: torch.Tensor) -> bool:

@@ -9,10 +9,10 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ...core import AdapterVector, ExtLayer
+from ...core import AdapterVector, ExtLayer, is_hooked, needs_plain_operations
 from . import functional
 from .config import SSFConfig
-from .functional import ScaledLinear, ScaledRMSNorm, ScaleShift, scale_and_shift
+from .functional import OutputWatch, ScaledLinear, ScaledRMSNorm, ScaleShift, scale_and_shift
 from .sites import along, site_of
 
 
@@ -25,7 +25,6 @@ class SSFLayer(ExtLayer):
     adapter_layer_names = ("ssf_scale", "ssf_shift")
     other_param_names: tuple[str, ...] = ("recover", "obstacle")
     supports_mixed_batches = True
-    other_param_names: tuple[str, ...] = ("recover", "obstacle")
     ssf_scale: nn.ModuleDict
     ssf_shift: nn.ModuleDict
 
@@ -34,6 +33,7 @@ class SSFLayer(ExtLayer):
         self.site = site_of(self.get_base_layer())
         self.recover: dict[str, bool] = {}
         self.obstacle: dict[str, str | None] = {}
+        self.watch = OutputWatch()
 
     def update_layer(self, adapter_name: str, config: SSFConfig, *, shift: bool, obstacle: str | None = None) -> None:
         """Creates gamma and, if `shift`, beta of one adapter, `(C,)` each; `obstacle` says why it cannot be merged."""
@@ -61,10 +61,19 @@ class SSFLayer(ExtLayer):
 
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         scale, shift = self.vectors(adapters)
+        recover = all(self.recover[name] for name in adapters) and not needs_plain_operations()
         if self.site.is_norm and self._can_fold(scale):
-            return self._folded_norm(scale, shift, *args, **kwargs)
+            return self._folded_norm(scale, shift, recover, *args, **kwargs)
+        return self._scale_features(self._features(*args, **kwargs), scale, shift, recover)
+
+    def _features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         features = self.base_layer(*args, **kwargs)
-        return self._scale_features(features, scale, shift, recover=all(self.recover[name] for name in adapters))
+        if not isinstance(features, torch.Tensor):
+            raise TypeError(
+                f"The adapted {type(self.get_base_layer()).__name__} returns a {type(features).__name__}, and SSF scales "
+                "one tensor: list the module in `exclude_modules`."
+            )
+        return features
 
     def _can_fold(self, scale: torch.Tensor) -> bool:
         """Whether the base layer can be called with scaled parameters: its own class, frozen, of the same precision."""
@@ -76,10 +85,12 @@ class SSFLayer(ExtLayer):
             and isinstance(weight, nn.Parameter)
             and not weight.requires_grad
             and weight.dtype == scale.dtype
-            and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
+            and not is_hooked(base)
         )
 
-    def _folded_norm(self, scale: torch.Tensor, shift: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _folded_norm(
+        self, scale: torch.Tensor, shift: torch.Tensor | None, recover: bool, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         base: Any = self.base_layer
         affine = {"weight": self.site.scale_weight(base.weight, scale)}
         bias = getattr(base, "bias", None)
@@ -87,7 +98,7 @@ class SSFLayer(ExtLayer):
             affine["bias"] = bias * scale if shift is None else torch.addcmul(shift, bias, scale)
             shift = None
         is_plain = self.site.rms_eps is not None and len(args) == 1 and not kwargs and args[0].dtype == scale.dtype
-        if not is_plain or torch.compiler.is_compiling():
+        if not (is_plain and recover):
             output = functional_call(base, affine, args, kwargs)
         else:
             output = ScaledRMSNorm.apply(args[0], affine["weight"] + self.site.weight_offset, self.site.rms_eps)
@@ -99,12 +110,13 @@ class SSFLayer(ExtLayer):
         """`scale * features + shift` along the channel dimension, in the dtype of the features."""
         dim = self.site.dim
         needs_gradient = torch.is_grad_enabled() and scale.requires_grad
-        keeps_features = not (recover and needs_gradient) or torch.compiler.is_compiling()  # the compiler chooses
-        apply = scale_and_shift if keeps_features else ScaleShift.apply
-        return apply(features.movedim(dim, -1), scale, shift).movedim(-1, dim)
+        features = features.movedim(dim, -1)
+        if recover and needs_gradient and not self.watch.changed:
+            return ScaleShift.apply(features, scale, shift, self.watch).movedim(-1, dim)
+        return scale_and_shift(features, scale, shift).movedim(-1, dim)
 
     def mixed_batch_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        features = self.base_layer(*args, **kwargs)
+        features = self._features(*args, **kwargs)
         if len(features) % len(adapter_names):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
@@ -167,12 +179,14 @@ class SSFLinear(SSFLayer):
         trains_bias = is_plain and base.bias is not None and base.bias.requires_grad
         # scaling the weight costs a pass over it, scaling the features one over them: for few rows the latter is less
         pays = is_plain and args[0].numel() > args[0].shape[-1] ** 2
-        if not (pays and recover) or trains_bias or torch.compiler.is_compiling():
+        if not (pays and recover) or trains_bias or needs_plain_operations():
             return super().adapted_forward(adapters, *args, **kwargs)
         (x,) = args
         weight = base.weight if self.site.weight_dim == 0 else base.weight.T
         keep_input = (
-            functional.kept_by_attention(x) or not torch.is_grad_enabled()
-        )  # in which case nothing is kept at all
-        output = ScaledLinear.apply(x.reshape(-1, x.shape[-1]), weight, base.bias, scale, shift, keep_input)
+            self.watch.changed or functional.kept_by_attention(x) or not torch.is_grad_enabled()
+        )  # in the last case nothing is kept at all
+        output = ScaledLinear.apply(
+            x.reshape(-1, x.shape[-1]), weight, base.bias, scale, shift, bool(keep_input), self.watch
+        )
         return output.view(*x.shape[:-1], self.site.channels)
