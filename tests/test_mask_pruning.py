@@ -601,7 +601,6 @@ def test_declared_groups_and_unknown_architectures() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_sparsity": None}, "How much is to be pruned"),
         ({"target_sparsity": 1.0}, "`target_sparsity` must be between 0 and 1"),
         ({"target_sparsity": 0.2, "penalty": 1.0}, "either `target_sparsity`"),
         ({"penalty": 0.0}, "`penalty` must be positive"),
@@ -620,7 +619,6 @@ def test_declared_groups_and_unknown_architectures() -> None:
         ({"lora_dropout": 1.5}, "`lora_dropout` must be between 0 and 1"),
         ({"distillation": -1.0}, "`distillation` must not be negative"),
         ({"r": 0}, "`r` must be a positive integer"),
-        ({"init_weights": False}, "`init_weights` must be True"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], message: str) -> None:

@@ -956,7 +956,6 @@ def test_all_processes_hold_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "The budget is missing"),
         ({"density": 0.1, "num_tunable_weights": 3}, "give one of them"),
         ({"density": 0.0}, r"`density` must be in \(0, 1\]"),
         ({"density": 1.5}, r"`density` must be in \(0, 1\]"),
@@ -968,7 +967,6 @@ def test_all_processes_hold_the_same(tmp_path: Path) -> None:
         ({"density": 0.1, "reselection_policy": "step"}, "must be 'linear' or 'cosine'"),
         ({"density": 0.1, "total_steps": 0}, "`total_steps` must be a positive integer"),
         ({"density": 0.1, "save_dtype": "int8"}, "`save_dtype` must be one of"),
-        ({"density": 0.1, "init_weights": False}, "`init_weights` must be True"),
         ({"num_weights_per_module": {"fc": -1}}, "must map module names to numbers"),
     ],
 )

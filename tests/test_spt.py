@@ -231,7 +231,6 @@ def test_norms_and_biases_are_trained() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "`budget` is missing"),
         ({"budget": 0}, "`budget` must be positive"),
         ({"budget": 2.5}, "a whole number, or a fraction below 1"),
         ({"budget": 10, "structured": "loha"}, "`structured` must be one of lora, dora, adapter"),
@@ -240,7 +239,6 @@ def test_norms_and_biases_are_trained() -> None:
         ({"budget": 10, "dropout": 1.0}, r"`dropout` must be in \[0, 1\)"),
         ({"budget": 10, "matrix_threshold": 0.5}, "`matrix_threshold` must be at least 1"),
         ({"budget": 10, "use_rslora": True}, "set `lora_alpha` too"),
-        ({"budget": 10, "init_weights": False}, "`init_weights` must be True"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], message: str) -> None:

@@ -37,6 +37,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         self.training = base_layer.training  # an adapter that is put on a model in eval mode drops nothing out
         self.merged_adapters: list[str] = []
         self._quantization_kwargs = quantization_kwargs
+        self.cast_input_dtype_enabled = True  # switched off by `peft.helpers.disable_input_dtype_casting`
         self._unmerged: dict[str, torch.Tensor | None] = {}
         self.has_run = False  # whether an adapter on it ever acted in a forward with gradients
         self.watched: set[str] = set()  # adapters whose first gradient would be seen,
