@@ -645,7 +645,7 @@ def test_second_derivatives_of_a_model_with_rms_norms() -> None:
     directions = [torch.randn_like(leaf) for leaf in leaves]
     along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
     second = torch.autograd.grad(along, leaves)
-    step, at = 1e-5, []
+    step, at = 1e-3, []  # the norms of Llama compute in fp32
     for sign in (1, -1):
         with torch.no_grad():
             for leaf, direction in zip(leaves, directions, strict=True):
@@ -655,7 +655,7 @@ def test_second_derivatives_of_a_model_with_rms_norms() -> None:
             for leaf, direction in zip(leaves, directions, strict=True):
                 leaf.sub_(direction, alpha=sign * step)
     for actual, plus, minus in zip(second, *at, strict=True):
-        assert_close(actual, (plus - minus) / (2 * step), 1e-5)
+        assert_close(actual, (plus - minus) / (2 * step), 5e-3)
 
 
 @pytest.mark.parametrize("name", ["linear_3d", "layer_norm", "rms_norm", "conv2d_groups"])

@@ -45,7 +45,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         self.reported: set[str] = set()  # and those that it was said of that they had none
         self.like = torch.empty(0)  # of the device and dtype that a base layer without parameters works in
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ModuleDict())
+            setattr(self, name, nn.ModuleDict().train(self.training))
 
     def __getattr__(self, name: str) -> Any:
         """What a layer lacks is read from its base layer: Whisper, for one, asks its convolutions for `stride`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import peft_ext
+from peft_ext.calibrate import ExactScores
 from peft_ext.tuners.spt import SPTModel
 
 
@@ -23,11 +24,13 @@ SSF, SPARSE, SPT, MASKS, VQT = (
 )
 # The published start of SSF, gamma ~ N(1, 0.02), is not quite the base model, which some of the tests ask for.
 _IDENTITY: Fields = {"init_weights": "identity"}
-_RANDOM: Fields = {"num_tunable_weights": 20, "selection": "random"}
-_SPIEL: Fields = {"num_tunable_weights": 20}
+_RANDOM: Fields = {"num_tunable_weights": 200, "selection": "random"}
+_SPIEL: Fields = {"num_tunable_weights": 60}
 _LOW_RANK: Fields = {"kinds": {"lin0.weight": "lora", "lin0.bias": "whole"}, "counts": {"lin0.bias": 20}}
 _LOW_RANK |= {"ranks": {"lin0.weight": 4}, "architecture": "MLP", "dropout": 0.0, "drop_path": 0.0}
-_MASKED: Fields = {"groups": [{"kind": "ffn", "rows": ["lin0"], "columns": "lin1"}], "prune": ["ffn"]}
+# the masks are learnt from the first step on
+_SCHEDULE: Fields = {"total_steps": 100, "warmup_ratio": 0.0}
+_MASKED: Fields = {"groups": [{"kind": "ffn", "rows": ["lin0"], "columns": "lin1"}], "prune": ["ffn"], **_SCHEDULE}
 # the pooler of an encoder, of which the loss of the tests for features takes no notice
 _BACKBONE: Fields = {"exclude_modules": ["pooler.dense"]}
 
@@ -83,18 +86,46 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
     (SSF, {"target_modules": None}),
     (SPARSE, {"target_modules": None, "num_tunable_weights": 1000, "selection": "random", **_BACKBONE}),
     (SPT, {"target_modules": None, "budget": 500, "dropout": 0.0, "drop_path": 0.0, **_BACKBONE}),
-    (MASKS, {"target_modules": None, "prune": ["ffn"], **_BACKBONE}),
+    (MASKS, {"target_modules": None, "prune": ["ffn"], **_SCHEDULE, **_BACKBONE}),
     (VQT, {"target_modules": None}),
 ]
 _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}
+TASKS = {VQT: ("SEQ_CLS",)}  # of methods that do not take part in all
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **_RANDOM)]
 
 SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS)
 SUPPORTS_MIXED_BATCHES = (SSF,)
 CANNOT_MERGE = (VQT,)
 
-NOT_APPLICABLE: list[tuple[str, str]] = []
-EXPECTED_FAILURES: list[tuple[str, str]] = []
+NOT_APPLICABLE = [
+    ("test_from_pretrained_cache_dir", "downloads into a fresh cache, and there is no network"),
+    (
+        r"MaskLoraConfig.*(GPTJ|DebertaModel)",
+        "the method knows the architectures that it can prune, and refuses others with what to do",
+    ),
+    (
+        r"test_custom_models.*\[((False|True)-)?MaskLoraConfig\]",
+        "these tests have a model of their own, and the config would have to say which of its channels hang together",
+    ),
+    (r"VQTConfig.*LlamaForSeq", "VQT reads encoders, and refuses decoders"),
+]
+_EXACT = (
+    "values that move in steps too small for half precision stay in fp32, whatever the base is in; in bf16 an update of "
+    "1e-5 does not move a value of 1e-2"
+)
+EXPECTED_FAILURES = [
+    (r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora)Config", _EXACT),
+    # T5 has parts in fp32 if the rest is in fp16 (dtype0), so that the test takes either
+    (r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora)Config", _EXACT),
+    (
+        r"test_valid_task_type\[(?!SEQ_CLS).*-VQTConfig",
+        "VQT classifies; its config refuses other tasks at once, where methods of PEFT fail when the model is made",
+    ),
+    (
+        r"test_config_layers_to_transform_index_zero\[VQTConfig",
+        "VQT knows the layers of the architectures it takes: `layers_pattern` would have no effect, so it is refused",
+    ),
+]
 
 
 def _calibrate_by_magnitude() -> None:
@@ -103,8 +134,11 @@ def _calibrate_by_magnitude() -> None:
 
     def calibrated(cls: type[SPTModel], config: Any, model: Any) -> None:
         if config.kinds is None:
-            found = peft_ext.calibrate(model, config, kind="magnitude", progress=False)
-            config.__dict__.update(found.__dict__)
+            candidates = cls.candidates(config, model)
+            scores = ExactScores({name: parameter.numel() for name, parameter in candidates.items()})
+            for name, parameter in candidates.items():
+                scores.add(name, parameter.detach().float().abs().flatten())
+            cls.take_scores(config, model, scores)
         check_targets(cls, config, model)
 
     SPTModel.check_targets = classmethod(calibrated)  # type: ignore[assignment]

@@ -144,7 +144,10 @@ def _replacement(module: Any, names: list[str], values: Any) -> list[Any] | None
     task = TASKS.get(suite) if values is getattr(module, "ALL_CONFIGS", None) else None
     if suite == "test_token_classification_qa":
         task = "TOKEN_CLS" if values is module.TOKEN_CLS_CONFIGS else "QUESTION_ANS"
-    return task and [(cls, {"task_type": task, **kwargs}) for cls, kwargs in cases.TRANSFORMERS_CASES]  # type: ignore
+    if task is None:
+        return None
+    taking_part = [case for case in cases.TRANSFORMERS_CASES if task in cases.TASKS.get(case[0], (task,))]
+    return [(cls, {"task_type": task, **fields}) for cls, fields in taking_part]
 
 
 @pytest.hookimpl(tryfirst=True)

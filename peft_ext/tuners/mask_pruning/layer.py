@@ -24,9 +24,9 @@ class Down(nn.Linear):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         self.scale, self.dropout = config.scale, config.lora_dropout
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cast: bool = True) -> torch.Tensor:
         """x `(..., inputs)`, mask `(inputs,)`; returns `scale * A (mask * dropout(x))`, `(..., r)`."""
-        x = F.dropout(x.to(self.weight.dtype), self.dropout, self.training)
+        x = F.dropout(x.to(self.weight.dtype) if cast else x, self.dropout, self.training)
         weight = self.weight * self.scale
         return F.linear(x, weight if mask is None else weight * mask.to(weight.dtype))
 
@@ -77,7 +77,7 @@ class MaskLoraLayer(ExtLayer):
                 added.append((name, mask))
         output: torch.Tensor = self.base_layer(x if mask is None else x * mask.to(x.dtype), *args, **kwargs)
         for name, seen in reversed(added):
-            branch = self.mask_pruning_up[name](self.mask_pruning_down[name](x, seen))
+            branch = self.mask_pruning_up[name](self.mask_pruning_down[name](x, seen, self.cast_input_dtype_enabled))
             output = output + branch.to(output.dtype)
         return output
 

@@ -87,7 +87,11 @@ class SPTLayer(DeltaLayer):
     ) -> torch.Tensor:
         """The output with an adapter's structure, if it has one."""
         structure = self.structures.get(name)
-        return output if structure is None else structure.apply(self.leaves(name), x, output, weight, bias)
+        if structure is None:
+            return output
+        leaves = self.leaves(name)
+        x = self._cast_input_dtype(x, leaves["down"].get_parameter("weight").dtype)
+        return structure.apply(leaves, x, output, weight, bias)
 
     @torch.no_grad()
     def _weight_after(self, adapters: list[str]) -> torch.Tensor:

@@ -105,7 +105,7 @@ class LowRank(Structure):
     def branch(self, leaves: Leaves, x: torch.Tensor) -> torch.Tensor:
         """What is added to the output."""
         down, up = leaves["down"], leaves["up"]
-        x = F.dropout(x.to(down.weight.dtype), self.dropout, down.training)
+        x = F.dropout(x, self.dropout, down.training)
         added = up(down(x)) * self.scale
         if down.training and self.drop_path:
             kept = added.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_path)

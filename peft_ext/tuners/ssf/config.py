@@ -104,7 +104,7 @@ class SSFConfig(ExtConfig):
             gamma = 1 and beta = 0, so that training starts from the base model's own output; `False` further away, for
             tests.
         recover: Recover the features before the scale from those after it, instead of keeping them for the backward.
-            `False` needs more memory; it is for models that change a module's output in place.
+            `False` needs more memory; it is for second derivatives.
 
     Raises:
         ValueError: A field has a value that SSF cannot use; the message names it.

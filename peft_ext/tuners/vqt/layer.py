@@ -176,6 +176,7 @@ class VQTLayer(ExtLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+        self._problem_types.pop(adapter_name, None)
         self._show_labels()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
