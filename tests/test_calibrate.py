@@ -196,7 +196,7 @@ def test_sparse_fine_tuning_goes_by_it(tmp_path: Path) -> None:
     assert sum(config.num_weights_per_module.values()) == 120
     base = copy.deepcopy(model)
     adapted = get_peft_model(model, config)
-    for name, leaf in peft_ext.tuners.sparse_ft.model.deltas(adapted, "default"):
+    for name, leaf in peft_ext.tuners.sparse_ft.deltas.deltas(adapted, "default"):
         assert torch.equal(leaf.indices().long(), config.support[name])
         nn.init.normal_(leaf.weight)
     adapted.save_pretrained(tmp_path)

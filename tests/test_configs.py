@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 import peft_ext
 from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig
 from peft_ext.tuners.mask_pruning.model import kept_units
-from peft_ext.tuners.sparse_ft.model import deltas
+from peft_ext.tuners.sparse_ft.deltas import deltas
 
 
 def spt(model: Any, name: str) -> SPTConfig:

@@ -570,3 +570,213 @@ def test_accelerate() -> None:
         return _values(accelerator.unwrap_model(model))
 
     assert _equal(run(0.1), run(0.0))
+
+
+# ---------------------------------------------------------------- what is set while a step is under way
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_is_set_during_a_step_counts(fused: bool) -> None:
+    """A rate set by a step hook, a scheduler and a new group inside a closure: as if nothing stood in."""
+
+    def run(exempt: bool) -> tuple[dict[str, torch.Tensor], list[Any]]:
+        model = Pair(exempt)
+        rest = [model.other.weight]
+        groups = [{"params": [*rest, model.ours.weight] if exempt else rest}]
+        if not exempt:
+            groups.append({"params": [model.ours.weight], "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=DECAY, fused=fused)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+        def set_betas(optimizer: Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                group["betas"] = (0.5, 0.9)
+
+        optimizer.register_step_pre_hook(set_betas)
+        seen = []
+        for step in range(3):
+
+            def closure(step: int = step) -> torch.Tensor:
+                optimizer.zero_grad()
+                if step:
+                    scheduler.step()
+                if step == 2:
+                    optimizer.add_param_group({"params": [model.other.bias]})
+                value = model.loss(step)
+                value.backward()
+                return value
+
+            optimizer.step(closure)
+            seen.append({key: optimizer.param_groups[0][key] for key in ("lr", "weight_decay", "betas")})
+        return _values(model), seen
+
+    (actual, seen), (expected, reference) = run(True), run(False)
+    assert seen == reference and _equal(actual, expected)
+
+
+class CountsFirst(Counting):
+    """Counts, then runs the closure."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+
+
+def test_a_counter_is_kept_if_the_closure_raises() -> None:
+    model = Pair()
+    optimizer = CountsFirst(model.parameters(), lr=0.1, weight_decay=DECAY)
+    model.loss(0).backward()
+
+    def closure() -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert optimizer.calls == 1 and optimizer.param_groups[0]["calls"] == 1
+
+
+# ---------------------------------------------------------------- optimizers that wrap others
+
+
+class Steps:
+    """A listener that counts."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+        self.seen: list[str] = []
+        schedule.listen_to_steps(self)
+
+    def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
+        self.seen.append(f"before {type(optimizer).__name__} {closure}")
+
+    def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
+        self.seen.append(f"after {type(optimizer).__name__} {taken}")
+
+    def foreign_step(self, optimizer: Optimizer) -> None:
+        self.seen.append("foreign")
+
+
+class SAM(Optimizer):
+    """Sharpness-aware minimisation: a step uphill, a second gradient there, and the base's step from the start."""
+
+    def __init__(self, params: Any, base: type[Optimizer], rho: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(params, {"rho": rho, **kwargs})
+        self.base_optimizer = base(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            self.state[p]["e"] = 0.05 * p.grad / (norm + 1e-12)
+            p.add_(self.state[p]["e"])
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        for p in parameters:
+            p.sub_(self.state[p]["e"])
+        self.base_optimizer.step()
+
+
+class Lookahead(Optimizer):
+    """Every second step goes half of the way back to slow weights."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.steps = 0
+        super().__init__(optimizer.param_groups, {})
+        self.param_groups = optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        result = self.optimizer.step(closure)
+        self.steps += 1
+        for p in (p for group in self.param_groups for p in group["params"]):
+            slow = self.state[p].setdefault("slow", p.clone())
+            if self.steps % 2 == 0:
+                slow.add_(p - slow, alpha=0.5)
+                p.copy_(slow)
+        return result
+
+
+@pytest.mark.parametrize("wrapper", ["sam", "lookahead"])
+def test_a_step_of_a_wrapped_optimizer_counts_once(wrapper: str) -> None:
+    def run(exempt: bool) -> tuple[dict[str, torch.Tensor], list[str]]:
+        model = Pair(exempt)
+        steps = Steps(model.ours.weight)
+        rest = list(model.other.parameters())
+        groups = [{"params": [*rest, model.ours.weight] if exempt else rest}]
+        if not exempt:
+            groups.append({"params": [model.ours.weight], "weight_decay": 0.0})
+        if wrapper == "sam":
+            optimizer: Optimizer = SAM(groups, torch.optim.AdamW, lr=0.05, weight_decay=DECAY)
+        else:
+            optimizer = Lookahead(torch.optim.AdamW(groups, lr=0.05, weight_decay=DECAY))
+        for step in range(5):
+
+            def backward(step: int = step) -> None:
+                optimizer.zero_grad()
+                model.loss(step).backward()
+
+            backward()
+            optimizer.step(backward) if wrapper == "sam" else optimizer.step()
+        return _values(model), steps.seen
+
+    (actual, seen), (expected, _) = run(True), run(False)
+    assert seen == ["before AdamW False", "after AdamW True"] * 5
+    assert _equal(actual, expected)
+    assert schedule.optimizer_of(Pair().ours.weight) is None
+
+
+def _train_sharded(rank: int, path: str) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/init", rank=rank, world_size=2)
+    model = Pair()
+    steps = [Steps(model.ours.weight), Steps(model.other.weight)]
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.05, weight_decay=DECAY
+    )
+    for step in range(5):
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        optimizer.step()
+    torch.save((_values(model), [listener.seen for listener in steps]), f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_step_of_a_sharded_optimizer_counts_once(tmp_path: Any) -> None:
+    torch.multiprocessing.spawn(_train_sharded, (str(tmp_path),), nprocs=2)
+    plain = Pair(exempt=False)
+    expected, _ = _run(
+        lambda groups: torch.optim.AdamW(groups, lr=0.05),
+        [
+            {"params": [plain.ours.weight], "weight_decay": 0.0},
+            {"params": list(plain.other.parameters()), "weight_decay": DECAY},
+        ],
+        plain,
+        steps=5,
+    )
+    for rank in range(2):
+        values, seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert _equal(values, expected)
+        assert seen == [["before ZeroRedundancyOptimizer False", "after ZeroRedundancyOptimizer True"] * 5] * 2
+
+
+def test_a_step_that_only_makes_state_is_no_training() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = Pair()
+    steps = Steps(model.ours.weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    get_optimizer_state_dict(model, optimizer)
+    assert steps.seen == ["after AdamW False"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # the first step of a warm-up
+    model.loss(0).backward()
+    optimizer.step()
+    assert steps.seen[1:] == ["before AdamW False", "after AdamW True"]

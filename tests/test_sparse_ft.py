@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,9 @@ from torch import nn
 import peft_ext
 from peft_ext import SparseFTConfig
 from peft_ext.delta import SparseDelta
-from peft_ext.tuners.sparse_ft import spiel
-from peft_ext.tuners.sparse_ft.model import deltas, proportional
-
-
-@pytest.fixture(autouse=True)
-def forget_warnings() -> Iterator[None]:
-    spiel._warned.clear()
-    yield
+from peft_ext.tuners.sparse_ft import optimizer_state, tracker
+from peft_ext.tuners.sparse_ft.budget import proportional
+from peft_ext.tuners.sparse_ft.deltas import deltas
 
 
 class One(nn.Module):
@@ -160,14 +154,13 @@ class DenseMA(DenseReference):
     def step(self, micro_gradients: list[torch.Tensor]) -> None:
         g = sum(micro_gradients).flatten()
         self.t += 1
-        self.delta *= 1 - self.lr * self.decay
         nu = {i: min(self.r[i // 6], self.c[i % 6]) + float(g[i]) ** 2 for i in self.support}
         for i, value in nu.items():
             self.delta[i] -= self.lr * g[i] / math.sqrt(value + 1e-8)
-        for row in range(8):
-            self.r[row] = max((value for i, value in nu.items() if i // 6 == row), default=self.r[row])
-        for column in range(6):
-            self.c[column] = max((value for i, value in nu.items() if i % 6 == column), default=self.c[column])
+            self.delta[i] *= 1 - self.lr * self.decay
+        for i, value in nu.items():  # running maxima, which a place that leaves the support does not take along
+            self.r[i // 6] = max(self.r[i // 6], value)
+            self.c[i % 6] = max(self.c[i % 6], value)
         if self.is_time:
             number = self.number()
             outside = [i for i in range(48) if i not in self.support]
@@ -207,10 +200,10 @@ def test_ag_equals_the_dense_reference(policy: str, fused: bool, micro_steps: in
 @pytest.mark.parametrize("policy", ["linear", "cosine"])
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
 def test_ma_equals_the_dense_reference(policy: str, optimizer_class: type[torch.optim.Optimizer]) -> None:
-    model, leaf = one("spiel-ma", reselection_policy=policy, reselection_rate=0.5)
+    model, leaf = one("spiel-ma", total_steps=100, reselection_policy=policy, reselection_rate=0.5)
     optimizer = optimizer_class(model.parameters(), lr=1e-2, weight_decay=0.3)
-    reference = DenseMA(set(support_of(leaf)), total=40, policy=policy, rate=0.5, decay=0.3)
-    for step in range(30):
+    reference = DenseMA(set(support_of(leaf)), total=100, policy=policy, rate=0.5, decay=0.3)
+    for step in range(70):  # four reselections
         gradients = [scripted_gradient(step, micro) for micro in range(2)]
         for gradient in gradients:
             backward_of(model, gradient)
@@ -219,10 +212,9 @@ def test_ma_equals_the_dense_reference(policy: str, optimizer_class: type[torch.
         reference.step(gradients)
         assert set(support_of(leaf)) == reference.support
         torch.testing.assert_close(leaf.weight.detach(), reference.delta[leaf.indices()], rtol=1e-4, atol=1e-6)
-        tracker = leaf.tracker
-        torch.testing.assert_close(tracker.rows, torch.tensor(reference.r), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(tracker.columns, torch.tensor(reference.c), rtol=1e-5, atol=1e-6)
-    assert len(leaf.tracker.reselections) == 2
+        torch.testing.assert_close(leaf.tracker.rows, torch.tensor(reference.r), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(leaf.tracker.columns, torch.tensor(reference.c), rtol=1e-5, atol=1e-6)
+    assert len(leaf.tracker.reselections) == 4
 
 
 @pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
@@ -230,7 +222,7 @@ def test_survivors_are_untouched_bit_for_bit(selection: str, monkeypatch: pytest
     model, _ = one(selection, reselection_rate=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     seen = []
-    move = spiel.Tracker._move
+    move = tracker.Tracker._move
 
     def watched(self: Any, leaf: SparseDelta, optimizer: Any, *args: Any) -> None:
         def everything() -> list[dict[int, float]]:
@@ -244,7 +236,7 @@ def test_survivors_are_untouched_bit_for_bit(selection: str, monkeypatch: pytest
         move(self, leaf, optimizer, *args)
         seen.append((before, everything()))
 
-    monkeypatch.setattr(spiel.Tracker, "_move", watched)
+    monkeypatch.setattr(tracker.Tracker, "_move", watched)
     for step in range(30):
         backward_of(model, scripted_gradient(step))
         optimizer.step()
@@ -260,15 +252,14 @@ def test_survivors_are_untouched_bit_for_bit(selection: str, monkeypatch: pytest
 
 def test_schedule() -> None:
     _, leaf = one("spiel-ag", total_steps=100)
-    tracker = leaf.tracker
     gathering = []
     for step in range(130):
-        tracker.step = step
-        if tracker.is_gathering(1000):
+        leaf.tracker.step = step
+        if leaf.tracker.is_gathering(1000):
             gathering.append(step + 1)  # the update that is under way
     assert gathering[:17] == [*range(1, 6), *range(20, 26), *range(40, 46)]
     assert gathering[-1] == 85
-    assert [round(tracker.rate_at(step), 4) for step in (5, 25, 85, 105)] == [1.0, 0.15, 0.03, 0.0]
+    assert [round(leaf.tracker.rate_at(step), 4) for step in (5, 25, 85, 105)] == [1.0, 0.15, 0.03, 0.0]
 
 
 # It drives itself
@@ -419,6 +410,13 @@ def test_one_warning_without_total_steps() -> None:
     assert leaf.tracker.rate_at(65) == 0.2
 
 
+def test_every_model_is_warned_of() -> None:
+    for _ in range(2):
+        model, _ = one("spiel-ag", total_steps=None)
+        with pytest.warns(UserWarning, match="total_steps is not set"):
+            run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(1))
+
+
 def test_a_schedule_that_never_moved_says_so(tmp_path: Path) -> None:
     model, _ = one("spiel-ag")
     run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(3))
@@ -520,6 +518,104 @@ def test_ag_with_a_closure() -> None:
                 optimizer.step()
         results.append(support_of(leaf))
     assert results[0] == results[1]
+
+
+class SAM(torch.optim.Optimizer):
+    """A step uphill, a second gradient there, and the base optimizer's step from the start."""
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, kwargs)
+        self.base_optimizer = torch.optim.AdamW(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in parameters:
+            self.state[p]["uphill"] = 0.05 * p.grad / p.grad.norm()
+            p.add_(self.state[p]["uphill"])
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        for p in parameters:
+            p.sub_(self.state[p]["uphill"])
+        self.base_optimizer.step()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Every third step goes half of the way back to slow weights."""
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        self.fast = torch.optim.AdamW(params, **kwargs)
+        self.steps = 0
+        super().__init__(self.fast.param_groups, {})
+        self.param_groups = self.fast.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.fast.step(closure)
+        self.steps += 1
+        for p in (p for group in self.param_groups for p in group["params"]):
+            slow = self.state[p].setdefault("slow", torch.zeros_like(p))
+            if self.steps % 3 == 0:
+                slow.add_(p - slow, alpha=0.5)
+                p.copy_(slow)
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize("wrapper", [SAM, Lookahead])
+def test_an_optimizer_around_another_one(wrapper: type[torch.optim.Optimizer], selection: str) -> None:
+    """Steps count once, and what the outer one keeps moves along: a grown value has no slow past of another weight."""
+    model, leaf = one(selection, reselection_rate=0.5)
+    optimizer = wrapper(model.parameters(), lr=1e-2)
+    slow = {place: 0.0 for place in support_of(leaf)}
+    for step in range(25):
+
+        def backward(step: int = step) -> None:
+            optimizer.zero_grad()
+            backward_of(model, scripted_gradient(step))
+
+        backward()
+        optimizer.step(backward) if wrapper is SAM else optimizer.step()
+        if wrapper is Lookahead:
+            ours = support_of(leaf)
+            slow = {place: slow.get(place, 0.0) for place in ours}
+            if step % 3 == 2:
+                slow = ours
+            expected = [slow[place] for place in sorted(slow)]
+            torch.testing.assert_close(optimizer.state[leaf.weight]["slow"], torch.tensor(expected))
+    assert leaf.tracker.step == 25 and [step for step, _ in leaf.tracker.reselections] == [5, 25]
+
+
+def test_distributed_checkpoints(tmp_path: Path) -> None:
+    """A training is taken up from a `torch.distributed.checkpoint`, in the middle of a phase and between phases."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    for selection in ("spiel-ag", "spiel-ma"):
+        model, leaf = one(selection, reselection_rate=0.5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(30):
+            run_steps(model, optimizer, range(step, step + 1))
+            if step not in (2, 11, 22):
+                continue
+            path = tmp_path / f"{selection}-{step}"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a single process
+                tensors, state = get_state_dict(model, optimizer)
+                dcp.save({"model": tensors, "optimizer": state}, checkpoint_id=path)
+                second, second_leaf = one(selection, reselection_rate=0.5, seed=5)
+                other = torch.optim.AdamW(second.parameters(), lr=1e-2)
+                tensors, state = get_state_dict(second, other)
+                content = {"model": tensors, "optimizer": state}
+                dcp.load(content, checkpoint_id=path)
+                set_state_dict(second, other, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+            run_steps(second, other, range(step + 1, 30))
+            resumed = (second_leaf, other.state[second_leaf.weight])
+        assert support_of(resumed[0]) == support_of(leaf)
+        assert resumed[0].tracker.reselections == leaf.tracker.reselections and resumed[0].tracker.step == 30
+        for key, value in optimizer.state[leaf.weight].items():
+            torch.testing.assert_close(resumed[1][key], value, rtol=0, atol=0)
 
 
 def test_two_adapters_train_apart() -> None:
@@ -950,6 +1046,44 @@ def test_all_processes_hold_the_same(tmp_path: Path) -> None:
         assert torch.equal(tensor, second[key]), key
 
 
+def _train_unevenly(rank: int, path: str) -> None:
+    """A module that one process does not use in one step, and another one in another, as experts are."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/init", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    config = SparseFTConfig(num_tunable_weights=40, target_modules=["fc1", "fc2"], total_steps=60)
+    model = get_peft_model(Classifier(), config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    leaves = dict(deltas(model, "default"))
+    for step in range(6):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+        if (step, rank) in ((0, 0), (2, 1)):  # without fc1
+            model.base_model.model.fc2(torch.cat([x, x, x[:, :4]], 1)).square().sum().backward()
+        else:
+            model(x)["logits"].square().sum().backward()
+        for leaf in leaves.values():  # what DistributedDataParallel does, with `find_unused_parameters`
+            leaf.weight.grad = torch.zeros_like(leaf.weight) if leaf.weight.grad is None else leaf.weight.grad
+            torch.distributed.all_reduce(leaf.weight.grad)
+            leaf.weight.grad /= 2
+        optimizer.step()
+        optimizer.zero_grad()
+    save_file({name: leaf.indices().long() for name, leaf in leaves.items()}, f"{path}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_train_unevenly, (str(tmp_path),), nprocs=2)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    start = dict(
+        deltas(
+            get_peft_model(Classifier(), SparseFTConfig(num_tunable_weights=40, target_modules=["fc1", "fc2"])),
+            "default",
+        )
+    )
+    assert all(not torch.equal(tensor, start[key].indices().long()) for key, tensor in first.items())
+
+
 # Configs and loading
 
 
@@ -1216,12 +1350,12 @@ def test_8_bit_adam(size: int) -> None:
     (_, leaf) = next(deltas(model, "default"))
     optimizer = bnb.optim.AdamW8bit([leaf.weight], lr=1e-2)
     moments: list[dict[int, float]] = []
-    move = spiel.Tracker._move
+    move = tracker.Tracker._move
 
     def watched(self: Any, leaf: SparseDelta, *args: Any) -> None:
         def first_moment() -> dict[int, float]:
             state = optimizer.state[leaf.weight]
-            vector = state["state1"] if size < 4096 else spiel._from_8_bit(state, "state1")
+            vector = state["state1"] if size < 4096 else optimizer_state.from_8_bit(state, "state1")
             return on_support(leaf, vector)
 
         moments.append(first_moment())
@@ -1229,7 +1363,7 @@ def test_8_bit_adam(size: int) -> None:
         moments.append(first_moment())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spiel.Tracker, "_move", watched)
+        patch.setattr(tracker.Tracker, "_move", watched)
         for step in range(25):
             x = torch.randn(16, 128, generator=torch.Generator().manual_seed(step))
             model(x).square().mean().backward()

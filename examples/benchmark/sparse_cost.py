@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_ext import SparseFTConfig
-from peft_ext.tuners.sparse_ft.model import deltas
+from peft_ext.tuners.sparse_ft.deltas import deltas
 
 
 RESULTS = Path(__file__).parent / "results"

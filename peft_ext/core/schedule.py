@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import gc
 import sys
+import types
 import weakref
-from collections.abc import MutableSet
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +29,10 @@ class StepListener(Protocol):
     """A module with a parameter `weight` that wants to know of the optimizer steps that concern it.
 
     A step concerns it if its weight is in the optimizer's groups. Listeners are called in the order of those groups,
-    which is the same in every process, so that they may talk to their twins in other processes.
+    which is the same in every process, so that they may talk to their twins in other processes. Of the steps of an
+    optimizer that wraps another one (SAM, Lookahead) and of that other one, only the inner step counts, since that is
+    where gradients are complete; if the inner one has a part of the parameters only (`ZeroRedundancyOptimizer`), only
+    the outer step counts.
     """
 
     @property
@@ -38,7 +43,11 @@ class StepListener(Protocol):
         """The gradients are complete; `closure`: they are not, the step itself will compute them."""
 
     def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
-        """The step was made, or, if not `taken`, skipped because a scaled gradient had overflowed."""
+        """The step was made, or, if not `taken`, was none of the training.
+
+        That is, a scaled gradient had overflowed, or the step has the rate zero and gradients of zero and only makes
+        the optimizer's state, as `torch.distributed.checkpoint` does; `before_step` is not called then.
+        """
 
     def foreign_step(self, optimizer: Optimizer) -> None:
         """An optimizer that does not own the weight makes a step."""
@@ -48,6 +57,7 @@ _undecayed: MutableSet[nn.Module] = weakref.WeakSet()
 _listeners: MutableSet[Any] = weakref.WeakSet()
 _found: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # by `optimizer_of`
 _last_search = -1  # the backward in which it last looked
+_making_state: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose step under way moves nothing
 _hooked_step = Optimizer.profile_hook_step(lambda self: None).__code__  # the frame around every step
 _handles: list[RemovableHandle] = []
 
@@ -55,10 +65,11 @@ _handles: list[RemovableHandle] = []
 def exempt_from_weight_decay(module: nn.Module) -> None:
     """From now on no optimizer decays the parameters that `module` itself owns, whatever its `weight_decay` says.
 
-    Each step is made by a stand-in for the optimizer that shares its state, but has the parameters in a copy of their
-    group whose `weight_decay` is zero. The optimizer's own groups stay as the user made them, so learning-rate
-    schedulers and checkpoints never see the split, even if the step raises. The update is the one the optimizer makes
-    with `weight_decay=0`, bit for bit.
+    Each step is made by a stand-in for the optimizer that shares all of its attributes, but sees the parameters in a
+    group whose `weight_decay` is zero. What the stand-in reads and writes otherwise is the optimizer's own, in the
+    moment it does so, so that what a hook or a closure sets during a step counts, and learning-rate schedulers and
+    checkpoints never see the split, even if the step raises. The update is the one the optimizer makes with
+    `weight_decay=0`, bit for bit.
     """
     _undecayed.add(module)
     _install_hooks(module)
@@ -86,11 +97,33 @@ def optimizer_of(parameter: torch.Tensor) -> Optimizer | None:
     return _owner_among(_found, parameter)
 
 
-def _owner_among(optimizers: MutableSet[Optimizer], parameter: torch.Tensor) -> Optimizer | None:
-    for optimizer in optimizers:
-        if any(parameter is owned for group in optimizer.param_groups for owned in group["params"]):
-            return optimizer
-    return None
+def _owner_among(optimizers: Iterable[Optimizer], parameter: torch.Tensor) -> Optimizer | None:
+    owners = [
+        optimizer
+        for optimizer in optimizers
+        if any(parameter is owned for group in optimizer.param_groups for owned in group["params"])
+    ]
+    return next((owner for owner in owners if not _leaves_steps_to_others(owner)), None)
+
+
+def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """Those that this one holds, and that make steps for it."""
+    return [value for value in vars(optimizer).values() if issubclass(type(value), Optimizer)]
+
+
+def is_sharded(optimizer: Optimizer) -> bool:
+    """Whether it leaves its steps to one that has only some of its parameters, the others being other processes'."""
+    wrapped = wrapped_optimizers(optimizer)
+    return bool(wrapped) and not _parameters_of([optimizer]) <= _parameters_of(wrapped)
+
+
+def _leaves_steps_to_others(optimizer: Optimizer) -> bool:
+    wrapped = wrapped_optimizers(optimizer)
+    return bool(wrapped) and _parameters_of([optimizer]) <= _parameters_of(wrapped)
+
+
+def _parameters_of(optimizers: Iterable[Optimizer]) -> set[int]:
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def _install_hooks(user: object) -> None:
@@ -100,44 +133,77 @@ def _install_hooks(user: object) -> None:
         _handles.append(register_optimizer_step_post_hook(_after_step))
 
 
+def _steps_under_way() -> Iterator[Any]:
+    """Who makes the steps that the calling hook runs in, the innermost first: optimizers, or their stand-ins."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _hooked_step:
+            yield frame.f_locals["args"][0]
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def steps_around(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers whose steps are under way and which have left them to `optimizer`."""
+    return [outer for outer in _steps_under_way() if optimizer in wrapped_optimizers(outer)]
+
+
 def _is_nested(optimizer: Optimizer) -> bool:
     """Whether this is the step of a parent class, called by a class whose own step is under way."""
-    calls = 0
-    frame = sys._getframe(2)
-    while frame is not None and calls < 2:
-        # the first of `args` is who makes the step: the optimizer, or its stand-in
-        calls += frame.f_code is _hooked_step and frame.f_locals["args"][0] is optimizer
-        frame = frame.f_back  # type: ignore[assignment]
-    return calls == 2
+    return sum(maker is optimizer for maker in _steps_under_way()) > 1
+
+
+def _counts(optimizer: Optimizer) -> bool:
+    """Whether the listeners are to know of this step, and not of one inside or around it."""
+    if _leaves_steps_to_others(optimizer):
+        return False
+    return not any(
+        optimizer in wrapped_optimizers(outer) and is_sharded(outer)
+        for outer in _steps_under_way()
+        if outer is not optimizer
+    )
+
+
+def _makes_state_only(optimizer: Optimizer) -> bool:
+    if optimizer.state or any(group.get("lr") != 0 for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     if _is_nested(optimizer):
         return None
-    if len(_listeners):
+    _making_state.discard(optimizer)
+    if len(_listeners) and _counts(optimizer):
         closure = (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
-        owned = _owned_listeners(optimizer)
-        for listener, group in owned:
-            listener.before_step(optimizer, group, closure)
-        mine = {id(listener) for listener, _ in owned}
-        for listener in list(_listeners):
-            if id(listener) not in mine:
-                listener.foreign_step(optimizer)
-    stand_in = _stand_in(optimizer)
+        if not closure and _makes_state_only(optimizer):
+            _making_state.add(optimizer)
+        else:
+            _announce(optimizer, closure)
+    stand_in = None if wrapped_optimizers(optimizer) else _stand_in(optimizer)
     return None if stand_in is None else ((stand_in, *args[1:]), kwargs)  # `step` is called with this as its `self`
+
+
+def _announce(optimizer: Optimizer, closure: bool) -> None:
+    owned = _owned_listeners(optimizer)
+    for listener, group in owned:
+        listener.before_step(optimizer, group, closure)
+    mine = {id(listener) for listener, _ in owned}
+    for listener in list(_listeners):
+        if id(listener) not in mine:
+            listener.foreign_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _is_nested(optimizer):
         return
-    if args[0] is not optimizer:
-        _carry_back(args[0], optimizer)
-    if len(_listeners) and (owned := _owned_listeners(optimizer)):
+    if len(_listeners) and _counts(optimizer) and (owned := _owned_listeners(optimizer)):
         # a fused optimizer under a GradScaler is called, and calls its hooks, on skipped steps too
         overflow = getattr(optimizer, "found_inf", None)
-        taken = overflow is None or not bool(overflow)
+        taken = (overflow is None or not bool(overflow)) and optimizer not in _making_state
         for listener, group in owned:
             listener.after_step(optimizer, group, taken)
+    _making_state.discard(optimizer)
 
 
 def _owned_listeners(optimizer: Optimizer) -> list[tuple[Any, dict[str, Any]]]:
@@ -150,11 +216,80 @@ def _owned_listeners(optimizer: Optimizer) -> list[tuple[Any, dict[str, Any]]]:
     ]
 
 
+class _GroupView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[misc]
+    """A group of the user's with other parameters or another decay; all else is read from it and written to it.
+
+    Of a group that is seen as two, the second one keeps what it writes, and does not see what the first one writes:
+    an optimizer that counts steps in its groups counts in each.
+    """
+
+    def __init__(self, group: dict[str, Any], first: _GroupView | None = None, **instead: Any) -> None:
+        super().__init__()
+        self.group, self.first, self.instead = group, first, instead
+        self.before: dict[str, Any] = {}  # what was there when this view wrote
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self.instead:
+            return self.instead[key]
+        if self.first is not None and key in self.first.before:
+            if self.first.before[key] is _ABSENT:
+                raise KeyError(key)
+            return self.first.before[key]
+        return self.group[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if self.first is not None or key in self.instead:
+            self.instead[key] = value
+        else:
+            self.before.setdefault(key, self.group.get(key, _ABSENT))
+            self.group[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        if self.first is None:
+            del self.group[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.group, **self.instead})
+
+    def __len__(self) -> int:
+        return len({**self.group, **self.instead})
+
+
+_ABSENT = object()
+
+
 def _stand_in(optimizer: Optimizer) -> Optimizer | None:
     """One that makes the step in place of `optimizer`, with the exempt parameters in groups without decay.
 
     `None` if none of the parameters is exempt.
     """
+    split = _split(optimizer.param_groups, {})
+    if all(mine is theirs for mine, theirs in zip(split, optimizer.param_groups, strict=False)):
+        return None
+    stand_in: Any = object.__new__(_stand_in_class(type(optimizer)))
+    stand_in.__dict__ = optimizer.__dict__
+    stand_in.views = {}
+    return stand_in
+
+
+@cache
+def _stand_in_class(cls: type[Optimizer]) -> type[Optimizer]:
+    def groups(self: Any) -> list[dict[str, Any]]:
+        return _split(self.__dict__["param_groups"], self.views)
+
+    def set_groups(self: Any, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
+    members = {
+        "param_groups": property(groups, set_groups),
+        "__slots__": ("views",),  # beside the attributes, which are the optimizer's
+        "__module__": cls.__module__,
+    }
+    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
+
+
+def _split(groups: list[dict[str, Any]], views: dict[int, list[_GroupView]]) -> list[dict[str, Any]]:
+    """The groups in their order, and after them those parts of them that are not to be decayed; `views` made before."""
     exempt = {id(parameter) for module in _undecayed for parameter in module.parameters(recurse=False)}
 
     def is_exempt(parameter: Any) -> bool:
@@ -162,30 +297,20 @@ def _stand_in(optimizer: Optimizer) -> Optimizer | None:
         flattened = getattr(parameter, "_param_infos", ())
         return id(parameter) in exempt or (bool(flattened) and all(info.module in _undecayed for info in flattened))
 
-    stepped: list[dict[str, Any]] = []  # one per group of the user's, in the same order
-    added: list[dict[str, Any]] = []
-    for group in optimizer.param_groups:
+    def views_of(group: dict[str, Any]) -> list[_GroupView]:
         ours = [p for p in group["params"] if is_exempt(p)] if group.get("weight_decay") else []
+        if not ours:
+            return []
         if len(ours) == len(group["params"]):
-            stepped.append({**group, "weight_decay": 0.0} if ours else group)
-        elif ours:
-            stepped.append({**group, "params": [p for p in group["params"] if not is_exempt(p)]})
-            added.append({**group, "params": ours, "weight_decay": 0.0})
-        else:
-            stepped.append(group)
-    if all(mine is theirs for mine, theirs in zip(stepped, optimizer.param_groups, strict=True)):
-        return None
-    stand_in = object.__new__(type(optimizer))
-    stand_in.__dict__.update(optimizer.__dict__, param_groups=stepped + added)
-    return stand_in
+            return [_GroupView(group, weight_decay=0.0)]
+        first = _GroupView(group, params=[p for p in group["params"] if not is_exempt(p)])
+        return [first, _GroupView(group, first, params=ours, weight_decay=0.0)]
 
-
-def _carry_back(stand_in: Optimizer, optimizer: Optimizer) -> None:
-    # some optimizers count in attributes or in their groups
-    attributes = {key: value for key, value in stand_in.__dict__.items() if key != "param_groups"}
-    optimizer.__dict__.update(attributes)
-    for group, stepped in zip(optimizer.param_groups, stand_in.param_groups, strict=False):
-        group.update({key: value for key, value in stepped.items() if key not in ("params", "weight_decay")})
+    for group in groups:
+        if id(group) not in views:
+            views[id(group)] = views_of(group)
+    own: list[dict[str, Any]] = [next(iter(views[id(group)]), group) for group in groups]
+    return own + [view for group in groups for view in views[id(group)][1:]]
 
 
 def _remove_hooks_if_unused() -> None:

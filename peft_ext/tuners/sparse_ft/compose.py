@@ -17,6 +17,7 @@ from torch import nn
 
 from ...core import Overlap, Support, matched_targets, overlap_of
 from ...delta import layer_operation
+from .budget import budget_of
 from .config import SparseFTConfig
 from .deltas import best_of_all
 from .model import SparseFTModel
@@ -62,9 +63,7 @@ def graft(base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], 
         difference = state[key].detach().to(parameter.device).double() - parameter.detach().double()
         differences[name] = difference.float().flatten()
     if config.density is not None or config.num_tunable_weights is not None:
-        from .model import _budget
-
-        budget = _budget(config, base_model, sum(d.numel() for d in differences.values()))
+        budget = budget_of(config, base_model, sum(d.numel() for d in differences.values()))
         support = best_of_all({name: d.abs() for name, d in differences.items()}, budget)
     else:
         support = {name: d.nonzero().squeeze(1) for name, d in differences.items() if d.any()}

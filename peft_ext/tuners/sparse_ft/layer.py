@@ -11,7 +11,11 @@ from ...core.schedule import listen_to_steps
 from ...delta import DeltaLayer, SparseDelta
 from ...sparse import random_indices, top_indices
 from .config import SPIEL, SparseFTConfig
-from .spiel import Tracker
+from .spiel import AgTracker, MaTracker
+from .tracker import Tracker
+
+
+TRACKERS: dict[str, type[Tracker]] = {"spiel-ag": AgTracker, "spiel-ma": MaTracker}  # who moves the places
 
 
 def stable_generator(seed: int, name: str) -> torch.Generator:
@@ -26,7 +30,7 @@ class SparseFTLayer(DeltaLayer):
     sparse_ft_delta: nn.ModuleDict
     sparse_ft_bias: nn.ModuleDict
 
-    def update_layer(self, adapter_name: str, config: SparseFTConfig, *, name: str) -> None:
+    def update_layer(self, adapter_name: str, config: SparseFTConfig, *, name: str, said: set[str]) -> None:
         """Chooses the places of one adapter and starts its values at zero."""
         per_module = config.num_weights_per_module or {}
         for container, key in ((self.sparse_ft_delta, name), (self.sparse_ft_bias, f"{name}.bias")):
@@ -37,8 +41,9 @@ class SparseFTLayer(DeltaLayer):
             leaf = SparseDelta(indices, size, placeholder)
             if config.selection == "lt-sft":
                 leaf.exempt_from_decay()  # as published; a decay would pull the values to the base
-            if config.selection in SPIEL and not config.inference_mode:
-                leaf.track(Tracker.of(config, self.op))
+            if config.selection in TRACKERS and not config.inference_mode:
+                assert self.op is not None
+                leaf.track(TRACKERS[config.selection](config, self.op, said))
             elif placeholder and not config.inference_mode:
                 listen_to_steps(leaf)
             container[adapter_name] = leaf

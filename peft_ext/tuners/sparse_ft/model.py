@@ -19,17 +19,17 @@ from ...core import (
     ExtLayer,
     ExtModel,
     backbone_linears,
-    count_parameters,
     matched_targets,
     warn_of_experts,
 )
 from ...delta import layer_operation
 from ...sparse import LinearOperation
-from .config import GIVEN, SAVE_DTYPES, SPIEL, WHERE_FROM, SparseFTConfig
-from .deltas import best_of_all, deltas
+from .budget import budget_of, settle_budget
+from .config import SAVE_DTYPES, SparseFTConfig
+from .deltas import deltas
 from .layer import SparseFTLayer, SparseFTLinear
-from .spiel import warn_once
 from .sums import add_weighted_adapter
+from .tracker import warn_once
 
 
 class SparseFTModel(ExtModel):
@@ -64,8 +64,8 @@ class SparseFTModel(ExtModel):
 
     @classmethod
     def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
-        """The name, by which the budgets go."""
-        return {"name": name}
+        """The name, by which the budgets go, and what this tuner has already warned of."""
+        return {"name": name, "said": tuner.__dict__.setdefault("_said", set())}
 
     @classmethod
     def check_targets(cls, config: ExtConfig, model: nn.Module) -> None:
@@ -111,7 +111,7 @@ class SparseFTModel(ExtModel):
     @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Any) -> None:
         """The budget goes to the largest scores of all targets together."""
-        config.use_support(scores.top(_budget(config, model, scores.total)))
+        config.use_support(scores.top(budget_of(config, model, scores.total)))
 
     @classmethod
     def inject_layer(
@@ -180,114 +180,8 @@ def warn_if_unmoved(model: nn.Module, adapter_name: str) -> None:
     else:
         reason = "no reselection fell due, or none would have replaced a single value"
     warn_once(
-        f"unmoved {reason}",
+        tracker.said,
+        f"unmoved {adapter_name}",
         f"The support of the sparse adapter {adapter_name!r} has not moved since it was drawn at random: {reason}. "
         "It is trained as a fixed random support.",
     )
-
-
-# The budget
-
-
-def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Fills in `num_weights_per_module`, and the support where it follows from scores."""
-    sizes: dict[str, int] = {}
-    for name, base_layer in targets.items():
-        op = layer_operation(base_layer)
-        weight, bias = base_layer.weight, getattr(base_layer, "bias", None)
-        assert isinstance(weight, torch.Tensor)
-        sizes[name] = weight.numel() if op is None else op.n
-        if isinstance(bias, torch.Tensor):
-            sizes[f"{name}.bias"] = bias.numel()
-        if op is None and config.selection in SPIEL:
-            raise ValueError(
-                f"Target module {name!r} is a norm, whose weights SpIEL does not gather gradients for: leave it out "
-                "of `target_modules`, or take a fixed support."
-            )
-    if config.num_weights_per_module is not None:
-        _check_fit(config, sizes)
-        return
-    if config.scores is not None:
-        config.support = _best_scores(config, model, targets, sizes)
-        config.num_weights_per_module = {name: len(indices) for name, indices in config.support.items()}
-        return
-    if config.selection in GIVEN:
-        raise ValueError(
-            f"`selection={config.selection!r}` needs to be told which weights to tune; before `get_peft_model`:\n"
-            f"    {WHERE_FROM[config.selection]}"
-        )
-    if config.selection == "nonzero":
-        config.num_weights_per_module = {name: _count_nonzero(layer) for name, layer in targets.items()}
-        return
-    total = sum(sizes[name] for name in targets)
-    budget = _budget(config, model, total)
-    config.num_weights_per_module = proportional(budget, {name: sizes[name] for name in targets})
-    empty = [name for name, count in config.num_weights_per_module.items() if count == 0]
-    if empty:
-        config.num_weights_per_module = None
-        raise ValueError(
-            f"The budget of {budget} weights leaves {empty[0]!r} (of {sizes[empty[0]]} weights) without any: raise "
-            "`density` or `num_tunable_weights`, or leave the module out of `target_modules`."
-        )
-
-
-def _budget(config: SparseFTConfig, model: nn.Module, total: int) -> int:
-    budget = config.num_tunable_weights
-    field = "num_tunable_weights"
-    if budget is None:
-        assert config.density is not None
-        budget, field = int(config.density * count_parameters(model)), "density"
-    if budget > total:
-        raise ValueError(
-            f"`{field}` asks for {budget} tuned weights, the target modules have {total}: lower it, or target more "
-            "modules."
-        )
-    return budget
-
-
-def proportional(budget: int, sizes: dict[str, int]) -> dict[str, int]:
-    """`budget` split in proportion to `sizes`, without losing any to rounding: the largest remainders round up."""
-    total = sum(sizes.values())
-    counts = {name: budget * size // total for name, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda name: -(budget * sizes[name] % total))
-    for name in by_remainder[: budget - sum(counts.values())]:
-        counts[name] += 1
-    return counts
-
-
-def _count_nonzero(base_layer: nn.Module) -> int:
-    weight = base_layer.weight
-    assert isinstance(weight, torch.Tensor)
-    if not weight.is_floating_point():
-        raise ValueError("`selection='nonzero'` needs a base model that is not quantised: its zeros are exact there.")
-    return int(weight.count_nonzero())
-
-
-def _check_fit(config: SparseFTConfig, sizes: dict[str, int]) -> None:
-    assert config.num_weights_per_module is not None
-    for name, count in config.num_weights_per_module.items():
-        if name not in sizes:
-            raise ValueError(
-                f"The support names {name!r}, which is not among the target modules"
-                f"{'' if sizes else ', of which there are none'}. It was made for another model or other "
-                "`target_modules`."
-            )
-        if count > sizes[name]:
-            raise ValueError(f"The support has {count} weights of {name!r}, which has {sizes[name]}.")
-        if config.support is not None and count and int(config.support[name][-1]) >= sizes[name]:
-            raise ValueError(
-                f"The support has place {int(config.support[name][-1])} of {name!r}, which has {sizes[name]} weights."
-            )
-
-
-def _best_scores(
-    config: SparseFTConfig, model: nn.Module, targets: dict[str, nn.Module], sizes: dict[str, int]
-) -> dict[str, torch.Tensor]:
-    scores = config.scores
-    assert scores is not None
-    for name in targets:
-        if name not in scores or scores[name].numel() != sizes[name]:
-            got = "none" if name not in scores else f"{scores[name].numel()}"
-            raise ValueError(f"`use_scores` needs {sizes[name]} scores for the target {name!r}, got {got}.")
-    budget = _budget(config, model, sum(sizes[name] for name in targets))
-    return best_of_all({name: scores[name].reshape(-1) for name in targets}, budget)
