@@ -568,7 +568,7 @@ def test_an_optimizer_around_another_one(wrapper: type[torch.optim.Optimizer], s
     """Steps count once, and what the outer one keeps moves along: a grown value has no slow past of another weight."""
     model, leaf = one(selection, reselection_rate=0.5)
     optimizer = wrapper(model.parameters(), lr=1e-2)
-    slow = {place: 0.0 for place in support_of(leaf)}
+    slow = dict.fromkeys(support_of(leaf), 0.0)
     for step in range(25):
 
         def backward(step: int = step) -> None:

@@ -203,7 +203,8 @@ class AgTracker(SpielTracker):
         self._closure = False
         if leaf.weight.grad is None or not taken:
             self._discard_step()
-            if f"{STATE}step" not in optimizer.state.get(leaf.weight, {}):
+            # not before the optimizer has made its own state, which some do only where there is none yet
+            if leaf.weight.grad is not None and f"{STATE}step" not in optimizer.state.get(leaf.weight, {}):
                 self._store(leaf, optimizer)
             return
         if self.step == 0:

@@ -55,15 +55,20 @@ class Tracker:
         self.backwards += 1
         optimizer = self._optimizer() if self._optimizer is not None else None
         if not self._searched:
-            self._searched = True
-            self.fresh = not bool(leaf.weight.detach().any())
+            self._begin(leaf)
             optimizer = optimizer_of(leaf.weight)
         if optimizer is not None and id(optimizer.state) != self._known_state:
             self._resume(leaf, optimizer)
 
+    def _begin(self, leaf: SparseDelta) -> None:
+        self._searched = True
+        self.fresh = not bool(leaf.weight.detach().any())
+
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """An optimizer that owns the values is about to step."""
         self._foreign = 0
+        if not self._searched:  # the first batches of this process did not reach the module
+            self._begin(leaf)
         if is_sharded(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps the state of the values in one process only, where it cannot be "
