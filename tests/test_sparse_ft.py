@@ -745,6 +745,19 @@ def test_the_callback_takes_the_number_of_steps(tmp_path: Path) -> None:
         trainer_for(model, tmp_path, callbacks=[peft_ext.SparseFTCallback()], max_steps=3).train()
 
 
+def test_the_callback_logs_the_reselections(tmp_path: Path) -> None:
+    model = classifier(total_steps=None)
+    trainer = trainer_for(
+        model, tmp_path, callbacks=[peft_ext.SparseFTCallback()], logging_strategy="steps", logging_steps=10
+    )
+    trainer.train()
+    leaves = [leaf for _, leaf in deltas(model, "default")]
+    first, second = (sum(leaf.tracker.reselections[i][1] for leaf in leaves) for i in range(2))
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["reselections"] for line in lines] == [1, 1, 2]
+    assert [line["replaced"] for line in lines] == [round(first / 40, 4)] * 2 + [round(second / 40, 4)]
+
+
 def test_resuming_with_another_density_is_refused(tmp_path: Path) -> None:
     model = classifier("random")
     model.save_pretrained(tmp_path)

@@ -216,7 +216,7 @@ def _owned_listeners(optimizer: Optimizer) -> list[tuple[Any, dict[str, Any]]]:
     ]
 
 
-class _GroupView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[misc]
+class _GroupView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metaclass,misc]
     """A group of the user's with other parameters or another decay; all else is read from it and written to it.
 
     Of a group that is seen as two, the second one keeps what it writes, and does not see what the first one writes:
@@ -273,7 +273,7 @@ def _stand_in(optimizer: Optimizer) -> Optimizer | None:
 
 
 @cache
-def _stand_in_class(cls: type[Optimizer]) -> type[Optimizer]:
+def _stand_in_class(cls: Any) -> type[Optimizer]:
     def groups(self: Any) -> list[dict[str, Any]]:
         return _split(self.__dict__["param_groups"], self.views)
 
@@ -288,7 +288,7 @@ def _stand_in_class(cls: type[Optimizer]) -> type[Optimizer]:
     return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
 
 
-def _split(groups: list[dict[str, Any]], views: dict[int, list[_GroupView]]) -> list[dict[str, Any]]:
+def _split(groups: list[dict[str, Any]], views: dict[int, list[Any]]) -> list[dict[str, Any]]:
     """The groups in their order, and after them those parts of them that are not to be decayed; `views` made before."""
     exempt = {id(parameter) for module in _undecayed for parameter in module.parameters(recurse=False)}
 
@@ -297,7 +297,7 @@ def _split(groups: list[dict[str, Any]], views: dict[int, list[_GroupView]]) -> 
         flattened = getattr(parameter, "_param_infos", ())
         return id(parameter) in exempt or (bool(flattened) and all(info.module in _undecayed for info in flattened))
 
-    def views_of(group: dict[str, Any]) -> list[_GroupView]:
+    def views_of(group: dict[str, Any]) -> list[Any]:
         ours = [p for p in group["params"] if is_exempt(p)] if group.get("weight_decay") else []
         if not ours:
             return []

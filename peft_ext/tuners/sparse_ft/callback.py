@@ -12,7 +12,7 @@ from .model import warn_if_unmoved
 
 
 class SparseFTCallback(TrainerCallback):
-    """Takes `total_steps` of SpIEL's schedule from the Trainer, and says so at the end if the support never moved.
+    """Takes `total_steps` of the schedule from the Trainer, logs the reselections, and says so if there were none.
 
     Everything else works without it. A `total_steps` in the config goes before.
     """
@@ -24,6 +24,27 @@ class SparseFTCallback(TrainerCallback):
         for leaf in _deltas(kwargs.get("model")):
             if leaf.tracker is not None:
                 leaf.tracker.config.trainer_steps = state.max_steps
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds `reselections`, how many there were, and `replaced`, the share of the support that the last one moved."""
+        leaves = [leaf for leaf in _deltas(kwargs.get("model")) if leaf.tracker is not None]
+        if not leaves:
+            return
+        steps = {step for leaf in leaves for step, _ in leaf.tracker.reselections}
+        last = max(steps, default=0)
+        moved = sum(count for leaf in leaves for step, count in leaf.tracker.reselections if step == last)
+        found = {"reselections": len(steps), "replaced": round(moved / sum(leaf.weight.numel() for leaf in leaves), 4)}
+        if logs is not None:
+            logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
