@@ -266,7 +266,7 @@ def _stand_in(optimizer: Optimizer) -> Optimizer | None:
     split = _split(optimizer.param_groups, {})
     if all(mine is theirs for mine, theirs in zip(split, optimizer.param_groups, strict=False)):
         return None
-    stand_in: Any = object.__new__(_stand_in_class(type(optimizer)))
+    stand_in: Any = object.__new__(_stand_in_class(type(optimizer)))  # type: ignore[arg-type]
     stand_in.__dict__ = optimizer.__dict__
     stand_in.views = {}
     return stand_in
