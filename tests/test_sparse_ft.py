@@ -752,7 +752,7 @@ def test_the_callback_logs_the_reselections(tmp_path: Path) -> None:
     )
     trainer.train()
     leaves = [leaf for _, leaf in deltas(model, "default")]
-    first, second = (sum(leaf.tracker.reselections[i][1] for leaf in leaves) for i in range(2))
+    first, second = (sum(dict(leaf.tracker.reselections).get(step, 0) for leaf in leaves) for step in (5, 25))
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert [line["reselections"] for line in lines] == [1, 1, 2]
     assert [line["replaced"] for line in lines] == [round(first / 40, 4)] * 2 + [round(second / 40, 4)]
@@ -830,6 +830,141 @@ def test_lt_sft_l1_and_biases(tmp_path: Path) -> None:
         assert "fc1.bias" in leaves and sum(leaf.weight.numel() for leaf in leaves.values()) == 60
         sizes.append(sum(float(leaf.weight.detach().abs().sum()) for leaf in leaves.values()))
     assert sizes[1] > 5 * sizes[0]  # a step of 1e5 / 400 times the sign, to and fro, outweighs every gradient
+
+
+class Pulled(Classifier):
+    """Has the L1 term in its loss."""
+
+    start: list[torch.Tensor]
+    coefficient = 0.0
+    on_head = True
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        output = super().forward(x, labels)
+        if labels is not None:
+            for (name, parameter), start in zip(self.named_parameters(), self.start, strict=True):
+                if parameter.requires_grad and (self.on_head or not name.startswith("head")):
+                    output["loss"] = output["loss"] + self.coefficient * (parameter - start).abs().sum()
+        return output
+
+
+@pytest.mark.parametrize("on_head", [True, False])
+def test_lt_sft_l1_is_part_of_the_loss(on_head: bool, tmp_path: Path) -> None:
+    """Also of what is clipped and accumulated; it pulls the head unless told otherwise."""
+    settings: dict[str, Any] = {"max_steps": 6, "max_grad_norm": 0.5, "optim": "sgd", "learning_rate": 0.05}
+    settings["gradient_accumulation_steps"] = 2
+    torch.manual_seed(1)
+    base = Classifier()
+    total = sum(parameter.numel() for parameter in base.parameters())
+    reference = Pulled()
+    reference.load_state_dict(base.state_dict())
+    reference.start = [parameter.detach().clone() for parameter in base.parameters()]
+    reference.coefficient, reference.on_head = 300.0 / total, on_head
+    for key, parameter in reference.named_parameters():
+        parameter.requires_grad_(key.startswith("head") or key in ("fc1.weight", "fc2.weight"))
+    trainer_for(reference, tmp_path, **settings).train()
+    seen = []
+
+    def make_trainer(model: nn.Module) -> Any:
+        trainer = trainer_for(model, tmp_path, **settings)
+        train = trainer.train
+
+        def train_and_keep() -> None:
+            train()
+            seen.append({key: tensor.clone() for key, tensor in model.state_dict().items()})
+
+        trainer.train = train_and_keep
+        return trainer
+
+    config = SparseFTConfig(
+        selection="lt-sft", num_tunable_weights=60, target_modules=["fc1", "fc2"], modules_to_save=["head"]
+    )
+    model = peft_ext.lt_sft(base, config, make_trainer, l1=300.0, l1_on_head=on_head)
+    for key, tensor in reference.state_dict().items():
+        torch.testing.assert_close(seen[0][key], tensor, rtol=1e-4, atol=1e-6)
+    # phase two: the same loss on the support alone, and the whole head
+    again = Pulled()
+    again.start, again.coefficient, again.on_head = reference.start, reference.coefficient, on_head
+    with torch.no_grad():
+        for parameter, start in zip(again.parameters(), again.start, strict=True):
+            parameter.copy_(start)
+    again.requires_grad_(False)
+    again.head.requires_grad_(True)
+    for name, leaf in deltas(model, "default"):
+        weight = again.get_parameter(f"{name}.weight").requires_grad_(True)
+        mask = torch.zeros(weight.numel()).index_fill(0, leaf.indices(), 1.0).view(weight.shape)
+        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+    trainer_for(again, tmp_path, **settings).train()
+    for key, tensor in model.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(tensor, again.state_dict()[key], rtol=1e-4, atol=1e-6)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_lt_sft_in_rounds_and_resumed(tmp_path: Path) -> None:
+    """Each round adds half of the places, from where the last one has ended; killed and taken up again, the same."""
+    from transformers import TrainerCallback
+
+    def config() -> SparseFTConfig:
+        return SparseFTConfig(selection="lt-sft", num_tunable_weights=41, target_modules=["fc1", "fc2"])
+
+    class Kill(TrainerCallback):
+        left = 10**9
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            Kill.left -= 1
+            if Kill.left == 0:
+                raise Interrupted
+
+    def maker(folder: str) -> Any:
+        fields: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "weight_decay": 0.0}
+        return lambda model: trainer_for(model, tmp_path / folder, callbacks=[Kill()], **fields)
+
+    def base() -> Classifier:
+        torch.manual_seed(1)
+        return Classifier()
+
+    model = peft_ext.lt_sft(base(), config(), maker("whole"), n_iterations=2, dense_learning_rate=3e-3)
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+
+    # the reference: dense models, masked gradients
+    current, masks = base(), {name: torch.zeros(getattr(base(), name).weight.shape) for name in ("fc1", "fc2")}
+    for share in (20, 21):
+        dense = copy.deepcopy(current)
+        for key, parameter in dense.named_parameters():
+            parameter.requires_grad_(key in ("fc1.weight", "fc2.weight"))
+        trainer_for(dense, tmp_path, max_steps=6, learning_rate=3e-3).train()
+        moved = {
+            name: (getattr(dense, name).weight - getattr(base(), name).weight).detach().abs() * (1 - mask)
+            for name, mask in masks.items()
+        }
+        least = torch.cat([value.flatten() for value in moved.values()]).topk(share).values[-1]
+        masks = {name: mask + (moved[name] >= least) for name, mask in masks.items()}
+        handles = []
+        for key, parameter in current.named_parameters():
+            name = key.removesuffix(".weight")
+            parameter.requires_grad_(name in masks)
+            if name in masks:
+                handles.append(parameter.register_hook(lambda g, mask=masks[name]: g * mask))
+        trainer_for(current, tmp_path, max_steps=6).train()
+        for handle in handles:
+            handle.remove()
+    for name, leaf in deltas(model, "default"):
+        assert leaf.indices().tolist() == masks[name].flatten().nonzero().squeeze(1).tolist()
+    for key, tensor in current.state_dict().items():
+        torch.testing.assert_close(merged[key], tensor, rtol=1e-5, atol=1e-6)
+
+    for kill in (3, 11, 21):
+        folder = f"killed-{kill}"
+        Kill.left = kill
+        with pytest.raises(Interrupted):
+            peft_ext.lt_sft(base(), config(), maker(folder), n_iterations=2, dense_learning_rate=3e-3)
+        Kill.left = 10**9
+        again = peft_ext.lt_sft(base(), config(), maker(folder), n_iterations=2, dense_learning_rate=3e-3, resume=True)
+        for (_, ours), (_, theirs) in zip(deltas(again, "default"), deltas(model, "default"), strict=True):
+            assert support_of(ours) == support_of(theirs)
 
 
 @pytest.mark.parametrize(
