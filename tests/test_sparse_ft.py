@@ -1028,6 +1028,56 @@ def test_several_active_adapters_are_their_weighted_sum(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x)["logits"], both)
 
 
+def test_a_sum_carries_over_what_is_trained_besides(tmp_path: Path) -> None:
+    """A head and trained tokens of one adapter; of several only if they are equal."""
+    model = classifier("random", modules_to_save=["head"])
+    fields: dict[str, Any] = {"num_tunable_weights": 50, "selection": "random", "target_modules": ["fc1"]}
+    model.add_adapter("plain", SparseFTConfig(**fields))
+    model.add_adapter("other", SparseFTConfig(modules_to_save=["head"], **fields))
+    random_values(model, "default", "plain", "other")
+    heads = model.base_model.model.head.modules_to_save
+    with torch.no_grad():
+        heads["default"].weight.add_(1.0)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="'default' and 'other' have both trained the module 'head'"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    assert list(model.state_dict()) == before and "sum" not in model.peft_config
+    x = torch.randn(5, 6)
+    model.add_weighted_adapter(["plain", "default"], [2.0, 1.0], "sum")
+    model.set_adapter("sum")
+    merged = Classifier()
+    merged.load_state_dict(model.base_model.model.state_dict(), strict=False)
+    with torch.no_grad():
+        for name in ("fc1", "fc2"):
+            total = dense_delta(model, "default")[name] + 2 * dense_delta(model, "plain").get(name, torch.zeros(()))
+            layer = model.base_model.model.get_submodule(name).base_layer
+            getattr(merged, name).weight.copy_(layer.weight + total.view(layer.weight.shape))
+            if layer.bias is not None:
+                getattr(merged, name).bias.copy_(layer.bias)
+        merged.head.load_state_dict(heads["default"].state_dict())
+    torch.testing.assert_close(model(x)["logits"], merged(x)["logits"])
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    torch.manual_seed(1)
+    loaded = PeftModel.from_pretrained(Classifier(), tmp_path / "sum")
+    torch.testing.assert_close(loaded(x)["logits"], merged(x)["logits"])
+
+
+def test_a_sum_carries_over_trained_tokens() -> None:
+    config = SparseFTConfig(density=0.02, selection="random", trainable_token_indices=[3, 5])
+    model = get_peft_model(tiny("llama"), config)
+    model.add_adapter("plain", SparseFTConfig(density=0.02, selection="random", seed=1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta.default" in name:
+                parameter.add_(1.0)
+    model.eval()
+    expected = logits(model, inputs("llama"))
+    model.add_weighted_adapter(["plain", "default"], [0.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model, inputs("llama")), expected)
+    assert model.peft_config["sum"].trainable_token_indices == [3, 5]
+
+
 def test_ties_elects_signs() -> None:
     from peft_ext.tuners.sparse_ft.sums import combine
 

@@ -41,6 +41,7 @@ from .targets import (
     unadapted_modules,
 )
 from .updates import LowRank, Overlap, Sparse, Support, Update, Vector, lora_scale, overlap_of
+from .whole import carry_over
 
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "after_saving",
     "backbone_linears",
     "backbone_modules",
+    "carry_over",
     "count_parameters",
     "exempt_from_weight_decay",
     "is_admitted",

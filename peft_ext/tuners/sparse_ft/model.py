@@ -149,6 +149,8 @@ class SparseFTModel(ExtModel):
     ) -> None:
         """Adds `adapter_name`, the weighted sum of sparse adapters of this model, on the union of their supports.
 
+        What one of them has trained besides, a head or the embeddings of single tokens, is carried over as it is.
+
         Args:
             adapters: The adapters to add up.
             weights: One factor for each; a negative one subtracts.
@@ -158,7 +160,7 @@ class SparseFTModel(ExtModel):
 
         Raises:
             ValueError: An adapter is missing or of another method, the numbers do not match, the new name is taken,
-                or `combination_type` is unknown.
+                `combination_type` is unknown, or two adapters have trained one head to different values.
         """
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 

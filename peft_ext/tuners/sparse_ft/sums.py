@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core import ExtModel, Support
+from ...core import ExtModel, Support, carry_over
 from .config import SparseFTConfig
 from .deltas import deltas
 
@@ -32,6 +32,7 @@ def add_weighted_adapter(
     for module in dict.fromkeys(key for part in parts for key in part):
         own = [(part[module], weight) for part, weight in zip(parts, weights, strict=True) if module in part]
         combined[module] = combine([delta for delta, _ in own], [weight for _, weight in own], combination_type)
+    carry = carry_over(tuner.model, tuner.peft_config, adapters)
     configs: list[Any] = [tuner.peft_config[name] for name in adapters]
     config = copy.deepcopy(configs[0])
     for other in configs[1:]:
@@ -40,6 +41,7 @@ def add_weighted_adapter(
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
     set_values(tuner.model, adapter_name, combined)
+    carry(adapter_name, tuner.peft_config[adapter_name])
     tuner.set_requires_grad(adapter_name, requires_grad=False)
 
 
