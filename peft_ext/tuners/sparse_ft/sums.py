@@ -41,8 +41,8 @@ def add_weighted_adapter(
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
     set_values(tuner.model, adapter_name, combined)
-    own: Any = tuner.peft_config[adapter_name]
-    carry(adapter_name, own)
+    new: Any = tuner.peft_config[adapter_name]
+    carry(adapter_name, new)
     tuner.set_requires_grad(adapter_name, requires_grad=False)
 
 
