@@ -9,18 +9,24 @@ weight w is, summed over the batches,
     "snip"          |w sum_b g_b|      the same of all batches together (Lee et al. 2019)
 
 Each gradient is added to its sums on the host as soon as it is complete, and released, so that no two large gradients
-are alive at once. `memory="exact"` keeps one fp32 sum a weight. `memory="pool"` keeps the sums of the largest eighth
+are alive at once (with several processes, when the backward of the batch is done, so that all add up the same). `memory="exact"` keeps one fp32 sum a weight. `memory="pool"` keeps the sums of the largest eighth
 only: those below a floor that rises with what was seen are forgotten, and of a weight that enters late it is estimated
 what it had before.
 """
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from io import StringIO
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from torch import distributed, nn
 from tqdm.auto import tqdm
 
@@ -177,6 +183,7 @@ def calibrate(
     kind: str | None = None,
     memory: str = "exact",
     progress: bool = True,
+    full_report: bool = False,
 ) -> Any:
     """Runs a few batches through the model and writes what the config's method needs to know of them into the config.
 
@@ -196,15 +203,18 @@ def calibrate(
             suits the method: `"magnitude"` for masks, else `"sensitivity"`.
         memory: `"exact"`, four bytes a weight on the host, or `"pool"`, one: for budgets well below an eighth of the
             weights.
-        progress: Show a bar, and print what was decided.
+        progress: Show a bar, and print a summary of what was decided.
+        full_report: Print it layer by layer instead, as wide as it is.
 
     Returns:
         The config itself; with `budgets` a dict of a copy for each.
 
     Raises:
         TypeError: The config's method looks at no data.
-        ValueError: There are no batches, the loss is not finite or has no gradient, a target gets none, or an
-            argument is none of those it can be.
+        ValueError: There are no batches, the loss is not finite or depends on no target, or an argument is none of
+            those it can be.
+
+    Targets that the loss does not depend on, such as a pooler, get the score 0, and a warning names them.
     """
     if not isinstance(config, ExtConfig):
         raise TypeError(f"{type(config).__name__} is no config of this package, so there is nothing to calibrate.")
@@ -227,9 +237,39 @@ def calibrate(
             tuner.take_scores(other, model, measured)
         return configs
     tuner.take_scores(config, model, measured)
-    if progress and _is_first_process() and (report := tuner.calibration_report(config)):
-        tqdm.write(report)
+    if progress and _is_first_process():
+        _print(*tuner.calibration_report(config, full_report), wide=full_report)
     return config
+
+
+def _print(title: str, rows: Sequence[Mapping[str, Any]], wide: bool) -> None:
+    """A table whose columns are the keys of the rows, no wider than the terminal unless it may be."""
+    if not rows:
+        return
+    table = Table(box=box.MARKDOWN)
+    columns = _columns(rows)
+    for column in columns:
+        is_number = all(isinstance(row.get(column, 0), int) for row in rows)
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        cells = (row.get(column, "") for column in columns)
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells))
+    out = StringIO()
+    width = 10_000 if wide else shutil.get_terminal_size((119, 24)).columns
+    Console(file=out, width=width, highlight=False, markup=False, emoji=False).print(table)
+    tqdm.write("\n".join([title, *(line.rstrip() for line in out.getvalue().splitlines() if line.strip())]))
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of all rows; one that a row lacks keeps its place before those that follow it elsewhere."""
+    columns: list[str] = []
+    for row in rows:
+        place = 0
+        for key in row:
+            if key not in columns:
+                columns.insert(place, key)
+            place = columns.index(key) + 1
+    return columns
 
 
 def measure(
@@ -260,24 +300,24 @@ def measure(
     scores = (ExactScores if memory == "exact" else PooledScores)({n: p.numel() for n, p in candidates.items()})
     seen: set[str] = set()
 
-    def take(name: str, parameter: torch.Tensor) -> None:
-        grad, parameter.grad = parameter.grad, None
-        assert grad is not None
+    def take(name: str, grad: torch.Tensor, parameter: torch.Tensor) -> None:
         seen.add(name)
-        if _world() > 1:
-            distributed.all_reduce(grad)
-            grad /= _world()
         # a single tensor of the gradient's size is alive besides it, and none if it is in fp32
         values = grad.detach().float().reshape(-1)
         if kind in ("magnitude", "snip"):
             values = values.mul_(parameter.detach().reshape(-1))
         scores.add(name, values if kind == "snip" else values.abs_() if kind == "magnitude" else values.square_())
 
+    def release(parameter: torch.Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None
+        take(names[id(parameter)], grad, parameter)
+
     names = {id(parameter): name for name, parameter in candidates.items()}
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model, candidates))
-        for parameter in candidates.values():
-            hook = parameter.register_post_accumulate_grad_hook(lambda p: take(names[id(p)], p))
+        for parameter in candidates.values() if _world() == 1 else ():
+            hook = parameter.register_post_accumulate_grad_hook(release)
             stack.callback(hook.remove)
         bar = stack.enter_context(
             tqdm(total=num_batches, desc="calibrating", disable=not (progress and _is_first_process()))
@@ -293,19 +333,49 @@ def measure(
                         "under `no_grad`, or `target_modules` are not on its way."
                     )
                 loss.backward()
+                if _world() > 1:
+                    _take_together(candidates, take)
             scores.batches += 1
             bar.update()
     if scores.batches == 0:
         raise ValueError("The data loader gave no batch: it is empty, or an iterator that was used up before.")
     if missing := [name for name in candidates if name not in seen]:
-        raise ValueError(
-            f"The loss has no gradient for {missing[0]!r}{f' and {len(missing) - 1} more' if missing[1:] else ''}: "
-            "leave them out of `target_modules`, or give a `loss_fn` that uses them."
+        if len(missing) == len(candidates):
+            raise ValueError(
+                f"The loss has no gradient for {_some(missing)}, which are all targets: give a `loss_fn` that uses them."
+            )
+        warnings.warn(
+            f"The loss does not depend on {_some(missing)}: they get the score 0.", UserWarning, stacklevel=2
         )
+        for name in missing:
+            scores.add(name, torch.zeros(scores.sizes[name]))
     if isinstance(scores, ExactScores):
         for sums in scores.sums.values():
             sums.abs_()  # those of "snip" have a sign
     return scores
+
+
+def _take_together(
+    candidates: Mapping[str, nn.Parameter], take: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Takes the mean gradients over all processes, each in the same order, whatever each of them used.
+
+    A process may use no part of a module, such as an expert, or reach the modules in another order.
+    """
+    parameters = list(candidates.items())
+    device = parameters[0][1].device
+    has_one = torch.tensor([parameter.grad is not None for _, parameter in parameters], device=device).int()
+    distributed.all_reduce(has_one, distributed.ReduceOp.MAX)
+    for (name, parameter), used in zip(parameters, has_one.tolist(), strict=True):
+        if used:
+            grad, parameter.grad = parameter.grad, None
+            grad = torch.zeros_like(parameter) if grad is None else grad
+            distributed.all_reduce(grad)
+            take(name, grad / _world(), parameter)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]!r}{f' and {len(names) - 1} more' if names[1:] else ''}"
 
 
 @contextmanager

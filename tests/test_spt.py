@@ -257,7 +257,7 @@ def test_the_allocation_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     base = tiny("bert")
     config = SPTConfig(budget=400, r=2, task_type="SEQ_CLS")
-    peft_ext.calibrate(base, config, [inputs("bert")])
+    peft_ext.calibrate(base, config, [inputs("bert")], full_report=True)
     lines = capsys.readouterr().out.splitlines()
     assert config.kinds is not None and config.counts is not None
     assert lines[0] == "400 trainable parameters for a BertForSequenceClassification:"
@@ -266,10 +266,11 @@ def test_the_allocation_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert any("encoder.layer." in name for name in config.kinds)
     for name, kind in config.kinds.items():
         layer, _, rest = name.partition("encoder.layer.")[2].partition(".")
-        rest = rest or name  # the pooler and the norm of the embeddings are in no layer
+        rest, layer = (rest, layer) if rest else (name, "-")  # the pooler and the norm of the embeddings
         cell = rows[layer][header.index(rest.removesuffix(".weight"))].strip()
         size = "" if kind == "whole" else f" {(config.ranks or {}).get(name) or config.counts[name]}"
         assert cell == kind + size
+    assert list(rows) == [*sorted(rows)[1:], "-"]  # what is in no layer comes last
     model = get_peft_model(base, config)
     figure = plots.plot(model)
     values = figure.axes[0].images[0].get_array()
@@ -277,6 +278,24 @@ def test_the_allocation_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[s
     figure.savefig(tmp_path / "allocation.png")
     with pytest.raises(ValueError, match="no adapter named 'other'"):
         plots.plot(model, "other")
+
+
+def test_the_summary_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    base = tiny("bert")
+    config = SPTConfig(budget=400, r=2, task_type="SEQ_CLS")
+    peft_ext.calibrate(base, config, [inputs("bert")])
+    title, header, _, *rows = capsys.readouterr().out.splitlines()
+    assert title == "400 trainable parameters for a BertForSequenceClassification:"
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        *("type", "tensors", "sparse", "lora 2", "weights")
+    ]
+    assert all(len(line) <= 80 for line in (header, *rows)) and config.kinds is not None
+    types = [line.split("|")[1].strip() for line in rows]
+    order = [layer_and_type(name.removesuffix(".weight"))[1] for name, _ in base.named_parameters()]
+    assert types == sorted(types, key=order.index)
+    assert sum(int(line.split("|")[2]) for line in rows) == len(config.kinds)
+    assert sum(int(line.split("|")[5].strip() or 0) for line in rows) == sum((config.counts or {}).values())
 
 
 def test_layers_of_two_stacks_are_told_apart() -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .advice import warn_of_experts, warn_of_fresh_head, warn_of_idle_layers
 from .config import ExtConfig
 from .copies import own_config
+from .files import Row
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
@@ -101,9 +102,12 @@ class ExtModel(BaseTuner):
         raise NotImplementedError
 
     @classmethod
-    def calibration_report(cls, config: Any) -> str:
-        """What a calibration decided, to be printed; empty if there is nothing to show."""
-        return ""
+    def calibration_report(cls, config: Any, full: bool) -> tuple[str, list[Row]]:
+        """What a calibration decided, to be printed: a title, and rows of a table whose columns are the rows' keys.
+
+        A summary, or, if `full`, all of it; no rows if there is nothing to show.
+        """
+        return "", []
 
     @classmethod
     def with_budget(cls, config: Any, budget: float) -> Any:

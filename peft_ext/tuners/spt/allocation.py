@@ -113,7 +113,8 @@ def allocate(scores: Scores, shapes: Mapping[str, tuple[int, ...]], config: SPTC
         raise ValueError(
             f"`budget` of {budget:,} is smaller than one structure of rank {config.r}: raise it, or lower `r`."
         )
-    return Allocation(result.kinds, result.counts, result.ranks, result.support, result.sensitive, spent)
+    kinds = {name: result.kinds[name] for name in prices.names if name in result.kinds}  # in the order of the model
+    return Allocation(kinds, result.counts, result.ranks, result.support, result.sensitive, spent)
 
 
 def _sensitive_within(scores: Scores, prices: Prices, budget: int) -> torch.Tensor:

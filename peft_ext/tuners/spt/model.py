@@ -16,6 +16,7 @@ from ...core import (
     ExtConfig,
     ExtLayer,
     ExtModel,
+    Row,
     backbone_linears,
     backbone_modules,
     count_parameters,
@@ -170,10 +171,10 @@ class SPTModel(ExtModel):
         config.allocation = found
 
     @classmethod
-    def calibration_report(cls, config: Any) -> str:
-        """The allocation by layer and type."""
-        total = config.allocation.total
-        return f"{total:,} trainable parameters for a {config.architecture}:\n{allocation_table(config)}"
+    def calibration_report(cls, config: Any, full: bool) -> tuple[str, list[Row]]:
+        """The allocation by type, or by layer and type."""
+        title = f"{config.allocation.total:,} trainable parameters for a {config.architecture}:"
+        return title, allocation_rows(config) if full else allocation_summary(config)
 
     @classmethod
     def with_budget(cls, config: Any, budget: float) -> Any:
@@ -229,24 +230,51 @@ def amounts(names: list[str], kinds: Mapping[str, str], counts: Mapping[str, int
     return ", ".join(parts)
 
 
-def allocation_table(config: SPTConfig) -> str:
-    """What each tensor got, as a table in Markdown: a row for each layer, a column for each kind of tensor.
+def allocation_rows(config: SPTConfig) -> list[Row]:
+    """What each tensor got: a row for each layer, a column for each type of tensor, both in the model's order.
 
     `whole` is a vector that is tuned as it is, `sparse 12` a tensor of which 12 weights are tuned, `lora 8` a matrix
     with an update of rank 8 (of an adapter: of width 8). The matrices of one parameter, such as experts, share a cell:
-    `3 x lora 8, sparse 12`.
+    `3 x lora 8, sparse 12`. What is in no layer comes last.
     """
-    cells: dict[tuple[int, str], str] = {}
-    of_parameter: dict[str, list[str]] = defaultdict(list)
+    kinds, counts, ranks = config.kinds or {}, config.counts or {}, config.ranks or {}
+    cells: dict[int, Row] = defaultdict(dict)
+    types: dict[str, None] = {}
+    for parameter, names in _by_parameter(config).items():
+        layer, kind = layer_and_type(parameter)[0], _type_of(parameter)
+        cells[layer][kind] = amounts(names, kinds, counts, ranks)
+        types[kind] = None
+    order = sorted(cells, key=lambda layer: (layer < 0, layer))
+    return [
+        {"layer": str(layer) if layer >= 0 else "-", **{kind: cells[layer].get(kind, "") for kind in types}}
+        for layer in order
+    ]
+
+
+def allocation_summary(config: SPTConfig) -> list[Row]:
+    """A row for each type of tensor, in the order of the model: how many get what, and single weights in all."""
+    kinds, counts, ranks = config.kinds or {}, config.counts or {}, config.ranks or {}
+    of_type: dict[str, list[str]] = {}
+    for parameter, names in _by_parameter(config).items():
+        of_type.setdefault(_type_of(parameter), []).extend(names)
+    rows: list[Row] = []
+    for kind, names in of_type.items():
+        gets = Counter(f"{kinds[name]} {ranks[name]}" if name in ranks else kinds[name] for name in names)
+        single = sum(counts[name] for name in names if kinds[name] == "sparse")
+        rows.append({"type": kind, "tensors": len(names), **gets, **({"weights": single} if single else {})})
+    return rows
+
+
+def _type_of(parameter: str) -> str:
+    return layer_and_type(parameter.removesuffix(".weight"))[1]
+
+
+def _by_parameter(config: SPTConfig) -> dict[str, list[str]]:
+    """The tensors with an update by the parameter that they are part of, type by type in the order of the model."""
+    found: dict[str, list[str]] = defaultdict(list)
     for name in config.kinds or {}:
-        of_parameter[parameter_of(name)].append(name)
-    for parameter, names in of_parameter.items():
-        text = amounts(names, config.kinds or {}, config.counts or {}, config.ranks or {})
-        cells[layer_and_type(parameter.removesuffix(".weight"))] = text
-    layers = sorted({layer for layer, _ in cells})
-    types = list(dict.fromkeys(kind for _, kind in cells))
-    rows = [f"| layer | {' | '.join(types)} |", "|---" * (len(types) + 1) + "|"]
-    for layer in layers:
-        row = [cells.get((layer, kind), "") for kind in types]
-        rows.append(f"| {layer if layer >= 0 else ''} | {' | '.join(row)} |")
-    return "\n".join(rows)
+        found[parameter_of(name)].append(name)
+    allocation = getattr(config, "allocation", None)  # of all targets, where the config was just calibrated
+    targets = [*(allocation.sensitive if allocation is not None else ()), *found]
+    order = {kind: place for place, kind in reversed(list(enumerate(_type_of(parameter_of(n)) for n in targets)))}
+    return dict(sorted(found.items(), key=lambda item: order[_type_of(item[0])]))
