@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from peft import PeftMixedModel as _PeftMixedModel
 from peft.mixed_model import _prepare_model_for_gradient_checkpointing
 from peft.tuners.mixed import MixedModel
@@ -16,7 +18,13 @@ from peft.tuners.tuners_utils import (
     _check_adapters_not_merged,
     _delete_auxiliary_adapter,
 )
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.utils.constants import DUMMY_MODEL_CONFIG
 from safetensors.torch import save_file
 from torch import nn
@@ -27,7 +35,17 @@ from .copies import own_config
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .model import tuner_of
+from .stored import without_inner
 from .upkeep import prepare, restore
+
+
+ORDER = "mixed_adapters.json"  # beside the folders of several adapters: in which order they were added, which act
+# the modules that PEFT's classes for a task train and save
+HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
 class _MixedModel(MixedModel):
@@ -149,6 +167,7 @@ class PeftMixedModel(_PeftMixedModel):
         nn.Module.__init__(self)
         _prepare_model_for_gradient_checkpointing(model)
         self.modules_to_save = None
+        peft_config = with_head(peft_config, model)
         configs: Any = {adapter_name: peft_config}
         self.base_model = _MixedModel(model, configs, adapter_name)
         self.set_modules_to_save(peft_config, adapter_name)
@@ -166,6 +185,7 @@ class PeftMixedModel(_PeftMixedModel):
         Raises:
             ValueError: The name is taken.
         """
+        peft_config = with_head(peft_config, self.base_model.model)
         if not isinstance(peft_config, ExtConfig):
             super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
             return
@@ -189,8 +209,10 @@ class PeftMixedModel(_PeftMixedModel):
     ) -> None:
         """Writes each adapter into a folder of its own name, which loads like any adapter, alone or with the others.
 
+        The order in which they act on modules that several adapt is written beside the folders, for `from_pretrained`.
+
         Raises:
-            ValueError: An adapter sits on a module that an earlier one adapts too, so that it would not load alone.
+            ValueError: There is no such adapter, or an option is none of a mixed model.
         """
         if not safe_serialization or kwargs:
             raise ValueError("A mixed model is saved as safetensors, with no other options.")
@@ -199,18 +221,92 @@ class PeftMixedModel(_PeftMixedModel):
             raise ValueError(f"There are no adapters {sorted(unknown)}; there are {sorted(self.peft_config)}.")
         states = {name: get_peft_model_state_dict(self, adapter_name=name) for name in names}
         for name, state in states.items():
-            inner = [key for key in state if ".base_layer." in key]
-            if inner:
-                raise ValueError(
-                    f"Adapter {name!r} cannot be saved apart from the others: at {inner[0]!r} it sits inside another "
-                    "adapter's layer. Give the adapters modules of their own, or train and save one after the other."
-                )
-        for name, state in states.items():
             directory = os.path.join(save_directory, name)
             os.makedirs(directory, exist_ok=True)
-            tensors = {key: value.contiguous() for key, value in state.items()}
+            tensors = {without_inner(key): value.contiguous() for key, value in state.items()}
             save_file(tensors, os.path.join(directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
             config = copy.copy(self.peft_config[name])
             config.base_model_name_or_path = getattr(self.base_model.model, "name_or_path", None) or None
             config.inference_mode = True
             config.save_pretrained(directory)
+        order = sorted(names, key=lambda name: -_depth(self.base_model.model, name))
+        active = [name for name in self.active_adapters if name in names]
+        Path(save_directory, ORDER).write_text(json.dumps({"adapters": order, "active": active}, indent=1))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        *args: Any,
+        **kwargs: Any,
+    ) -> PeftMixedModel:
+        """Loads one adapter, or all that `save_pretrained` has written into one directory, under their own names.
+
+        Raises:
+            ValueError: The directory does not say which adapters are in it.
+        """
+        if not Path(model_id, ORDER).is_file():
+            return super().from_pretrained(model, model_id, adapter_name, *args, **kwargs)
+        names, active = _read_order(Path(model_id))
+        mixed = super().from_pretrained(model, os.path.join(model_id, names[0]), names[0], *args, **kwargs)
+        for name in names[1:]:
+            mixed.load_adapter(os.path.join(model_id, name), name, *args, **kwargs)
+        mixed.set_adapter(active)
+        return mixed
+
+    def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Loads one more adapter, also onto modules that others adapt."""
+        output = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        if isinstance(self.peft_config[adapter_name], ExtConfig):
+            return output
+        # PEFT does not look inside the layers of other methods
+        own = get_peft_model_state_dict(self, adapter_name=adapter_name)
+        inner = {key: without_inner(key) for key in own if key != without_inner(key)}
+        if inner:
+            hub = {k: v for k, v in kwargs.items() if k in ("revision", "subfolder", "token", "cache_dir")}
+            weights = load_peft_weights(model_id, device=kwargs.get("torch_device"), **hub)
+            if missing := sorted(set(inner.values()) - weights.keys()):
+                raise ValueError(f"The adapter in {str(model_id)!r} has no {missing[0]!r}: its file is damaged.")
+            found = {key: weights[stored] for key, stored in inner.items()}
+            set_peft_model_state_dict(self, {**own, **found}, adapter_name)
+        return output
+
+
+def with_head(config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """The config with the head of its task in `modules_to_save`, as PEFT's classes for tasks have it."""
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    heads = [name for name in HEADS.get(config.task_type, ()) if name in there]  # type: ignore[call-overload]
+    if not heads or (isinstance(config, ExtConfig) and tuner_of(config).trains_own_head):
+        return config
+    config = copy.copy(config)
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))  # type: ignore[attr-defined]
+    return config
+
+
+def _depth(model: nn.Module, adapter_name: str) -> int:
+    """In how many layers of other adapters an adapter's layers are at most."""
+    return max(
+        (
+            f".{name}.".count(".base_layer.")
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters()
+        ),
+        default=0,
+    )
+
+
+def _read_order(directory: Path) -> tuple[list[str], list[str]]:
+    try:
+        found = json.loads((directory / ORDER).read_text())
+        names, active = found["adapters"], found["active"]
+        if not (
+            names and set(active) <= set(names) and all((directory / name / CONFIG_NAME).is_file() for name in names)
+        ):
+            raise ValueError("it names adapters that are not there")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(directory / ORDER)!r} does not say which adapters to load ({error}); load them one by one."
+        ) from None
+    return names, active

@@ -27,7 +27,7 @@ from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
 from .registry import about_of
-from .stored import Stored, refuse_other_shapes
+from .stored import Stored, refuse_other_shapes, without_inner
 from .targets import is_named, matched_targets, refuse_unknown_targets
 from .uncalled import uncalled_modules
 from .upkeep import prepare, restore
@@ -318,6 +318,7 @@ class ExtModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         warn_of_idle_layers(model, [adapter_name])
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
+        tensors = {without_inner(key): tensor for key, tensor in tensors.items()}
         return cls.stored_tensors(model, config, adapter_name, tensors)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,10 +31,15 @@ def leaves_of(model: nn.Module, adapter_name: str, prefix: str) -> Iterator[tupl
 
 def spellings(key: str) -> Iterator[str]:
     """How a file may call a tensor: alone, an adapter does not know of those that are around it."""
-    for spelling in dict.fromkeys((key, key.replace(INNER, ""))):
+    for spelling in dict.fromkeys((key, without_inner(key))):
         yield spelling
         if not spelling.startswith(PEFT_PREFIX):
             yield PEFT_PREFIX + spelling
+
+
+def without_inner(key: str) -> str:
+    """The key of an adapter's tensor as it is where no other adapter is around it."""
+    return re.sub(r"\.base_layer(?=\.[^.]+\.)", "", key)
 
 
 class Stored:
