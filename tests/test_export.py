@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,7 @@ from hub_server import HubServer, only_local
 from huggingface_hub import EvalResult, HfApi
 from models import ARCHITECTURES, CLASSES, MORE_ARCHITECTURES, inputs, logits, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_integrations import arguments, tokenizer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -356,29 +358,189 @@ def test_reloading_bit_for_bit_in_a_fresh_process(reloaded: dict[str, str], name
     assert reloaded[f"{name}-{mode}/peft_ext"] == "same", reloaded[f"{name}-{mode}/peft_ext"]
 
 
-@pytest.mark.parametrize("name", ["bert", "mistral", "opt", "vit"])
-def test_sizes_are_also_written_as_transformers_will_read_them(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "llama", "mistral", "opt", "vit"])
+def test_sizes_are_also_written_in_the_schema_of_transformers(name: str, tmp_path: Path) -> None:
+    """In `pruned`, where neither rotary embeddings nor the validation of configs trip over them."""
     model = cut_model(name, "layers")
     save_pruned(model, tmp_path)
-    config = tf.AutoConfig.from_pretrained(tmp_path)
-    for index, layer in enumerate(config.per_layer_config):
+    text = (tmp_path / "config.json").read_text()
+    saved = json.loads(text)
+    assert "per_layer_config" not in saved and "allow_global_per_layer_attribute_access" not in saved
+    loaded: Any = load_pruned(tmp_path)
+    for index, live in enumerate(loaded.config.per_layer_config):
         sizes = {
             group.kind: group.units * group.width // (group.head_dim or 1)
             for key, group in find_groups(model).items()
             if f".{index}." in key
         }
-        width = layer.ffn_dim if name == "opt" else layer.intermediate_size
-        assert sizes == {"ffn": width, "heads": layer.num_attention_heads}
-    load_pruned(tmp_path).save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
-    with pytest.raises(RuntimeError):  # the day is not today
+        layer = saved["pruned"]["per_layer_config"][str(index)]
+        width = "ffn_dim" if name == "opt" else "intermediate_size"
+        assert sizes == {"ffn": layer[width], "heads": layer["num_attention_heads"]}
+        assert sizes == {"ffn": getattr(live, width), "heads": live.num_attention_heads}
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == text
+    assert loaded.config.num_attention_heads == FIELDS[name]["num_attention_heads"]  # what rotary embeddings read
+    with pytest.raises(RuntimeError):  # the stock class does not read them yet
         type(model).__mro__[2].from_pretrained(tmp_path)
 
 
-def test_sizes_that_the_config_class_refuses_are_kept_apart(tmp_path: Path) -> None:
-    save_pruned(cut_model("llama", "layers"), tmp_path)  # with heads that do not divide the hidden size
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert "per_layer_config" not in config and len(config["pruned"]["per_layer_config"]) == 3
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 16},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {"factor": 2.0, "original_max_position_embeddings": 16},
+}
+ROTARY = ("gemma", "gemma2", "gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+def rotary_model(name: str, rope: str, head_dim: int | None) -> Any:
+    """A model with 4 key-value heads; without `head_dim` that follows from the number of heads, or is the default."""
+    model_class, config_class, fields = ARCHITECTURES.get(name) or (
+        *(tf.GemmaForCausalLM, tf.GemmaConfig),
+        ARCHITECTURES["llama"][2],
+    )
+    fields = {**fields, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 32, "num_hidden_layers": 2}
+    fields.pop("head_dim", None)
+    fields |= {"head_dim": head_dim} if head_dim else {}
+    config = config_class(**fields)
+    width = getattr(config, "head_dim", None) or 4
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
+    if rope == "longrope":
+        parameters |= {"short_factor": [1.0] * (width // 2), "long_factor": [2.0] * (width // 2)}
+    if name == "gemma3":
+        plain = {"rope_type": "default", "rope_theta": 10000.0}
+        config.rope_parameters = {"full_attention": parameters, "sliding_attention": plain}
+    else:
+        config.rope_parameters = parameters
+    torch.manual_seed(0)
+    return model_class(config).eval()
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_every_rotary_embedding_loads_again(name: str, tmp_path: Path) -> None:
+    ropes = ("default", "longrope") if name == "phi3" else tuple(ROPES)
+    cases = [(rope, head_dim, "uneven") for rope in ropes for head_dim in (None, 8)]
+    cases += [(ropes[-1], None, "even"), (ropes[-1], 8, "even"), (ropes[0], None, "even")]
+    long = {"input_ids": torch.arange(3, 40).remainder(37)[None] + 3}  # longer than the positions it was trained on
+    for rope, head_dim, way in cases:
+        model = rotary_model(name, rope, head_dim)
+        groups = find_groups(model, ["ffn", "heads"])
+        kept = choose(groups) if way == "uneven" else {k: torch.arange(g.units * 3 // 4) for k, g in groups.items()}
+        masked_model = mask(model, groups, kept)
+        cut(model, groups, kept)
+        folder = tmp_path / f"{rope}-{head_dim}-{way}"
+        save_pruned(model, folder)
+        again: Any = load_pruned(folder)
+        with torch.no_grad():
+            found = logits(again, long)
+            torch.testing.assert_close(found, logits(masked_model, long), rtol=0, atol=1e-5)
+            assert torch.equal(found, logits(model, long)), (rope, head_dim, way)
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        expected = again.generate(long["input_ids"], use_cache=False, **options)
+        assert torch.equal(again.generate(long["input_ids"], **options), expected), (rope, head_dim, way)
+
+
+# what is refused
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_pruned(cut_model("phi3", "layers"), folder)
+    return folder
+
+
+EVIL = "from pathlib import Path\nPath('{path}').touch()\nclass Config: ...\nclass Model: ...\n"
+CONSUMER = "model.layers.0.mlp.down_proj"
+
+
+def edited(saved: Path, folder: Path, **fields: Any) -> Path:
+    """A copy with other fields of the config."""
+    shutil.copytree(saved, folder, dirs_exist_ok=True)
+    config = json.loads((saved / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_loading_runs_no_code_and_offers_none(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    folder = edited(saved, tmp_path / "known", auto_map=code)
+    (folder / "evil.py").write_text(EVIL.format(path=tmp_path / "ran"))
+    assert torch.equal(outputs("phi3", load_pruned(folder)), outputs("phi3", load_pruned(saved)))
+    edited(folder, tmp_path / "unknown", auto_map=code, model_type="evil")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_pruned(tmp_path / "unknown")
+    with pytest.raises(ValueError, match="`load_pruned` runs no code"):
+        load_pruned(folder, trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": ["BertTokenizer"]}, "should be a model class of transformers"),
+        ({"architectures": ["PreTrainedModel"]}, "is no class for the Phi3Config"),
+        ({"architectures": ["LlamaForCausalLM"]}, "is no class for the Phi3Config"),
+        ({"architectures": ["os"]}, "should be a model class"),
+        ({"architectures": [1]}, "should be a model class"),
+        ({"architectures": None}, "should be a model class"),
+        ({"pruned": {}}, "must have `shapes` and `attributes`"),
+        ({"pruned": 1}, "must have `shapes` and `attributes`"),
+        ({"pruned": {"shapes": 1, "attributes": []}}, "`shapes` is 1.*`attributes` is"),
+        ({"shapes": {"no.weight": [1, 1], f"{CONSUMER}.weight": [16, 0]}}, "no such parameter.*2 in all"),
+        ({"shapes": {f"{CONSUMER}.weight": "ab"}}, "`shapes` says 'ab'"),
+        ({"attributes": {"no.module": {"num_heads": 1}}}, "'no.module', which is no module"),
+        ({"attributes": {CONSUMER: {"forward": 1}}}, "sets `forward` of"),
+        ({"attributes": {CONSUMER: {"_modules": 1}}}, "sets `_modules` of"),
+        ({"attributes": {"model.layers.0.self_attn": {"scaling": "x"}}}, "sets `scaling` of .* to 'x'"),
+        ({"attributes": {"model.layers.0.self_attn": {"config": {"forward": 1}}}}, "sets `config` of"),
+        ({"attributes": {"model.layers.0.self_attn": {"config": 1}}}, "sets `config` of"),
+        ({"per_layer_config": {"9": {"num_attention_heads": 1}}}, "other things than sizes of layers"),
+        ({"per_layer_config": {"0": {"_modules": 1}}}, "other things than sizes of layers"),
+        ({"per_layer_config": [1]}, "other things than sizes of layers"),
+        ({"num_attention_heads": 0}, "none of a model of transformers"),
+        ({"num_hidden_layers": 4}, r"there is no 'model\.layers\.3\."),
+        ({"num_hidden_layers": 2}, "no such parameter|other things than sizes"),
+        ({"hidden_act": "no"}, "none of a model of transformers"),
+    ],
+)
+def test_an_edited_config_is_refused(saved: Path, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    if set(fields) <= {"shapes", "attributes", "per_layer_config"}:
+        pruned = json.loads((saved / "config.json").read_text())["pruned"]
+        fields = {"pruned": {**pruned, **fields}}
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load_pruned(edited(saved, tmp_path, **fields))
+
+
+@pytest.mark.parametrize("mode", ["layers", "ffn"])
+def test_weights_that_are_not_all_there_are_refused(mode: str, tmp_path: Path) -> None:
+    save_pruned(cut_model("bert", mode), tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    for change, message in (
+        ({key: value for key, value in whole.items() if key != name}, f"there is no '{name}'"),
+        ({**whole, "bert.more": torch.ones(1)}, "'bert.more', which the model does not have"),
+        ({**whole, name: torch.full_like(whole[name], torch.nan)}, f"not finite: {name}"),
+    ):
+        save_file(change, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_pruned(tmp_path)
+    save_file(whole, file, metadata={"format": "pt"})
+    model, info = load_pruned(tmp_path, output_loading_info=True)  # type: ignore[misc]
+    assert not info["missing_keys"] and isinstance(model, tf.BertForSequenceClassification)
+
+
+def test_what_would_not_load_again_is_not_passed_over(tmp_path: Path) -> None:
+    model = cut_model("bert", "layers")
+    settle(model)
+    dense: Any = model.bert.encoder.layer[0].output.dense
+    dense.weight = nn.Parameter(torch.zeros(17, dense.weight.shape[1]))  # larger than any config says
+    with pytest.raises(ValueError, match="was written, but"):
+        save_pruned(model, tmp_path)
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
@@ -452,17 +614,51 @@ def test_a_model_that_was_not_cut_stays_as_it_is(tmp_path: Path) -> None:
 # what is done with a model
 
 
+GENERATING = ("bart", "gemma2", "gemma3", "gemma3_vision", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3")
+GENERATING += ("t5", "whisper")
+WAYS: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "chunked": {"prefill_chunk_size": 3},
+    "chunked and static": {"prefill_chunk_size": 3, "cache_implementation": "static", "disable_compile": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+    "assisted": {},
+}
+
+
 @pytest.mark.parametrize("mode", ["layers", "uniform"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt2", "phi3", "bart"])
-def test_generation_with_a_cache(name: str, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", GENERATING)
+def test_generation_with_every_cache(name: str, mode: str, tmp_path: Path) -> None:
     save_pruned(cut_model(name, mode), tmp_path)
     model: Any = load_pruned(tmp_path)
-    ids = inputs(name)["input_ids"]
+    batch = {key: value[:1] for key, value in inputs(name, batch=1).items() if key != "labels"}
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(ids, use_cache=False, **options)
-    assert torch.equal(model.generate(ids, **options), expected)
-    if name in ("llama", "opt", "phi3"):
-        assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    expected = model.generate(**batch, use_cache=False, **options)
+    for way, fields in WAYS.items():
+        if model.config.is_encoder_decoder and "chunked" in way:
+            continue
+        more = {"assistant_model": copy.deepcopy(model)} if way == "assisted" else fields
+        assert torch.equal(model.generate(**batch, **more, **options), expected), way
+
+
+@pytest.mark.parametrize("mode", ["layers", "uniform"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"])
+def test_the_module_that_executorch_exports(name: str, mode: str) -> None:
+    """It makes its cache from the config."""
+    from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
+
+    model = cut_model(name, mode)
+    settle(model)
+    ids = inputs(name)["input_ids"][:1]
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.generation_config.update(cache_implementation="static", use_cache=True)
+        module = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16)
+        if name == "llama":
+            exported = module.export(input_ids=ids).module()
+            torch.testing.assert_close(exported(input_ids=ids), expected, rtol=0, atol=1e-5)
+        else:
+            torch.testing.assert_close(module(input_ids=ids), expected, rtol=0, atol=1e-5)
 
 
 def test_pickling_and_copying() -> None:

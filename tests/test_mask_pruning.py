@@ -356,6 +356,106 @@ def test_logits_cast_to_bfloat16_are_put_back() -> None:
     assert all(torch.equal(made.logits(), value) for made, value in zip(gates, before, strict=True))
 
 
+@pytest.mark.parametrize("way", ["a process group of one", "set_to_none=False"])
+def test_gradients_of_zero_while_masks_do_not_learn_do_not_count(way: str) -> None:
+    """AdamW would average them with those that come later."""
+
+    def decided(other: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = get_peft_model(tiny("bert"), config(warmup_ratio=0.3)).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        gates = list(gates_of(model, "default").values())
+        for step in range(20):
+            loss(model, inputs("bert", seed=step)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=not (other and way == "set_to_none=False"))
+        assert all(made.is_fixed for made in gates)
+        return [tensor for made in gates for tensor in (made.kept, made.weight.detach())]
+
+    expected = decided(False)
+    if way == "a process group of one":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = decided(True)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("fields", [{}, {"penalty": 5.0}])
+@pytest.mark.parametrize("way", ["one for each parameter", "one for each half", "some gates in none"])
+def test_gates_in_several_optimizers(way: str, fields: dict[str, Any]) -> None:
+    """The same steps, the same penalty, the same target as with all in one."""
+
+    def trained(split: bool) -> dict[str, MaskGate]:
+        torch.manual_seed(0)
+        model = get_peft_model(tiny("bert"), config(warmup_ratio=0.1, **fields)).train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        made = gates_of(model, "default")
+        if way == "some gates in none":
+            left_out = [gate.weight for gate in list(made.values())[::2]]
+            parameters = [p for p in parameters if all(p is not other for other in left_out)]
+        parts = [parameters]
+        if split:
+            size = len(parameters) // 2 if way == "one for each half" else 1
+            parts = [parameters[i : i + size] for i in range(0, len(parameters), size)]
+        optimizers = [torch.optim.AdamW(part, lr=1e-2) for part in parts]
+        for step in range(21):  # where some gates are in none, a step ends with the next one
+            loss(model, inputs("bert", seed=step)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return made
+
+    together, apart = trained(False), trained(True)
+    for name, made in together.items():
+        assert made.is_fixed and int(made.progress) == 21
+        assert torch.equal(apart[name].kept, made.kept) and int(apart[name].progress) == 21
+        torch.testing.assert_close(apart[name].weight, made.weight)
+    assert any(not made.kept.all() for made in together.values())
+
+
+@pytest.mark.parametrize("fields", [{}, {"penalty": 5.0}])
+@pytest.mark.parametrize("step", [5, 13])  # in the middle of the mask phase, and in its last step
+def test_nothing_is_decided_from_what_is_not_finite(step: int, fields: dict[str, Any]) -> None:
+    model = get_peft_model(tiny("bert"), config(warmup_ratio=0.1, **fields))
+    optimizer = train(model, step)
+    (loss(model, inputs("bert")) * float("nan")).backward()
+    with pytest.raises(ValueError, match=r"logits of the masks are not finite since step \d+"):
+        optimizer.step()
+        train(model, 1, optimizer)
+    assert not any(made.is_fixed for made in gates_of(model, "default").values())
+    with pytest.raises(ValueError, match="not finite"):
+        peft_ext.fix_masks(model)
+
+
+@pytest.mark.parametrize("with_buffers", [False, True])
+@pytest.mark.parametrize("average", ["ema", "swa"])
+def test_an_averaged_model_has_the_decision_or_says_what_is_wrong(average: str, with_buffers: bool) -> None:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny("bert"), config())
+    average_fn = get_ema_multi_avg_fn(0.9) if average == "ema" else None
+    averaged = AveragedModel(model, multi_avg_fn=average_fn, use_buffers=with_buffers)
+    optimizer = train(model, 1)
+    for step in range(1, 20):
+        train(model, 1, optimizer, start=step)
+        averaged.update_parameters(model)
+    copied: Any = averaged.module
+    if with_buffers:
+        with pytest.raises(ValueError, match=r"it was averaged .* `use_buffers=False`"):
+            averaged.eval()
+        with pytest.raises(ValueError, match="it was averaged"):
+            kept_units(copied)
+    else:
+        averaged.eval()
+        assert all(torch.equal(units, kept_units(model)[name]) for name, units in kept_units(copied).items())
+        pruned = peft_ext.prune_and_unload(copy.deepcopy(copied))
+        torch.testing.assert_close(logits(pruned, inputs("bert")), logits(copied, inputs("bert")), atol=1e-5, rtol=0)
+
+
 def test_a_closure_and_a_penalty() -> None:
     made = gate(torch.zeros(8), penalty=1.0)
     with pytest.raises(ValueError, match=r"SGD\.step was given a closure"):
@@ -493,6 +593,12 @@ def test_fix_masks_decides_early() -> None:
 # Distillation
 
 
+def _kl(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """In float64, of logits at temperature 2: mean over all but the last dimension."""
+    old, new = (F.log_softmax(x.double() / 2, -1) for x in (old, new))
+    return 4 * (old.exp() * (old - new)).sum(-1).mean()
+
+
 def test_distillation_adds_the_divergence_from_the_dense_model() -> None:
     settings = {"task_type": "CAUSAL_LM", "warmup_ratio": 0.0}
     torch.manual_seed(0)
@@ -504,9 +610,9 @@ def test_distillation_adds_the_divergence_from_the_dense_model() -> None:
     batch["labels"][0, :3] = -100
     output, alone = model(**batch), plain(**batch)
     dense = tiny("llama")(**batch).logits
-    chosen = batch["labels"] != -100
-    new, old = F.log_softmax(alone.logits[chosen] / 2, -1), F.log_softmax(dense[chosen] / 2, -1)
-    expected = alone.loss + 0.7 * 4 * (old.exp() * (old - new)).sum(-1).mean()
+    # the output at a position predicts the next token, the first of an answer at the last one of its prompt
+    chosen = batch["labels"][:, 1:] != -100
+    expected = alone.loss + 0.7 * _kl(dense[:, :-1][chosen], alone.logits[:, :-1][chosen]).float()
     torch.testing.assert_close(output.loss, expected)
     assert expected > alone.loss + 1e-3
     output.loss.backward()
@@ -515,6 +621,64 @@ def test_distillation_adds_the_divergence_from_the_dense_model() -> None:
     torch.testing.assert_close(model.eval()(**batch).loss, plain.eval()(**batch).loss)
     with pytest.raises(ValueError, match="pass `labels`"):
         model.train()(input_ids=batch["input_ids"])
+
+
+def test_distillation_of_a_sequence_to_sequence_model_shifts_nothing() -> None:
+    settings = {"task_type": "SEQ_2_SEQ_LM", "warmup_ratio": 0.0, "prune": ["ffn"]}
+    batch = inputs("t5")
+    torch.manual_seed(0)
+    model = get_peft_model(tiny("t5"), config(**settings, distillation=1.0)).train()
+    torch.manual_seed(0)
+    alone = get_peft_model(tiny("t5"), config(**settings)).train()(**batch)
+    expected = alone.loss + _kl(tiny("t5")(**batch).logits, alone.logits).float()
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_distillation_is_measured_as_the_loss_is(problem: str) -> None:
+    batch = inputs("bert")
+    fields: dict[str, Any] = {"num_labels": 1} if problem == "regression" else {}
+    batch["labels"] = torch.rand(2, 1) if problem == "regression" else torch.randint(0, 2, (2, 3)).float()
+
+    def made(**more: Any) -> PeftModel:
+        torch.manual_seed(0)
+        settings = {"warmup_ratio": 0.0, "distillation_teacher": "frozen", "initial_logit": 0.0, **more}
+        return get_peft_model(tiny("bert", **fields), config(**settings)).train()
+
+    alone, dense = made()(**batch), tiny("bert", **fields)(**batch).logits
+    if problem == "regression":
+        expected = (alone.logits - dense).square().mean()
+    else:
+        expected = _kl(torch.stack((dense, 0 * dense), -1), torch.stack((alone.logits, 0 * alone.logits), -1)).float()
+    assert expected > 1e-3
+    torch.testing.assert_close(made(distillation=0.5)(**batch).loss, alone.loss + 0.5 * expected)
+
+
+@pytest.mark.parametrize(("is_fresh", "teacher"), [(True, None), (False, None), (False, "self"), (True, "frozen")])
+def test_the_teacher_of_a_fresh_head_is_the_model_without_masks(is_fresh: bool, teacher: str | None) -> None:
+    batch = inputs("bert")
+
+    def made(**more: Any) -> PeftModel:
+        base = tiny("bert")
+        if is_fresh:
+            nn.init.zeros_(base.classifier.bias)
+        torch.manual_seed(0)
+        model = get_peft_model(base, config(**{"warmup_ratio": 0.0, "initial_logit": 0.0, **more})).train()
+        for key, parameter in model.named_parameters():
+            if "_up." in key or "classifier.modules_to_save" in key:
+                nn.init.normal_(parameter, std=0.3)
+        return model
+
+    alone = made()(**batch)
+    with_lora = made(initial_logit=5.0).eval()  # all are kept
+    if teacher == "frozen" or (teacher is None and not is_fresh):
+        with with_lora.disable_adapter():
+            dense = with_lora(**batch).logits
+    else:
+        dense = with_lora(**batch).logits
+    model = made(distillation=0.5, distillation_teacher=teacher)
+    torch.testing.assert_close(model(**batch).loss, alone.loss + 0.5 * _kl(dense, alone.logits).float())
+    assert all(not made.is_open and made.training for made in gates_of(model, "default").values())
 
 
 # Calibration
@@ -617,6 +781,7 @@ def test_declared_groups_and_unknown_architectures() -> None:
         ({"round_to": 0}, "`round_to` must be a positive integer"),
         ({"final_temperature": 0.0}, "`final_temperature` must be positive"),
         ({"lora_dropout": 1.5}, "`lora_dropout` must be between 0 and 1"),
+        ({"distillation_teacher": "dense"}, "`distillation_teacher` must be one of frozen, self or None"),
         ({"distillation": -1.0}, "`distillation` must not be negative"),
         ({"r": 0}, "`r` must be a positive integer"),
     ],

@@ -215,6 +215,21 @@ def test_as_lora(tmp_path: Path) -> None:
         peft_ext.save_as_lora(get_peft_model(model, config), tmp_path)
 
 
+def test_heads_and_tokens_follow_into_the_lora(tmp_path: Path) -> None:
+    fields = {"trainable_token_indices": [4, 9], "modules_to_save": ["classifier"]}
+    model, config = calibrated("bert", unstructured=False, **fields)
+    base = copy.deepcopy(model)
+    adapted = get_peft_model(model, config).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    batch = {**batch_of("bert"), "labels": None}
+    batch["input_ids"][:, 2] = 4
+    peft_ext.save_as_lora(adapted, tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(loaded(**batch).logits, adapted(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_norms_and_biases_are_trained() -> None:
     """The reference counts their entries and never trains them."""
     model, config = calibrated("bert", structured=None, target_modules=["LayerNorm", "query"])

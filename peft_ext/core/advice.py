@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .config import ExtConfig
@@ -76,6 +76,16 @@ def warn_of_fresh_head(model: nn.Module) -> None:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def trains_fresh_head(model: nn.Module) -> bool:
+    """Whether a module that is trained in full beside the adapter looks freshly initialised in the frozen model."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            linears = [module for module in wrapper.original_module.modules() if isinstance(module, nn.Linear)]
+            if linears and _looks_fresh(linears[-1], model):
+                return True
+    return False
 
 
 def _looks_fresh(linear: nn.Linear, model: nn.Module) -> bool:

@@ -34,16 +34,25 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the frozen one, in eval mode; which parameters are trained stays as it is."""
     layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     disabled = [layer._disable_adapters for layer in layers]
-    modes = [(module, module.training) for module in model.modules()]
     try:
         for layer in layers:
             layer._disable_adapters = True
+        with evaluating(model):
+            yield
+    finally:
+        for layer, was_disabled in zip(layers, disabled, strict=True):
+            layer._disable_adapters = was_disabled
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all modules are in eval mode; afterwards each is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
         for module, _ in modes:
             module.training = False
         yield
     finally:
-        for layer, was_disabled in zip(layers, disabled, strict=True):
-            layer._disable_adapters = was_disabled
         for module, mode in modes:
             module.training = mode
 

@@ -1,9 +1,10 @@
 """Cutting masked channels out, and saving and loading what is left."""
 
 from .cut import cut
+from .loading import load_pruned
 from .prune import prune_and_unload
 from .report import card_rows, markdown, report
-from .saving import kept_shares, load_pruned, push_pruned_to_hub, save_pruned
+from .saving import kept_shares, push_pruned_to_hub, save_pruned
 
 
 __all__ = [

@@ -55,7 +55,7 @@ def cut(
     """
     _check(model, groups, kept, round_to)
     counts = {name: len(kept.get(name, range(group.units))) for name, group in groups.items()}
-    towers = {name: (group.kind, _config_type(model, name)) for name, group in groups.items()}
+    towers = {name: (group.kind, config_type(model, name)) for name, group in groups.items()}
     sizes = _sizes(groups, counts, towers, round_to, uniform)
     stay = {}
     for name, group in groups.items():
@@ -149,7 +149,7 @@ def _sizes(
     return sizes
 
 
-def _config_type(model: nn.Module, name: str) -> str:
+def config_type(model: nn.Module, name: str) -> str:
     """The class of the config that the module is built from: a model of two towers has two."""
     while name:
         name = name.rpartition(".")[0]

@@ -42,8 +42,8 @@ def report(
 
     Returns:
         `{"parameters": {"before": ..., "after": ...}, "weight_bytes": ..., "metrics": ..., "runs": [...]}`, where a run
-        has `batch_size`, `length`, `flops`, `seconds` (the median) and, on a GPU, `peak_bytes`, each before and after.
-        It can be written as JSON. Weights take as many bytes in memory as in a file.
+        has `batch_size`, `length`, `flops`, `seconds` (the median, with as many threads as torch is set to) and, on a
+        GPU, `peak_bytes`, each before and after. It can be written as JSON. Weights take as many bytes in memory as in a file.
 
     Raises:
         ValueError: A model is in training mode, in which latency means something else.
@@ -64,7 +64,11 @@ def report(
             times: dict[str, list[float]] = {"before": [], "after": []}
             for _ in range(rounds):
                 for name, model in models.items():
-                    timer = Timer("model(**batch)", globals={"model": model, "batch": batch})
+                    timer = Timer(
+                        "model(**batch)",
+                        globals={"model": model, "batch": batch},
+                        num_threads=torch.get_num_threads(),  # which a Timer sets to one
+                    )
                     times[name].append(timer.blocked_autorange(min_run_time=seconds / rounds).median)
             run["seconds"] = {name: median(found) for name, found in times.items()}
             if next(before.parameters()).is_cuda:

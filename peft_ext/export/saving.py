@@ -2,8 +2,9 @@
 
 (a) If the stock class builds it from a changed config, the config is all that changes.
 (b) If not, `pruned` in `config.json` lists what differs, and `modeling_pruned.py` beside the weights applies it.
-(c) The sizes then stand there also in the schema that transformers has for layers that differ (`per_layer_config`),
-    for the day when its model classes read it; inside of `pruned` where even its config classes refuse it today.
+(c) The sizes then stand in `pruned` also in the schema that transformers has for layers that differ
+    (`per_layer_config`). Its model classes refuse it, and where it stands in the config as a whole, rotary embeddings
+    and the validation of configs trip over it; but caches are made by it, so a live model's config has it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..cards import CardInfo, hub_ids, update_card
 from ..groups import Group, find_groups
 from . import modeling_pruned
-from .modeling_pruned import Pruned, explained, pruned_class
+from .cut import config_type
+from .loading import auto_classes, class_for, class_of, read_config
+from .modeling_pruned import (
+    ATTRIBUTES,
+    HEADS,
+    KEY_HEADS,
+    WIDTHS,
+    Pruned,
+    forget_sizes,
+    tell_sizes,
+    without_sizes,
+)
 
 
 CODE = "modeling_pruned.py"
@@ -46,16 +57,7 @@ _REFUSALS = (
     ValueError,
     StrictDataclassError,
 )
-# how config classes call the number of channels of a feed-forward block, and the number of heads
-_WIDTHS = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
 _RATIO = "mlp_ratio"
-_HEADS = ("num_attention_heads", "n_head", "n_heads")
-_KEY_HEADS = "num_key_value_heads"
-# what modules compute with besides their parameters
-_ATTRIBUTES = (
-    *("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "num_key_value_groups", "all_head_size"),
-    *("split_size", "head_dim", "attention_head_size", "scaling", "scale", "intermediate_size"),
-)
 
 Fields = dict[str, Any]
 Difference = tuple[dict[str, list[int]], dict[str, dict[str, Any]]]  # shapes and attributes, as `shrink` takes them
@@ -72,14 +74,13 @@ def settle(model: PreTrainedModel) -> None:
     """
     stock = stock_class(model)
     config: Any = model.config
-    before = config.to_dict()
-    fields = {key: value for key, value in before.items() if key not in _OURS}
+    forget_sizes(config)
+    fields = {key: value for key, value in config.to_dict().items() if key not in _OURS}
     plain = _built(stock, config, fields)
     found = difference(plain, model)
     changed = fitting_fields(model, stock, fields, plain) if any(found) else fields
-    for key in _OURS[:2]:
+    for key in ("pruned", "auto_map"):
         config.__dict__.pop(key, None)
-    config.per_layer_config = None
     if changed is not None:
         if changed != fields:
             config.unpruned = _merged(_replaced(changed, fields), getattr(config, "unpruned", {}))
@@ -88,12 +89,10 @@ def settle(model: PreTrainedModel) -> None:
         return
     config.pruned = {"shapes": found[0], "attributes": found[1]}
     config.auto_map = {name: f"{Path(CODE).stem}.{stock.__name__}" for name in auto_classes(stock, config)}
-    if (per_layer := per_layer_sizes(model, plain, fields)) is not None:
-        if _carries(config, per_layer):
-            config.per_layer_config = per_layer
-        else:
-            config.pruned["per_layer_config"] = per_layer
-    model.__class__ = _class_for(config, stock)
+    if (per_layer := per_layer_sizes(model, plain)) is not None:
+        config.pruned["per_layer_config"] = per_layer
+    tell_sizes(config)
+    model.__class__ = class_for(config, stock)
 
 
 def stock_class(model: nn.Module) -> type[PreTrainedModel]:
@@ -119,7 +118,7 @@ def difference(plain: nn.Module, model: nn.Module) -> Difference:
     for name, module in model.named_modules():
         if name not in modules:
             continue
-        for key in _ATTRIBUTES:
+        for key in ATTRIBUTES:
             value = getattr(module, key, None)
             if isinstance(value, (int, float)) and value != getattr(modules[name], key, None):
                 attributes[name][key] = value
@@ -170,13 +169,13 @@ def _changes(
     for key, value in fields.items():
         if isinstance(value, dict) and "model_type" in value:
             yield from _changes(value, sizes, (*path, key))
-    heads = next((key for key in _HEADS if fields.get(key)), None)
+    heads = next((key for key in HEADS if fields.get(key)), None)
     hidden = next((fields[key] for key in ("hidden_size", "n_embd", "dim", "d_model") if fields.get(key)), 0)
     for old, new in sizes.items():
         if len(new) > 2:  # two sections at most share a size; else these layers differ
             continue
         for size in new:
-            for key in _WIDTHS:
+            for key in WIDTHS:
                 if key in fields and fields[key] in (old, None):
                     yield path, {key: size}
             if fields.get(_RATIO):
@@ -184,8 +183,8 @@ def _changes(
             head_dim = heads and (fields.get("head_dim") or hidden // fields[heads])
             if heads and head_dim and old == fields[heads] * head_dim and size % head_dim == 0:
                 change = {heads: size // head_dim, "head_dim": head_dim}
-                if fields.get(_KEY_HEADS):
-                    change[_KEY_HEADS] = fields[_KEY_HEADS] * change[heads] // fields[heads]
+                if fields.get(KEY_HEADS):
+                    change[KEY_HEADS] = fields[KEY_HEADS] * change[heads] // fields[heads]
                 yield path, change
 
 
@@ -214,48 +213,39 @@ def _assign(config: Any, fields: Fields) -> None:
 # (b) and (c)
 
 
-def auto_classes(stock: type[PreTrainedModel], config: PreTrainedConfig) -> list[str]:
-    """The names of the Auto classes that load a stock class."""
-    found = []
-    for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
-        if mapping is not None and type(config) in mapping:
-            classes = mapping[type(config)]
-            if stock in (classes if isinstance(classes, tuple) else (classes,)):
-                found.append(name)
-    return found
+def per_layer_sizes(model: nn.Module, plain: nn.Module) -> dict[int, dict[str, int]] | None:
+    """The sizes of each layer by the names that the config has for them; `None` if it has none for layers like these.
 
-
-def _class_for(config: PreTrainedConfig, stock: type[PreTrainedModel]) -> Any:
-    """The class for a config with `pruned`; `save_pretrained` copies its code."""
-    model_class: Any = pruned_class(stock)
-    names = auto_classes(stock, config)
-    model_class._auto_class = names[0] if names else None
-    return model_class
-
-
-def per_layer_sizes(model: nn.Module, plain: nn.Module, fields: Fields) -> dict[int, dict[str, int]] | None:
-    """The sizes of each layer by the names that the config has for them; `None` if it has none for layers like these."""
-    layers = getattr(plain.config, "num_hidden_layers", None)
-    declared = {field.name for field in dataclasses.fields(plain.config)} & fields.keys()  # type: ignore[arg-type]
-    heads = next((key for key in _HEADS if key in declared), None)
+    Of a model with several towers those of its text layers.
+    """
+    text: Any = plain.config.get_text_config()  # type: ignore[operator, union-attr]
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(layers, int) or getattr(plain.config, "is_encoder_decoder", False):
+        return None
+    declared = {field.name for field in dataclasses.fields(text)}
+    heads = next((key for key in HEADS if key in declared), None)
     sizes: dict[int, dict[str, int]] = defaultdict(dict)
     before = groups_of(plain)
     for name, group in groups_of(model).items():
+        if config_type(plain, name) != type(text).__name__:
+            continue
         numbers = re.findall(r"\.(\d+)\.", name)
-        if len(numbers) != 1 or not isinstance(layers, int):
+        if len(numbers) != 1:
             return None
         if group.kind == "heads":
             own = {heads: group.units * group.width // group.head_dim}
-            own |= {_KEY_HEADS: group.units} if fields.get(_KEY_HEADS) else {}
+            own |= {KEY_HEADS: group.units} if getattr(text, KEY_HEADS, None) else {}
+            own |= {} if getattr(text, "head_dim", None) else {"head_dim": group.head_dim}
         else:
-            width = next((k for k in _WIDTHS if k in declared and fields[k] in (before[name].units, None)), None)
+            width = next(
+                (key for key in WIDTHS if key in declared and getattr(text, key) in (before[name].units, None)), None
+            )
             own = {width: group.units}
         layer = sizes[int(numbers[0])]
         if None in own or own.keys() & layer.keys():  # no such name, or two groups for it
             return None
         layer.update(own)  # type: ignore[arg-type]
-    return dict(sizes) if sizes and set(sizes) == set(range(layers or 0)) else None
+    return dict(sizes) if set(sizes) == set(range(layers)) else None
 
 
 def groups_of(model: nn.Module) -> dict[str, Group]:
@@ -267,15 +257,6 @@ def groups_of(model: nn.Module) -> dict[str, Group]:
         except ValueError:
             continue
     return found
-
-
-def _carries(config: PreTrainedConfig, per_layer: dict[int, dict[str, int]]) -> bool:
-    """Whether the config can be saved and loaded with these sizes of layers."""
-    try:
-        type(config).from_dict({**config.to_dict(), "per_layer_config": copy.deepcopy(per_layer)}).validate()
-    except _REFUSALS:
-        return False
-    return True
 
 
 # files
@@ -294,7 +275,8 @@ def save_pruned(
 
     Raises:
         TypeError: The model has adapters.
-        ValueError: It is of no class of transformers, or the directory has another `modeling_pruned.py`.
+        ValueError: It is of no class of transformers, the directory has another `modeling_pruned.py`, or what was
+            written there would not load again.
     """
     if isinstance(model, PeftModel):
         raise TypeError(
@@ -307,6 +289,7 @@ def save_pruned(
     if isinstance(model, Pruned) and (directory / CODE).is_file():
         _refuse_other_code((directory / CODE).read_text(encoding="utf-8"), directory)
     model.save_pretrained(directory, **kwargs)
+    _check_saved(model, directory)
     update_card(directory, _card_info(model, info or CardInfo()))
 
 
@@ -349,27 +332,23 @@ def push_pruned_to_hub(
     return commit.commit_url
 
 
-def load_pruned(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Loads what `save_pruned` wrote, with no code from there.
-
-    Args:
-        path: A directory, or a repository on the Hub.
-        kwargs: For `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...
-
-    Raises:
-        ValueError: The config does not say of which class of transformers it is, or does not fit the weights.
-    """
-    path = os.fspath(path)
-    where = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
-    config = AutoConfig.from_pretrained(path, **{key: kwargs[key] for key in where if key in kwargs})
-    name = (getattr(config, "architectures", None) or [""])[0]
-    stock = getattr(transformers, name, None)
-    if stock is None:
-        raise ValueError(f"`architectures` of the config in {path} is {name!r}, which is no class of transformers.")
+def _check_saved(model: PreTrainedModel, directory: Path) -> None:
+    """Raises `ValueError` if the config that was written does not build the model again."""
     try:
-        return (_class_for(config, stock) if hasattr(config, "pruned") else stock).from_pretrained(path, **kwargs)
-    except RuntimeError as error:
-        raise explained(error, path) from error
+        config = read_config(os.fspath(directory))
+        with torch.device("meta"):
+            built = class_of(config, directory)(config)
+        left = difference(built, model)
+    except _REFUSALS as error:
+        raise ValueError(
+            f"The model in {directory} was written, but cannot be loaded ({type(error).__name__}: {error}). Please report "
+            "its architecture and config; `uniform=True` in `prune_and_unload` may lead around it."
+        ) from error
+    if any(left):
+        raise ValueError(
+            f"The model in {directory} was written, but its config builds another one; shapes and attributes that differ: "
+            f"{left}. Was the model changed by hand after the cut?"
+        )
 
 
 def _refuse_other_code(code: str, where: Any) -> None:
@@ -395,7 +374,8 @@ def _card_info(model: PreTrainedModel, info: CardInfo) -> CardInfo:
 def dense_model(model: PreTrainedModel) -> PreTrainedModel:
     """What the model was before anything was cut, on the meta device: its shapes, no weights."""
     config: Any = model.config
-    fields = {key: value for key, value in config.to_dict().items() if key not in (*_OURS, "unpruned")}
+    with without_sizes(config):
+        fields = {key: value for key, value in config.to_dict().items() if key not in (*_OURS, "unpruned")}
     return _built(stock_class(model), config, _merged(fields, getattr(config, "unpruned", {})))
 
 

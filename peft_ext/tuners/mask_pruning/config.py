@@ -13,6 +13,7 @@ from ...groups import KINDS
 
 DEFAULT_SPARSITY = 0.25
 COSTS = ("parameters", "flops", "latency")
+TEACHERS = ("frozen", "self")
 
 
 @dataclass
@@ -51,7 +52,10 @@ class MaskLoraConfig(ExtConfig):
         initial_logit: Logit of a unit at the beginning; it is kept with the probability sigmoid(logit).
         uniform: Remove as much from every layer, so that a stock model class can load what is left.
         round_to: Keep multiples of so many feed-forward channels.
-        distillation: Weight of the divergence from the frozen dense model's output in the loss; 0 leaves it out.
+        distillation: Weight of the divergence from the output of a teacher without masks in the loss; 0 leaves it out.
+        distillation_teacher: `"frozen"`: the dense model without the adapter; `"self"`: the model as it is, with LoRA
+            and its heads, but without masks. `None`: `"self"` if the adapter trains a fresh head, which makes the
+            frozen model's output meaningless, else `"frozen"`.
         distillation_temperature: Of both distributions in that divergence.
         seed: Of the masks' noise.
         unit_costs: Seconds of a unit of each group, for `cost="latency"`; measured if it is left out.
@@ -87,7 +91,8 @@ class MaskLoraConfig(ExtConfig):
     initial_logit: float = field(default=3.0, metadata={"help": "Logit of a unit at the beginning."})
     uniform: bool = field(default=False, metadata={"help": "Remove as much from every layer."})
     round_to: int = field(default=1, metadata={"help": "Keep multiples of so many channels."})
-    distillation: float = field(default=0.0, metadata={"help": "Weight of the divergence from the dense model."})
+    distillation: float = field(default=0.0, metadata={"help": "Weight of the divergence from a model without masks."})
+    distillation_teacher: str | None = field(default=None, metadata={"help": f"Which: {', '.join(TEACHERS)}."})
     distillation_temperature: float = field(default=2.0, metadata={"help": "Of that divergence."})
     seed: int = field(default=0, metadata={"help": "Of the masks' noise."})
     unit_costs: dict[str, float] | None = field(default=None, metadata={"help": "Measured, for cost='latency'."})
@@ -136,6 +141,10 @@ class MaskLoraConfig(ExtConfig):
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)!r}.")
         if self.distillation < 0:
             raise ValueError(f"`distillation` must not be negative, got {self.distillation!r}.")
+        if self.distillation_teacher not in (None, *TEACHERS):
+            raise ValueError(
+                f"`distillation_teacher` must be one of {', '.join(TEACHERS)} or None, got {self.distillation_teacher!r}."
+            )
 
     @property
     def steps(self) -> int | None:

@@ -35,24 +35,36 @@ class MaskGate(ExactLeaf):
 
     An optimizer of Adam's kind moves the logits `rate` times as fast as other parameters. No optimizer decays them.
     The buffer `kept` `(units,)` says which units were decided to stay, and `progress` how many steps were made; both
-    are saved, so that a training resumes from the adapter alone.
+    are saved, so that a training resumes from the adapter alone. `kept` is fp32, since an average of integers would be
+    truncated to another decision, which nobody could tell from a real one.
     """
+
+    is_open = False  # nothing is masked: for a teacher without masks
 
     def __init__(self, group: Group, rate: float, logits: torch.Tensor) -> None:
         super().__init__()
         self.group, self.rate = group, rate
         self.weight = nn.Parameter(logits / rate)
-        self.register_buffer("kept", torch.full((group.units,), UNDECIDED, dtype=torch.int8))
+        self.register_buffer("kept", torch.full((group.units,), float(UNDECIDED)))
         self.register_buffer("progress", torch.zeros(1, dtype=torch.int64))
         self.kept: torch.Tensor
         self.progress: torch.Tensor
         self.schedule: MaskSchedule | None = None
+        self.index = 0  # among the gates of the schedule
         self._is_fixed: bool | None = None  # not looked up yet
+        self._seen: int | None = None  # the version of `kept` then
         exempt_from_weight_decay(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         exempt_from_weight_decay(self)
+        if self.schedule is not None:
+            listen_to_steps(self)
+
+    def drive(self, schedule: MaskSchedule, index: int) -> None:
+        """Lets a schedule drive the gate, which tells it of the optimizer steps that move the logits."""
+        self.schedule, self.index = schedule, index
+        listen_to_steps(self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -70,10 +82,33 @@ class MaskGate(ExactLeaf):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it is decided which units stay."""
-        if self._is_fixed is None:
-            self._is_fixed = not self.kept.is_meta and bool((self.kept != UNDECIDED).all())
+        """Whether it is decided which units stay; a `ValueError` if `kept` says what no decision can be."""
+        if self.kept.is_meta:
+            return False
+        if self._is_fixed is None or not (torch.compiler.is_compiling() or self._is_current()):
+            self._is_fixed = self._look()
         return self._is_fixed
+
+    def train(self, mode: bool = True) -> MaskGate:
+        """Also looks whether the masks are decided, so that a compiled forward finds it known."""
+        super().train(mode)
+        _ = self.is_fixed
+        return self
+
+    def _is_current(self) -> bool:
+        """Whether `kept` is what it was when it was looked at: a copy of a model is often written to in place."""
+        return not self.kept.is_inference() and self._seen == self.kept._version
+
+    def _look(self) -> bool:
+        found = set(self.kept.tolist())
+        self._seen = None if self.kept.is_inference() else self.kept._version
+        if found <= {0, 1} or found == {UNDECIDED}:
+            return UNDECIDED not in found
+        raise ValueError(
+            f"The mask of {self.group.name!r} holds {min(found - {0, 1, UNDECIDED}, default=UNDECIDED):.4g}, where a "
+            "decision is 0 or 1: it was averaged (EMA, SWA) or damaged. Average the parameters and copy the buffers: "
+            "`torch.optim.swa_utils.AveragedModel(model, ...)` with `use_buffers=False`, its default."
+        )
 
     def logits(self) -> torch.Tensor:
         """`(units,)` in fp32."""
@@ -83,7 +118,7 @@ class MaskGate(ExactLeaf):
     def fix(self, kept: torch.Tensor) -> None:
         """Decides which units stay, `kept` `(units,)` of booleans."""
         self.kept.copy_(kept)
-        self._is_fixed = True
+        self._is_fixed = None
 
     def hard(self) -> torch.Tensor:
         """The mask of evaluation, `(units,)` of zeros and ones in fp32; NaN where the logits are."""
@@ -94,13 +129,17 @@ class MaskGate(ExactLeaf):
 
     def forward(self) -> torch.Tensor | None:
         """The mask `(units,)`, in fp32; `None` where nothing is masked."""
+        if self.is_open:
+            return None
         if not self.training:
             return self.hard()
         schedule = self.schedule
         if schedule is not None and torch.is_grad_enabled():
             schedule.was_used = True
-        if self.is_fixed or schedule is None or not schedule.is_learning:
-            mask = self.hard() if self.is_fixed else None
+        # what is known is enough here: distributed training writes buffers in every forward, the same as they were
+        is_fixed = self.is_fixed if self._is_fixed is None else self._is_fixed
+        if is_fixed or schedule is None or not schedule.is_learning:
+            mask = self.kept.float() if is_fixed else None
             if torch.distributed.is_initialized() and self.weight.requires_grad:
                 # distributed training wants a gradient, if only of zero, for every parameter in every step
                 mask = (torch.ones_like(self.weight) if mask is None else mask) + 0 * self.weight.float()
@@ -109,37 +148,48 @@ class MaskGate(ExactLeaf):
         soft = torch.sigmoid(noisy / schedule.temperature)
         return (noisy > 0).float() + soft - soft.detach()
 
+    def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
+        """Adds the gradient of the penalty; raises `ValueError` if the masks cannot learn."""
+        if self.schedule is not None:
+            self.schedule.before_step(self, optimizer, closure)
+
+    def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
+        """Counts."""
+        if self.schedule is not None:
+            self.schedule.after_step(self, taken)
+
+    def foreign_step(self, optimizer: Optimizer) -> None:
+        """Of no concern."""
+
     def extra_repr(self) -> str:
         return f"{self.group.units} units, {self.group.kind}"
 
 
 class MaskSchedule:
-    """Drives all gates of one adapter as the optimizer makes steps."""
+    """Drives all gates of one adapter as the optimizer makes steps.
+
+    The gates may be spread over several optimizers. A step is then a round in which each of them makes one.
+    """
 
     def __init__(self, config: MaskLoraConfig, gates: Sequence[MaskGate]) -> None:
         self.config, self.gates = config, list(gates)
         self.costs = [cost_of(gate.group, config) for gate in gates]
+        self.total_cost = float(sum(c * gate.group.units for c, gate in zip(self.costs, gates, strict=True)))
         self.was_used = False  # in a training forward
         self._step: int | None = None
         self._noise: tuple[int, list[torch.Tensor]] | None = None
-        for gate in gates:
-            gate.schedule = self
-        listen_to_steps(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        listen_to_steps(self)
+        self._owned = set(range(len(self.gates)))  # those that some optimizer has, as far as is known
+        self._stepped: dict[int, bool] = {}  # in this round; whether the step was taken
+        self._finite: torch.Tensor | None = None  # whether all logits were, after the last round
+        for index, gate in enumerate(gates):
+            gate.drive(self, index)
 
     def forget(self) -> None:
         """Other tensors were loaded into the gates."""
-        self._step = self._noise = None
+        self._step = self._noise = self._finite = None
+        self._stepped = {}
 
     # Where training stands
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """By which the optimizer hooks know whom a step concerns."""
-        return self.gates[0].weight
 
     @property
     def step(self) -> int:
@@ -192,21 +242,24 @@ class MaskSchedule:
             uniform = torch.rand(sum(sizes), generator=generator).clamp_(1e-6, 1 - 1e-6)
             noise = torch.logit(uniform).to(gate.weight.device)
             self._noise = (self.step, list(noise.split(sizes)))
-        return self._noise[1][self.gates.index(gate)].to(gate.weight.device)
+        return self._noise[1][gate.index].to(gate.weight.device)
 
     # Events
 
-    def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
+    def before_step(self, gate: MaskGate, optimizer: Optimizer, closure: bool) -> None:
         """Adds the gradient of the penalty; raises `ValueError` if the masks cannot learn."""
-        if self.gates[0].is_fixed:
+        if gate.index in self._stepped:  # the gates that made no step in this round are in no optimizer
+            self._owned = set(self._stepped)
+            self._end_round()
+        if gate.is_fixed or not self.bounds[0] <= self.step < self.bounds[1]:
+            # a gradient of zero (distributed training, `set_to_none=False`) would count in the optimizer's averages
+            gate.weight.grad = None
             return
-        begin, end = self.bounds
-        if not begin <= self.step < end:
-            return
-        if not any(gate.training for gate in self.gates):
+        if not any(other.training for other in self.gates):
             raise ValueError(
                 "The model is in eval mode, in which masks are not drawn, so they cannot learn: call `model.train()`."
             )
+        self._check_finite()
         if self.config.penalty is None:
             return
         if closure:
@@ -214,19 +267,26 @@ class MaskSchedule:
                 f"{type(optimizer).__name__}.step was given a closure, which computes the gradients anew, so that the "
                 "penalty cannot be added to them. Use `target_sparsity`, or an optimizer without a closure."
             )
+        share = self.costs[gate.index] / self.total_cost
+        gradient = penalty_gradient(gate.logits().detach(), share, self.config.penalty) * gate.rate
         scale = getattr(optimizer, "grad_scale", None)  # under a GradScaler the gradients of a fused optimizer have it
-        total = float(sum(cost * gate.group.units for cost, gate in zip(self.costs, self.gates, strict=True)))
-        for cost, gate in zip(self.costs, self.gates, strict=True):
-            gradient = penalty_gradient(gate.logits().detach(), cost / total, self.config.penalty) * gate.rate
-            if scale is not None:
-                gradient = gradient * scale
-            if gate.weight.grad is None:
-                gate.weight.grad = torch.zeros_like(gate.weight)
-            gate.weight.grad += gradient.to(gate.weight.grad.dtype)
+        if scale is not None:
+            gradient = gradient * scale
+        if gate.weight.grad is None:
+            gate.weight.grad = torch.zeros_like(gate.weight)
+        gate.weight.grad += gradient.to(gate.weight.grad.dtype)
+
+    def after_step(self, gate: MaskGate, taken: bool) -> None:
+        """Notes the step; the last one of a round counts, holds the target, and decides when the time has come."""
+        self._stepped[gate.index] = taken
+        self._owned.add(gate.index)
+        if len(self._stepped) == len(self._owned):
+            self._end_round()
 
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
-        """Counts, holds the target, decides when the time has come."""
+    def _end_round(self) -> None:
+        taken = any(self._stepped.values())
+        self._stepped = {}
         if not taken:
             return
         self._step = self.step + 1
@@ -239,11 +299,20 @@ class MaskSchedule:
             return
         if self.config.target_sparsity is not None and self.target > 0:
             self._hold(self.target)
+        device = self.gates[0].weight.device
+        self._finite = torch.stack([gate.weight.sum().to(device) for gate in self.gates]).isfinite().all()
         if self._step >= end:
             self.decide()
 
-    def foreign_step(self, optimizer: Optimizer) -> None:
-        """Of no concern."""
+    def _check_finite(self) -> None:
+        """A round later, when a GPU knows the answer, so that it is not waited for."""
+        if self._finite is not None and not bool(self._finite):
+            raise ValueError(
+                f"The logits of the masks are not finite since step {self.step}: the loss or a gradient was not, so "
+                "nothing can be decided from them. Go on from a checkpoint before that step, with a smaller learning "
+                "rate, or skip steps whose loss is not finite."
+            )
+        self._finite = None
 
     def _hold(self, target: float) -> None:
         """Shifts all logits together so that the expected share removed is `target`."""
@@ -257,7 +326,9 @@ class MaskSchedule:
             gate.weight += (shift / gate.rate).to(gate.weight.device, gate.weight.dtype)
 
     def decide(self) -> None:
-        """Fixes the masks of all gates."""
+        """Fixes the masks of all gates; a `ValueError` if their logits are not finite."""
+        self._finite = torch.tensor(all(bool(gate.weight.isfinite().all()) for gate in self.gates))
+        self._check_finite()
         kept = choose(
             [gate.logits().detach().cpu() for gate in self.gates], [g.group for g in self.gates], self.config
         )

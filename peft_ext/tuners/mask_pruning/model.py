@@ -15,7 +15,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -30,8 +29,10 @@ from ...core import (
     matched_targets,
     without_adapters,
 )
+from ...core.advice import trains_fresh_head
 from ...groups import Group, find_groups
 from .config import MaskLoraConfig
+from .distillation import divergence, without_masks
 from .gate import MaskGate, MaskSchedule, check_reachable
 from .latency import measured_costs
 from .layer import MaskLoraLayer, MaskLoraLinear
@@ -43,6 +44,7 @@ class MaskLoraModel(ExtModel):
     prefix = "mask_pruning_"
     tuner_layer_cls = MaskLoraLayer
     scores_kind = "magnitude"
+    _has_fresh_head: bool | None = None  # not looked up yet
     misfit_advice = (
         "It was made for another base model, or for one that was pruned since. To go on training, use the saved "
         "adapter's own config: `PeftModel.from_pretrained(base, path, is_trainable=True)`."
@@ -177,7 +179,7 @@ class MaskLoraModel(ExtModel):
             quantiles = config.initial_logit + 2 * torch.special.ndtri((ranks + 0.5) / len(ranks))
             config.initial_logits |= zip(names, quantiles.split([groups[name].units for name in names]), strict=True)
 
-    # Distillation
+    # Export
 
     @classmethod
     def kept_units(cls, model: nn.Module, adapter_name: str) -> dict[str, tuple[Any, torch.Tensor]]:
@@ -213,8 +215,10 @@ class MaskLoraModel(ExtModel):
         )
         return lora, tensors
 
+    # Distillation
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own; with `distillation`, its loss also has the divergence from the frozen dense model."""
+        """The model's own; with `distillation`, its loss also has the divergence from a teacher without masks."""
         output = super().forward(*args, **kwargs)
         config = self.peft_config[self.active_adapters[0]] if self.active_adapters else None
         weight = getattr(config, "distillation", 0.0)
@@ -226,24 +230,17 @@ class MaskLoraModel(ExtModel):
                 "TRL's SFTTrainer computes its loss itself; use `Trainer` there, or `distillation=0`."
             )
         assert isinstance(config, MaskLoraConfig)
-        with torch.no_grad(), without_adapters(self.model):
+        learns_from_itself = config.distillation_teacher == "self"
+        if config.distillation_teacher is None:
+            if self._has_fresh_head is None:
+                self._has_fresh_head = trains_fresh_head(self.model)
+            learns_from_itself = self._has_fresh_head
+        with torch.no_grad(), (without_masks if learns_from_itself else without_adapters)(self.model):
             dense = super().forward(*args, **kwargs)
         output.loss = output.loss + weight * divergence(
-            output.logits, dense.logits, config.distillation_temperature, kwargs.get("labels")
+            self.model, output.logits, dense.logits, config.distillation_temperature, kwargs
         )
         return output
-
-
-def divergence(
-    logits: torch.Tensor, dense: torch.Tensor, temperature: float, labels: torch.Tensor | None
-) -> torch.Tensor:
-    """`T^2 KL(dense || logits)` of the softmax over the last dimension at temperature T, mean over what has a label."""
-    if labels is not None and labels.shape == logits.shape[:-1] and labels.ndim > 1:
-        chosen = labels != -100
-        logits, dense = logits[chosen], dense[chosen]
-    classes = logits.shape[-1]
-    new, old = (F.log_softmax(x.float().reshape(-1, classes) / temperature, -1) for x in (logits, dense))
-    return temperature**2 * F.kl_div(new, old, reduction="batchmean", log_target=True)
 
 
 def groups_of(config: MaskLoraConfig, model: nn.Module, name: str | None = None) -> dict[str, Group]:

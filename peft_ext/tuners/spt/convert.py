@@ -74,6 +74,8 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike[str], adapter_name: s
         target_modules=list(ranks),
         target_parameters=parameters or None,
         rank_pattern={name: rank for name, rank in ranks.items() if rank != first},
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
@@ -87,7 +89,7 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike[str], adapter_name: s
 
 
 def _saved_modules(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
-    """What the adapter saves besides: heads that are trained in full."""
+    """What the adapter saves besides: heads that are trained in full, and token embeddings."""
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(model, adapter_name=adapter_name)
