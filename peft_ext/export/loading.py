@@ -51,7 +51,8 @@ def load_pruned(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not _is_finite(p)]
     if broken:
         raise ValueError(f"The weights in {path} are not finite: {', '.join(broken[:10])} ({len(broken)} in all).")
-    return (model, info) if wants_info else model
+    loaded: Any = (model, info) if wants_info else model
+    return loaded
 
 
 def read_config(path: str, **where: Any) -> PreTrainedConfig:

@@ -101,8 +101,8 @@ class MaskGate(ExactLeaf):
 
     def _look(self) -> bool:
         found = set(self.kept.tolist())
-        self._seen = None if self.kept.is_inference() else self.kept._version
         if found <= {0, 1} or found == {UNDECIDED}:
+            self._seen = None if self.kept.is_inference() else self.kept._version
             return UNDECIDED not in found
         raise ValueError(
             f"The mask of {self.group.name!r} holds {min(found - {0, 1, UNDECIDED}, default=UNDECIDED):.4g}, where a "
