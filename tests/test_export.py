@@ -291,6 +291,54 @@ def test_a_trained_head_is_kept() -> None:
     torch.testing.assert_close(outputs("bert", prune_and_unload(model)), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_two_adapters_whose_masks_differ(name: str) -> None:
+    """The LoRA of the second reads units that only the first has cut; those of the first are cut by both."""
+    model = masked(name)
+    fields = {"r": 2, "total_steps": 10, "target_sparsity": 0.3, "prune": ["ffn", "heads"]}
+    model.add_adapter("second", MaskLoraConfig(**fields))
+    for gate in gates_of(model, "second").values():
+        gate.fix(torch.arange(gate.group.units) % 2 == 0)
+    for key, parameter in model.named_parameters():
+        if ".second." in key and "gate" not in key:
+            nn.init.normal_(parameter, std=0.2)
+    for order in (["default", "second"], ["second", "default"]):
+        model.base_model.set_adapter(order)
+        expected = outputs(name, model.eval())
+        merged = copy.deepcopy(model).merge_and_unload()
+        pruned = prune_and_unload(copy.deepcopy(model))
+        torch.testing.assert_close(outputs(name, pruned), expected, rtol=0, atol=1e-5)
+        assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in merged.parameters())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_trained_tokens_are_kept(name: str, tmp_path: Path) -> None:
+    model = masked(name, trainable_token_indices=[5, 7], modules_to_save=["classifier"] if name == "bert" else None)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in key or "classifier.modules_to_save" in key:
+                parameter.add_(torch.randn_like(parameter))
+    batch = inputs(name)
+    batch["input_ids"][:, :2] = torch.tensor([5, 7])
+    with torch.no_grad():
+        expected = logits(model, batch)
+        with_lora = prune_and_unload(copy.deepcopy(model), keep_lora=True).eval()
+        torch.testing.assert_close(logits(with_lora, batch), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(prune_and_unload(model), batch), expected, rtol=0, atol=1e-5)
+        with_lora.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(copy.deepcopy(with_lora).unload(), tmp_path).eval()
+        torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_lora", [False, True])
+def test_an_adapter_that_is_not_finite_is_not_cut(keep_lora: bool) -> None:
+    model = masked("bert")
+    model.base_model.model.bert.encoder.layer[0].output.dense.mask_pruning_up["default"].weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"not finite.*output\.dense\.mask_pruning_up.*1 in all"):
+        prune_and_unload(model, keep_lora=keep_lora)
+    assert isinstance(model, PeftModel) and gates_of(model, "default")
+
+
 # saving and loading
 
 IN_A_FRESH_PROCESS = """
@@ -998,7 +1046,7 @@ def test_a_config_edited_by_hand(mode: str, tmp_path: Path) -> None:
     if mode == "ffn":
         with pytest.raises(ValueError, match=r"do not have the shapes.*Was the config edited"):
             load_edited(load_pruned, intermediate_size=20)
-        with pytest.raises(ValueError, match="'NoSuchModel'.*should be a model class of transformers"):
+        with pytest.raises(ValueError, match=r"'NoSuchModel'.*should be a model class of transformers"):
             load_edited(load_pruned, architectures=["NoSuchModel"])
         return
     name = "bert.encoder.layer.0.intermediate.dense.weight"

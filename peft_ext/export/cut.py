@@ -62,7 +62,7 @@ def cut(
         is_kept = torch.zeros(group.units, dtype=torch.bool)
         is_kept[kept.get(name, torch.arange(group.units)).cpu()] = True
         padding = (~is_kept).nonzero().flatten()[: sizes[name] - int(is_kept.sum())]
-        _columns(model.get_submodule(name))[:, _channels(padding, group.width)] = 0
+        columns_of(model.get_submodule(name))[:, _channels(padding, group.width)] = 0
         is_kept[padding] = True
         stay[name] = is_kept.nonzero().flatten()
     rows, columns = slices(groups, stay)
@@ -162,7 +162,7 @@ def _rounded(count: int, multiple: int, most: int) -> int:
     return min(math.ceil(count / multiple) * multiple, most)
 
 
-def _columns(module: nn.Module) -> torch.Tensor:
+def columns_of(module: nn.Module) -> torch.Tensor:
     """The weight as `(outputs, inputs)`, sharing its memory."""
     weight: Any = module.weight
     return weight.T if isinstance(module, Conv1D) else weight

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..core import ExtConfig, ExtModel, tuner_of
 from ..groups import Group
-from .cut import cut, refuse_quantised, slices
+from .cut import columns_of, cut, refuse_quantised, slices
 from .saving import settle
 
 
@@ -19,6 +19,9 @@ def prune_and_unload(
     model: PeftModel, *, keep_lora: bool = False, round_to: int = 1, uniform: bool = False
 ) -> PreTrainedModel | PeftModel:
     """Cuts out what the masks of the active adapter cut, and takes the adapter off; consumes the model.
+
+    Of several active adapters each cuts something, and the LoRA of one may read a unit that only another has cut: such
+    a unit stays, so that the result equals the model.
 
     Args:
         model: A model with a mask-pruning adapter whose masks are decided.
@@ -34,8 +37,8 @@ def prune_and_unload(
 
     Raises:
         TypeError: It is no PeftModel.
-        ValueError: There is no such adapter, its masks are not decided yet, the base is quantised, or, with
-            `keep_lora`, adapters are merged or more than one is active.
+        ValueError: There is no such adapter, its masks are not decided yet, it holds values that are not finite, the
+            base is quantised, or, with `keep_lora`, adapters are merged or more than one is active.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(
@@ -46,18 +49,24 @@ def prune_and_unload(
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, layers):
             refuse_quantised(name, module.get_base_layer())
+    carried = _finite_tensors(model)
     if not keep_lora:
+        several = len(model.active_adapters) > 1
         base: Any = model.merge_and_unload()
+        if several:
+            kept = {name: _with_those_read(base, groups[name], units) for name, units in kept.items()}
         cut(base, groups, kept, round_to=round_to, uniform=uniform)
         settle(base)
         return base
     config, lora = _lora(model)
-    adapter = model.active_adapter
+    adapter = model.active_adapters[0]
+    config.trainable_token_indices = model.peft_config[adapter].trainable_token_indices
     base = model.unload()
     stay = cut(base, groups, kept, round_to=round_to, uniform=uniform)
     settle(base)
     pruned = get_peft_model(base, config, adapter_name=adapter)
     _fill(pruned, adapter, lora, groups, kept, stay)
+    set_peft_model_state_dict(pruned, carried, adapter_name=adapter)
     return pruned
 
 
@@ -65,6 +74,34 @@ def _tuners(model: PeftModel) -> dict[str, type[ExtModel]]:
     """The tuner classes of the active adapters."""
     configs = {name: model.peft_config[name] for name in model.active_adapters}
     return {name: tuner_of(config) for name, config in configs.items() if isinstance(config, ExtConfig)}
+
+
+def _finite_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What the active adapters have besides the method's own tensors: heads, and embeddings of tokens.
+
+    Raises:
+        ValueError: A tensor of theirs, of whatever kind, is not finite.
+    """
+    besides = {}
+    for adapter in model.active_adapters:
+        prefix = f".{model.peft_config[adapter].peft_type.value.lower()}_"
+        tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"Adapter {adapter!r} holds values that are not finite, after a loss that was not: "
+                f"{', '.join(broken[:5])} ({len(broken)} in all). Go on from an earlier checkpoint."
+            )
+        besides |= {key: value.detach().clone() for key, value in tensors.items() if prefix not in key}
+    return besides
+
+
+def _with_those_read(base: nn.Module, group: Group, kept: torch.Tensor) -> torch.Tensor:
+    """Also the units that are read nevertheless: by the LoRA of an adapter, where only one before it has cut them."""
+    weight = columns_of(base.get_submodule(group.name))  # (outputs, inputs)
+    reads = weight.unflatten(1, (group.units, group.width)).ne(0).any(2).any(0).cpu()
+    reads[kept] = True
+    return reads.nonzero().flatten()
 
 
 def _decided(model: PeftModel) -> tuple[dict[str, Group], dict[str, torch.Tensor]]:
