@@ -461,7 +461,7 @@ def rotary_model(name: str, rope: str, head_dim: int | None) -> Any:
         plain = {"rope_type": "default", "rope_theta": 10000.0}
         config.rope_parameters = {"full_attention": parameters, "sliding_attention": plain}
     else:
-        config.rope_parameters = parameters
+        config.rope_parameters = {**config.rope_parameters, **parameters}
     torch.manual_seed(0)
     return model_class(config).eval()
 

@@ -60,7 +60,8 @@ def prune_and_unload(
         return base
     config, lora = _lora(model)
     adapter = model.active_adapters[0]
-    config.trainable_token_indices = model.peft_config[adapter].trainable_token_indices
+    settings: Any = model.peft_config[adapter]
+    config.trainable_token_indices = settings.trainable_token_indices
     base = model.unload()
     stay = cut(base, groups, kept, round_to=round_to, uniform=uniform)
     settle(base)
@@ -82,9 +83,8 @@ def _finite_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: A tensor of theirs, of whatever kind, is not finite.
     """
-    besides = {}
-    for adapter in model.active_adapters:
-        prefix = f".{model.peft_config[adapter].peft_type.value.lower()}_"
+    besides: dict[str, torch.Tensor] = {}
+    for adapter, tuner in _tuners(model).items():
         tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
@@ -92,7 +92,7 @@ def _finite_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
                 f"Adapter {adapter!r} holds values that are not finite, after a loss that was not: "
                 f"{', '.join(broken[:5])} ({len(broken)} in all). Go on from an earlier checkpoint."
             )
-        besides |= {key: value.detach().clone() for key, value in tensors.items() if prefix not in key}
+        besides |= {key: value.detach().clone() for key, value in tensors.items() if f".{tuner.prefix}" not in key}
     return besides
 
 
