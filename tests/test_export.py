@@ -471,6 +471,8 @@ def test_every_rotary_embedding_loads_again(name: str, tmp_path: Path) -> None:
     ropes = ("default", "longrope") if name == "phi3" else tuple(ROPES)
     cases = [(rope, head_dim, "uneven") for rope in ropes for head_dim in (None, 8)]
     cases += [(ropes[-1], None, "even"), (ropes[-1], 8, "even"), (ropes[0], None, "even")]
+    if name == "phi3":  # whose config takes no other width of heads with it
+        cases = [case for case in cases if case[:2] != ("longrope", 8)]
     long = {"input_ids": torch.arange(3, 40).remainder(37)[None] + 3}  # longer than the positions it was trained on
     for rope, head_dim, way in cases:
         model = rotary_model(name, rope, head_dim)
