@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -39,6 +39,7 @@ class MaskGate(ExactLeaf):
     truncated to another decision, which nobody could tell from a real one.
     """
 
+    former_dtypes: ClassVar[dict[str, torch.dtype]] = {"kept": torch.int8}  # in files of version 0.1
     is_open = False  # nothing is masked: for a teacher without masks
 
     def __init__(self, group: Group, rate: float, logits: torch.Tensor) -> None:
