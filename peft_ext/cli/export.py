@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, PreTrainedModel
 
 from ..cards import AUTO_CLASSES, CardInfo, update_card
-from ..core import ADAPTER_CONFIG, Adapter, BadInput, ExtModel, Method, Writer, about_of, method_of, methods
+from ..core import ADAPTER_CONFIG, Adapter, BadInput, Writer, about_of, method_of, methods
 from ..export import load_pruned, prune_and_unload, save_pruned
 from ..inspection import by_site, read_adapter
 from .running import explained
@@ -116,7 +116,7 @@ def _writer(adapter: Adapter, form: str) -> Write:
     elif form in about.instead:
         advice = f"and is not made {form}: {about.instead[form]}."
     elif form == "pruned":
-        able = [name for name, method in methods().items() if _says_what_to_cut(method)]
+        able = [name for name, method in methods().items() if method.cuts]
         advice = (
             f"which has no masks that say what to cut: only {', '.join(able)} has. `--to merged` writes a model of the "
             "base's size."
@@ -134,16 +134,11 @@ def _forms(peft_type: str) -> dict[str, Write]:
     """The forms that adapters of a method can be written in."""
     about, method = about_of(peft_type), method_of(peft_type)
     forms: dict[str, Write] = {"merged": _write_merged} if about.merges else {}
-    if method is not None and _says_what_to_cut(method):
+    if method is not None and method.cuts:
         forms["pruned"] = _write_pruned
     for form, write in about.exports().items():
         forms[form] = partial(_write_form, write)
     return forms
-
-
-def _says_what_to_cut(method: Method) -> bool:
-    own = getattr(method.model, "kept_units", None)
-    return getattr(own, "__func__", None) not in (None, ExtModel.kept_units.__func__)  # type: ignore[attr-defined]
 
 
 def _write_form(write: Writer, adapter: Adapter, model: PeftModel, base: str, output: Path) -> None:
@@ -162,7 +157,7 @@ def _write_merged(adapter: Adapter, model: PeftModel, base: str, output: Path) -
 
 def _write_pruned(adapter: Adapter, model: PeftModel, base: str, output: Path) -> None:
     pruned: Any = prune_and_unload(model)
-    save_pruned(pruned, output, CardInfo(base_model=_hub_id(base)))
+    save_pruned(pruned, output, CardInfo(base_model=_hub_id(base), method=adapter.method))
     _copy_processor(adapter, base, output)
 
 

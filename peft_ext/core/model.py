@@ -50,6 +50,7 @@ class ExtModel(BaseTuner):
     # regular expressions that go with the default targets, by class name or model type
     default_exclusions: ClassVar[dict[str, str]] = {}
     trains_own_head: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False  # whether `kept_units` says what can be cut out of the base
 
     # To be overridden by the method
 

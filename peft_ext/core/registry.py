@@ -59,6 +59,11 @@ class Method:
         return OURS if is_plugin(self.package) else self.package
 
     @property
+    def cuts(self) -> bool:
+        """Whether `prune_and_unload` can cut a model by its adapters."""
+        return bool(getattr(self.model, "cuts", False))
+
+    @property
     def prefix(self) -> str:
         """What the names of its tensors begin with."""
         return f"{self.peft_type.lower()}_"

@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..cards import CardInfo, hub_ids, update_card
+from ..core import methods
 from ..groups import Group, find_groups
 from . import modeling_pruned
 from .cut import config_type
@@ -363,7 +364,7 @@ def _card_info(model: PreTrainedModel, info: CardInfo) -> CardInfo:
     bases = hub_ids([model.config.name_or_path])  # a directory would tell about a machine, and the Hub refuses it
     return dataclasses.replace(
         info,
-        method=info.method or "MASK_PRUNING",
+        method=info.method or next(name for name, method in methods().items() if method.cuts),
         relation="finetune",
         base_model=info.base_model or next(iter(bases), None),
         base_class=info.base_class or stock_class(model).__name__,

@@ -45,6 +45,7 @@ class MaskLoraModel(ExtModel):
     tuner_layer_cls = MaskLoraLayer
     scores_kind = "magnitude"
     _has_fresh_head: bool | None = None  # not looked up yet
+    cuts = True
     misfit_advice = (
         "It was made for another base model, or for one that was pruned since. To go on training, use the saved "
         "adapter's own config: `PeftModel.from_pretrained(base, path, is_trainable=True)`."
