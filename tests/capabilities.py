@@ -1,7 +1,7 @@
 """The table of what each method can do, read off the tests that show it.
 
     python tests/capabilities.py                   # print the table
-    python tests/capabilities.py --write README.md # between <!-- capabilities --> and <!-- /capabilities -->
+    python tests/capabilities.py --write docs/capabilities.md # between <!-- capabilities --> and <!-- /capabilities -->
 
 A test of the conformance kit that shows a capability says so, `@shows("merge")`, for all methods in
 `test_conformance.py` that it is run on, or, `@shows("adapter_names", only_if="mixes_batches")`, for those whose

@@ -30,6 +30,7 @@ from hub_server import HubServer, only_local
 from models import tiny
 from peft import LoraConfig, PeftConfig, get_peft_model
 from test_conformance import METHODS
+from test_integrations import tokenizer
 from test_sparse_ft import lt_sft_file
 from torch.utils.data import DataLoader
 from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments, ViTModel, set_seed
@@ -38,7 +39,8 @@ import peft_ext
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+DOCS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", *DOCS]
 METHOD_PAGES = {
     "ssf": peft_ext.SSFConfig,
     "vqt": peft_ext.VQTConfig,
@@ -49,6 +51,7 @@ METHOD_PAGES = {
 # what the rows of a reader's data are
 IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"
 DATA = {"docs/ssf.md": IMAGES, "docs/vqt.md": IMAGES, "docs/sparse.md": TOKENS}  # all others: SENTENCES
+DATA |= {"docs/tutorials/images.md": IMAGES, "docs/tutorials/several_adapters.md": TOKENS}
 CONTINUES = {"docs/export.md": "docs/mask_pruning.md"}  # it begins with what that page has saved
 # Blocks that cannot run here: (page, first line of the block): reason
 SKIPPED: dict[tuple[str, str], str] = {}
@@ -84,6 +87,7 @@ def prepare(data: str) -> dict[str, Any]:
     backbone.save_pretrained(VIT)
     llama, tuned = (tiny("llama", hidden_size=64, intermediate_size=96, seed=seed) for seed in (0, 1))
     llama.save_pretrained(LLAMA)
+    tokenizer().save_pretrained(LLAMA)
     tuned.save_pretrained(f"{LLAMA}-Instruct")
     sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
     experts = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
@@ -301,6 +305,7 @@ def test_every_method_page_has_the_same_order(name: str) -> None:
     assert python_blocks(f"docs/{name}.md")
 
 
+SUMMARY = runpy.run_path(str(ROOT / "docs" / "summary.py"))
 PARAMETERS = runpy.run_path(str(ROOT / "docs" / "parameters.py"))
 
 
@@ -345,6 +350,22 @@ def test_stale_tables_and_undocumented_fields_are_found() -> None:
 
     with pytest.raises(ValueError, match="Undocumented and its fields differ in missing"):
         PARAMETERS["table"](Undocumented)
+
+
+# the README's table of results, the site
+
+
+def test_readme_is_short_and_its_table_is_that_of_the_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 200
+    assert SUMMARY["updated"](text) == text, "run `python docs/summary.py`"
+    stale = re.sub(r"\| SSF \| [\d.]+", "| SSF | 0.999", text)
+    assert stale != text and SUMMARY["updated"](stale) == text
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {page.removeprefix("docs/") for page in DOCS}
 
 
 # the table of capabilities

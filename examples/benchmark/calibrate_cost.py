@@ -1,7 +1,7 @@
 """What the sensitivity pass costs: memory, time, and what the smaller memory loses. SmolLM2-135M, no network needed.
 
     python examples/benchmark/calibrate_cost.py --json           # into results/calibrate-cost.json
-    python examples/benchmark/calibrate_cost.py --write README.md
+    python examples/benchmark/calibrate_cost.py --write docs/results.md
 
 - **memory**: by how much the resident set of a process of its own grows at most during the pass, less what it grows
   by if it makes the same backward passes and releases each gradient at once. In multiples of the candidates' fp32 size.

@@ -5,7 +5,7 @@
     python examples/benchmark/compare.py text:dair-ai/emotion:text:label            # any set on the Hub, see tasks.py
     python examples/benchmark/compare.py trec --methods examples/benchmark/experiments/ssf/*    # PEFT's own format
     python examples/benchmark/compare.py --table                                    # prints what there is
-    python examples/benchmark/compare.py --write README.md                          # puts it between the markers
+    python examples/benchmark/compare.py --write docs/results.md                          # puts it between the markers
 
 Every run is one line of `results/compare.jsonl`: a run that has its line is not made again, so several processes can
 share the work with `--part 0/2`, `--part 1/2`. The learning rate is chosen for each task, method and budget with the

@@ -2,7 +2,7 @@
 
     python examples/benchmark/cost.py vit-6x384 --table             # print the table
     python examples/benchmark/cost.py all --threads 2 --json        # write results/cost-PRESET-DEVICE.json
-    python examples/benchmark/cost.py --write README.md             # put the tables of the results into a file
+    python examples/benchmark/cost.py --write docs/results.md             # put the tables of the results into a file
     python examples/benchmark/cost.py FacebookAI/roberta-base --batch 16 --length 128 --table
 
 All methods take turns in one run: a round is one training step of each, one forward of each, one forward of each

@@ -1,7 +1,7 @@
 """What mask pruning costs in training beside LoRA, and what the cut brings. Random weights, nothing is downloaded.
 
     python examples/benchmark/prune_cost.py minilm vit-6x384 --json     # into results/prune-cost-NAME.json
-    python examples/benchmark/prune_cost.py --write README.md           # the tables of the results, between markers
+    python examples/benchmark/prune_cost.py --write docs/results.md           # the tables of the results, between markers
 
 - **step**: forward, backward and fused AdamW while the masks learn, which is when they cost most, over LoRA r=8's step
   of the same round; **saved**: what autograd keeps for the backward, over LoRA's.

@@ -3,7 +3,7 @@ r"""What VQT costs against a linear probe and LoRA: bytes kept for the backward,
     OMP_NUM_THREADS=1 python examples/benchmark/vqt_cost.py --output examples/benchmark/results/vqt_cost.json
     OMP_NUM_THREADS=1 python examples/benchmark/vqt_cost.py --size base --batch 2 --rounds 2 \
         --output examples/benchmark/results/vqt_cost_base.json
-    python examples/benchmark/vqt_cost.py --write README.md         # the tables of the results, between their markers
+    python examples/benchmark/vqt_cost.py --write docs/results.md         # the tables of the results, between their markers
 
 The model is a random ViT of 6 layers and width 384 on 8 images of 224 px (`--size base`: ViT-B/16). Times are of the
 CPU and not of the clock, so that with one thread a busy machine counts little; methods take turns, and a ratio is the
