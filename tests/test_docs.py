@@ -13,6 +13,8 @@ import builtins
 import os
 import re
 import runpy
+import subprocess
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -61,12 +63,18 @@ THIRD_PARTY = ["ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarnin
 
 BERT, VIT, LLAMA = "google-bert/bert-base-uncased", "google/vit-base-patch16-224-in21k", "HuggingFaceTB/SmolLM2-135M"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r'^```py title="([\w.]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)  # written, and not run
 
 
 def blocks(page: str, text: str | None = None) -> list[tuple[str, int, str]]:
     """Language, number of the first line, and content of each fenced block."""
     text = (ROOT / page).read_text() if text is None else text
     return [(match[1], text.count("\n", 0, match.start(2)) + 1, match[2]) for match in BLOCK.finditer(text)]
+
+
+def files(page: str) -> dict[str, str]:
+    """The files that a page tells one to write."""
+    return dict(FILE.findall((ROOT / page).read_text()))
 
 
 def python_blocks(page: str) -> list[tuple[int, str]]:
@@ -126,10 +134,15 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def run(steps: list[tuple[str, int, str]], data: str, directory: str, filters: list[str]) -> str:
+def run(
+    steps: list[tuple[str, int, str]], data: str, directory: str, filters: list[str], files: dict[str, str]
+) -> str:
     """Runs blocks (page, line, code) with common names; returns the traceback of the first that fails, or nothing."""
     Path(directory).mkdir(parents=True)
     os.chdir(directory)
+    for name, content in files.items():
+        Path(name).write_text(content)
+    sys.path.insert(0, directory)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = prepare(data)
@@ -178,8 +191,8 @@ def execute(
         pool.submit(int).result()  # the process starts here, and keeps this environment
     filters = [*filter(None, pytestconfig.getini("filterwarnings")), *THIRD_PARTY]
     with pool:
-        yield lambda steps, data: pool.submit(
-            run, steps, data, str(tmp_path_factory.mktemp("page") / "work"), filters
+        yield lambda steps, data, files=None: pool.submit(
+            run, steps, data, str(tmp_path_factory.mktemp("page") / "work"), filters, files or {}
         ).result()
 
 
@@ -194,12 +207,12 @@ def test_python_runs(page: str, execute: Callable[..., str], hub: HubServer) -> 
             if (source, code.splitlines()[0]) not in SKIPPED:
                 # the reader's own arguments
                 steps.append((source, line, code.replace("(model, ...", "(model, args, train_dataset=train_set")))
-    error = execute(steps, DATA.get(page, SENTENCES))
+    error = execute(steps, DATA.get(page, SENTENCES), files(page))
     assert not error, error
     code = re.sub(r"#.*", "", "".join(code for _, code in python_blocks(page)))
     for repo_id in re.findall(r"to_hub\((?:\w+, )?\"(.+?)\"", code):
-        files = hub.repos[repo_id].find("main").files
-        assert "README.md" in files and any(name.endswith(".safetensors") for name in files)
+        pushed = hub.repos[repo_id].find("main").files
+        assert "README.md" in pushed and any(name.endswith(".safetensors") for name in pushed)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +266,7 @@ def exists(path: str) -> bool:
 
 def link_problems(page: str, text: str | None = None) -> list[str]:
     """Relative links and images that lead nowhere, headings included."""
-    text = (ROOT / page).read_text() if text is None else text
+    text = FILE.sub("", (ROOT / page).read_text() if text is None else text)
     problems = []
     for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text)) + re.findall(r"src=\"([^\"]+)\"", text):
         path, _, heading = link.partition("#")
@@ -361,6 +374,15 @@ def test_readme_is_short_and_its_table_is_that_of_the_results() -> None:
     assert SUMMARY["updated"](text) == text, "run `python docs/summary.py`"
     stale = re.sub(r"\| SSF \| [\d.]+", "| SSF | 0.999", text)
     assert stale != text and SUMMARY["updated"](stale) == text
+
+
+def test_method_of_the_tutorial_passes_the_kit(tmp_path: Path) -> None:
+    for name, content in files("docs/tutorials/own_method.md").items():
+        (tmp_path / name).write_text(content)
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_rank_one.py", "-k", "vit"]
+    ran = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
