@@ -69,6 +69,7 @@ FILE = re.compile(r'^```py title="([\w.]+)"\n(.*?)^```$', re.MULTILINE | re.DOTA
 def blocks(page: str, text: str | None = None) -> list[tuple[str, int, str]]:
     """Language, number of the first line, and content of each fenced block."""
     text = (ROOT / page).read_text() if text is None else text
+    text = FILE.sub(lambda match: "\n" * match[0].count("\n"), text)
     return [(match[1], text.count("\n", 0, match.start(2)) + 1, match[2]) for match in BLOCK.finditer(text)]
 
 
