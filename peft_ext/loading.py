@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from .version import __version__
 
 
-FOR_THE_ADAPTER = ("adapter_name", "is_trainable", "revision", "subfolder", "autocast_adapter_dtype", "torch_device")
+FOR_THE_ADAPTER = (
+    *("adapter_name", "is_trainable", "revision", "subfolder", "autocast_adapter_dtype", "torch_device"),
+    "low_cpu_mem_usage",
+)
+HEAD_NAMES = {"classifier", "score"}
 FOR_BOTH = ("token", "cache_dir", "local_files_only")
 
 
@@ -24,18 +34,18 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
     Args:
         adapter: Directory or Hub repository with the adapter.
         base_model: The model to put it on; if `None`, the one that the adapter names is loaded, as the class that it
-            was trained on.
+            was trained on, with as many labels as the head that the adapter brings.
         kwargs: What is meant for the adapter (`revision`, `is_trainable`, ...) goes to `PeftModel.from_pretrained`;
             the rest (`num_labels`, `dtype`, `device_map`, ...) to the base model's.
 
     Raises:
-        ValueError: The method is unknown, or `base_model` is left out, but the adapter does not name a model of
-            transformers.
+        ValueError: The method is unknown, `base_model` is left out, but the adapter does not name a model of
+            transformers, or the adapter's weights are incomplete or damaged.
     """
     path = os.fspath(adapter)
     both = {key: kwargs.pop(key) for key in FOR_BOTH if key in kwargs}
     ours = {key: kwargs.pop(key) for key in FOR_THE_ADAPTER if key in kwargs}
-    where = {key: ours[key] for key in ("revision", "subfolder") if key in ours}
+    where: dict[str, Any] = {key: ours[key] for key in ("revision", "subfolder") if key in ours}
     try:
         config = PeftConfig.from_pretrained(path, **where, **both)
     except KeyError as error:
@@ -44,16 +54,61 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
             f"{__version__} has; run `pip install -U peft peft-ext`."
         ) from None
     if base_model is None:
-        mapping = config.auto_mapping or {}
-        library = mapping.get("parent_library", "")
-        if not (library.startswith("transformers.") and config.base_model_name_or_path):
-            raise ValueError(
-                f"The adapter {path!r} does not say which class of transformers it was trained on; load that model "
-                "yourself and pass it as `base_model`."
-            )
-        model_cls = getattr(import_module(library), mapping["base_model_class"])
+        model_cls = base_class(config, path)
+        base = str(config.base_model_name_or_path)
         revision = {} if config.revision is None else {"revision": config.revision}
-        base_model = model_cls.from_pretrained(config.base_model_name_or_path, **revision, **kwargs, **both)
+        if not {"num_labels", "id2label", "config"} & kwargs.keys():
+            weights = adapter_file(path, where, both)
+            labels = None if weights is None else labels_of(weights)
+            stock = model_cls.config_class.from_pretrained(base, **revision, **both)
+            if labels is not None and labels != getattr(stock, "num_labels", labels):
+                # the base's own head is of another size, and the adapter's is put in its place
+                kwargs |= {"num_labels": labels, "ignore_mismatched_sizes": True}
+        base_model = model_cls.from_pretrained(base, **revision, **kwargs, **both)
     elif kwargs:
-        raise ValueError(f"{sorted(kwargs)} are options of the base model, but `base_model` is loaded already.")
+        raise ValueError(
+            f"{', '.join(sorted(kwargs))}: no options of an adapter, and `base_model` is loaded already. An adapter has "
+            f"{', '.join(sorted((*FOR_THE_ADAPTER, *FOR_BOTH)))}."
+        )
     return PeftModel.from_pretrained(base_model, path, **ours, **both)
+
+
+def base_class(config: PeftConfig, path: str) -> Any:
+    """The class of transformers that an adapter says it was trained on; nothing else is taken.
+
+    Raises:
+        ValueError: It names none.
+    """
+    mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    library, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
+    found = None
+    if isinstance(library, str) and library.startswith("transformers.models.") and config.base_model_name_or_path:
+        with suppress(ImportError):
+            found = getattr(import_module(library), str(name), None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    raise ValueError(
+        f"The adapter {path!r} does not say which class of transformers it was trained on; load that model yourself "
+        "and pass it as `base_model`."
+    )
+
+
+def adapter_file(path: str, where: dict[str, Any], both: dict[str, Any]) -> str | None:
+    """The file with an adapter's weights, `None` if there is none in safetensors."""
+    local = os.path.join(path, where.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
+    if os.path.isfile(local):
+        return local
+    if os.path.isdir(path):
+        return None
+    with suppress(EntryNotFoundError):
+        return hf_hub_download(path, SAFETENSORS_WEIGHTS_NAME, **where, **both)
+    return None
+
+
+def labels_of(file: str) -> int | None:
+    """The number of labels of the head in an adapter's file, `None` if it has none, or one of several layers."""
+    with safe_open(file, "pt") as tensors:
+        heads = [key for key in tensors.keys() if HEAD_NAMES & set(key.split(".")) and key.endswith(".weight")]  # noqa: SIM118
+        last = [key for key in heads if key.endswith(".out_proj.weight")] or heads
+        shapes = [tensors.get_slice(key).get_shape() for key in last if ".vqt." not in key]
+    return shapes[0][0] if len(shapes) == 1 and len(shapes[0]) == 2 else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 import peft_ext
 from peft_ext import FrozenPassCache, SSFConfig, VQTConfig, attention_maps, select_features
+from peft_ext.tuners.vqt.cache import sample_keys
 from peft_ext.tuners.vqt.layer import VQTLayer, layer_of
 
 
@@ -850,13 +853,10 @@ def test_beside_another_adapter_through_transformers(kind: str, vqt_first: bool,
     torch.testing.assert_close(logits(again.eval(), batch), both)
 
 
-def test_a_mixed_model_saves_nothing_that_would_not_load(tmp_path: Path) -> None:
+def test_options_that_a_mixed_model_does_not_save_with(tmp_path: Path) -> None:
     with _ignoring_frozen_head():
         model = peft_ext.PeftMixedModel(tiny("vit"), LoraConfig(**vars_of_lora()), adapter_name="lora")
         model.add_adapter("ssf", SSFConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"'lora' cannot be saved apart"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="there are"):
         model.save_pretrained(tmp_path, selected_adapters=["none"])
     with pytest.raises(ValueError, match="safetensors"):
@@ -1141,3 +1141,58 @@ def test_attention_maps_are_those_of_the_forward(name: str) -> None:
         rows = layer.vqt_queries["default"].weight[index].expand(len(values), -1, -1)
         z = run_block(layer.family, block, found[index], rows, by_the_map)
         torch.testing.assert_close(z, outputs[index], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded_first", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_masks_in_a_cache_are_of_each_sample(padded_first: bool, attention: str, tmp_path: Path) -> None:
+    """Transformers leaves the mask of a batch out where nothing is padded."""
+    samples = Samples("bert")
+    samples.rows["attention_mask"][:] = 1
+    padded = slice(0, 4) if padded_first else slice(4, 8)
+    samples.rows["attention_mask"][padded, 4:] = 0
+    model = vqt("bert")
+    model.base_model.model.set_attn_implementation(attention)
+    cache = FrozenPassCache.write(model, DataLoader(samples, 4), tmp_path / "cache")
+    for chosen in ([0, 1], [5, 6], [1, 6, 2]):
+        batch = {key: value[chosen] for key, value in samples.rows.items()}
+        expected = model(**batch).logits
+        with cache.use(model):
+            torch.testing.assert_close(model(**batch).logits, expected)
+
+
+def test_the_key_of_a_sample_is_its_own() -> None:
+    ids = torch.arange(12).view(3, 4)
+    positions = torch.arange(4).view(1, 4)
+    keys = sample_keys((), {"position_ids": positions, "input_ids": ids})
+    assert len(set(keys)) == 3
+    turned = sample_keys((), {"position_ids": positions, "input_ids": ids.flip(0)})
+    alone = sample_keys((), {"position_ids": positions, "input_ids": ids[1:2]})
+    assert turned == keys[::-1] and alone == keys[1:2]
+    assert sample_keys((), {"position_ids": positions + 1, "input_ids": ids})[0] != keys[0]
+    with pytest.raises(ValueError, match="2 rows for 3 samples"):
+        sample_keys((), {"other": ids[:2], "input_ids": ids})
+
+
+def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
+    model, samples = vqt("vit"), Samples("vit")
+    FrozenPassCache.write(model, DataLoader(samples, 4), tmp_path / "cache")
+    generator = random.Random(0)
+    for name in ("frozen_pass.arrow", "frozen_pass.json"):
+        file = tmp_path / "cache" / name
+        whole = file.read_bytes()
+        for _ in range(20):
+            place = generator.randrange(len(whole))
+            file.write_bytes(
+                whole[:place] + bytes([whole[place] ^ (1 << generator.randrange(8))]) + whole[place + 1 :]
+            )
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+                if name.endswith("json") and json.loads(file.read_text()) == json.loads(whole):
+                    continue  # white space
+            with pytest.raises(ValueError, match="write it again"):
+                FrozenPassCache(tmp_path / "cache")
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="write it again"):
+            FrozenPassCache(tmp_path / "cache")
+        file.write_bytes(whole)
+    assert len(FrozenPassCache(tmp_path / "cache")) == 8

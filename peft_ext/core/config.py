@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from typing import Any, ClassVar, Self
 import torch
 from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from ..version import __version__
 from .registry import is_registered
@@ -51,6 +54,7 @@ class ExtConfig(PeftConfig):
     """
 
     METHOD: ClassVar[str] = ""
+    SIZES: ClassVar[tuple[str, ...]] = ()  # fields that say how large tensors of the adapter are
     NAMED_STARTS: ClassVar[tuple[str, ...]] = ()  # what `init_weights` takes besides True and False
     # no fields, so not in the JSON
     awaits_weights = False  # read from a file whose weights were not loaded yet
@@ -190,7 +194,31 @@ class ExtConfig(PeftConfig):
             )
         if isinstance(config, ExtConfig):
             config.awaits_weights = True
+        config.check_sizes(str(args[0] if args else kwargs["pretrained_model_name_or_path"]), kwargs.get("subfolder"))
         return config
+
+    def check_sizes(self, directory: str, subfolder: str | None = None) -> None:
+        """Compares `SIZES` with an adapter's file, if that is on this machine, before anything of such a size is made.
+
+        Raises:
+            ValueError: No tensor in the file has such a size.
+        """
+        file = os.path.join(directory, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if not (self.SIZES and os.path.isfile(file)):
+            return
+        try:
+            with safe_open(file, "pt") as tensors:
+                there = {size for key in tensors.keys() for size in tensors.get_slice(key).get_shape()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file!r} cannot be read, it is damaged or not complete: {error}") from None
+        for name in self.SIZES:
+            value = getattr(self, name)
+            for size in value.values() if isinstance(value, dict) else () if value is None else (value,):
+                if size not in there:
+                    raise ValueError(
+                        f"`{name}` of adapter_config.json says {size}, and no tensor in {file!r} has such a size: the "
+                        "two are not of one adapter. Restore the files that were saved."
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types; names come sorted, so that equal configs are written alike."""

@@ -66,6 +66,7 @@ class MaskLoraConfig(ExtConfig):
     """
 
     METHOD: ClassVar[str] = "MASK_PRUNING"
+    SIZES: ClassVar[tuple[str, ...]] = ("r",)
 
     r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: float = field(default=16.0, metadata={"help": "Scale of LoRA, times r."})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...core import ExtConfig
@@ -52,6 +53,7 @@ class SPTConfig(ExtConfig):
     """
 
     METHOD: ClassVar[str] = "SPT"
+    SIZES: ClassVar[tuple[str, ...]] = ("ranks",)
 
     budget: float | int | None = field(
         default=None, metadata={"help": "Trainable parameters, or a fraction of the model's if below 1."}
@@ -108,6 +110,37 @@ class SPTConfig(ExtConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
         if self.use_rslora and self.lora_alpha is None:
             raise ValueError("`use_rslora` changes what `lora_alpha` is divided by: set `lora_alpha` too.")
+        self._check_allocation()
+
+    def _check_allocation(self) -> None:
+        """`ValueError` if what calibration has written, or a file says, is no allocation."""
+        allowed = ("sparse", "whole", *STRUCTURES)
+        if self.kinds is not None and not (
+            isinstance(self.kinds, dict)
+            and all(isinstance(kind, str) and kind in allowed for kind in self.kinds.values())
+        ):
+            raise ValueError(f"`kinds` must map names of tensors to one of {', '.join(allowed)}.")
+        for field_name in ("counts", "ranks"):
+            numbers = getattr(self, field_name)
+            if numbers is not None and not (
+                isinstance(numbers, dict)
+                and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers.values())
+            ):
+                raise ValueError(f"`{field_name}` must map names of tensors to positive integers.")
+
+    def check_support(self, support: dict[str, torch.Tensor], where: str) -> None:
+        """`ValueError` if these are not the places of the sparse tensors of this allocation."""
+        sparse = {name for name, kind in (self.kinds or {}).items() if kind == "sparse"}
+        faults = [f"{name} is missing" for name in sorted(sparse - support.keys())]
+        faults += [f"{name} is not sparse" for name in sorted(support.keys() - sparse)]
+        for name in sorted(sparse & support.keys()):
+            places, count = support[name], (self.counts or {}).get(name)
+            if places.dtype not in (torch.int32, torch.int64) or places.shape != (count,):
+                faults.append(f"{name} has {tuple(places.shape)} of {places.dtype}, not {count} integers")
+            elif int(places[0]) < 0 or bool((places.diff() <= 0).any()):
+                faults.append(f"{name} has places that are not distinct, sorted and from zero")
+        if faults:
+            raise ValueError(f"The calibration in {where} is damaged:\n    " + "\n    ".join(faults[:8]))
 
     @property
     def scale(self) -> float:
@@ -131,5 +164,10 @@ class SPTConfig(ExtConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         file = os.path.join(pretrained_model_name_or_path, CALIBRATION)
         if os.path.exists(file):
-            config.support = load_file(file)
+            try:
+                support = load_file(file)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"The calibration in {file} cannot be read: {error}") from None
+            config.check_support(support, file)
+            config.support = support
         return config

@@ -28,6 +28,7 @@ from .layer import VQTLayer, active_adapter_of, layer_of
 
 _SHARD = "frozen_pass.arrow"
 _META = "frozen_pass.json"
+_FORMAT = 2
 
 
 class FrozenPassCache:
@@ -39,7 +40,10 @@ class FrozenPassCache:
         Trainer(model, args, train_dataset=train_set, data_collator=collate).train()
     ```
 
-    An existing cache is opened with `FrozenPassCache("cache/flowers")`.
+    An existing cache is opened with `FrozenPassCache("cache/flowers")`, which reads it once to see that it is whole.
+
+    Raises:
+        ValueError: The directory holds no cache, or one that was damaged or that another version wrote.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -48,7 +52,7 @@ class FrozenPassCache:
         self.directory = Path(directory)
         if not (self.directory / _META).is_file():
             raise ValueError(f"{str(directory)!r} holds no frozen pass; write one with `FrozenPassCache.write`.")
-        self.meta: dict[str, Any] = json.loads((self.directory / _META).read_text())
+        self.meta = _read_meta(self.directory)
         table = Dataset.from_file(str(self.directory / _SHARD)).data
         self._columns = {name: table.column(name) for name in ("states", "class_token", "mask")}
         self._tokens = table.column("tokens").to_pylist()
@@ -109,8 +113,9 @@ class FrozenPassCache:
                 if meta is None:
                     meta = _describe(layer, adapter, frozen, class_token, kept)
                     _announce(target, _bytes_per_sample(frozen, class_token, kept), num_samples)
-                states = torch.stack([part for one in frozen for part in (one.keys, one.values)], dim=1)
                 masks = _masks(frozen, len(class_token))
+                _note_mask(meta, masks)
+                states = torch.stack([part for one in frozen for part in (one.keys, one.values)], dim=1)
                 for row, key in enumerate(sample_keys(*call)):
                     if key in seen:
                         continue
@@ -128,7 +133,9 @@ class FrozenPassCache:
                 raise ValueError("`batches` is empty, so there is nothing to cache.")
             writer.finalize()
         (target / (_SHARD + ".part")).rename(target / _SHARD)
-        (target / _META).write_text(json.dumps(meta, indent=1))  # last: its presence says that the cache is whole
+        meta["shard"] = _checksum(target / _SHARD)
+        whole = {"meta": meta, "checksum": _checksum_of(meta)}
+        (target / _META).write_text(json.dumps(whole, indent=1))  # last: its presence says that the cache is whole
         return cls(target)
 
     # Using
@@ -191,10 +198,8 @@ class FrozenPassCache:
         kept, dtype = getattr(torch, meta["kept"]), getattr(torch, meta["dtype"])
         states = self._gather("states", rows, (2 * layers, count, width), kept).to(device).to(dtype)
         class_token = self._gather("class_token", rows, (meta["class_features"],), kept).to(device).to(dtype)
-        masks = None
-        if meta["mask_heads"] is not None:
-            shape = (layers, meta["mask_heads"], 1, count)
-            masks = self._gather("mask", rows, shape, getattr(torch, meta["mask_dtype"])).to(device)
+        masks = self._masks(rows, layers, count)
+        masks = None if masks is None else masks.to(device)
         frozen = [
             Frozen(
                 keys=states[:, 2 * place],
@@ -214,6 +219,18 @@ class FrozenPassCache:
         )
         return frozen, class_token, stub
 
+    def _masks(self, rows: list[int], layers: int, count: int) -> torch.Tensor | None:
+        """`(B, L, heads or 1, 1, N)`; `None` if no sample has one, as of a batch without padding."""
+        column = self._columns["mask"]
+        masked = [place for place, row in enumerate(rows) if len(column[row].as_buffer())]
+        if not masked:
+            return None
+        dtype = getattr(torch, self.meta["mask_dtype"])
+        shape = (layers, self.meta["mask_heads"], 1, count)
+        masks = torch.full((len(rows), *shape), dtype == torch.bool, dtype=dtype)  # nothing is masked: True, or + 0
+        masks[masked] = self._gather("mask", [rows[place] for place in masked], shape, dtype)
+        return masks
+
     def _gather(self, name: str, rows: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The entries of `rows` as one tensor `(B, *shape)`, copied once from the memory map."""
         batch = torch.empty(len(rows), *shape, dtype=dtype)
@@ -224,10 +241,13 @@ class FrozenPassCache:
 
 
 def sample_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[bytes]:
-    """A hash of each sample's part of the arguments that the backbone is called with."""
+    """A hash of each sample's part of the arguments that the backbone is called with.
+
+    What has one row for all samples, such as `position_ids`, counts as a row of each.
+    """
     named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor) and value.ndim}
-    batch = len(next(iter(tensors.values())))
+    batch = max(len(value) for value in tensors.values())
     common = blake2b(digest_size=16)
     for name, value in sorted(named.items()):
         if name not in tensors and value is not None and value is not False and name != "num_items_in_batch":
@@ -235,7 +255,10 @@ def sample_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[bytes]
     hashes = [common.copy() for _ in range(batch)]
     for name, value in sorted(tensors.items()):
         described = f"{name}:{value.dtype}:{tuple(value.shape[1:])}".encode()
-        rows = value.detach().cpu().contiguous().view(batch, -1).view(torch.uint8).numpy()
+        if len(value) not in (1, batch):
+            raise ValueError(f"The input {name!r} has {len(value)} rows for {batch} samples, so it cannot be cached.")
+        value = value.detach().cpu().expand(batch, *value.shape[1:])
+        rows = value.contiguous().view(batch, -1).view(torch.uint8).numpy()
         for one, row in zip(hashes, rows, strict=True):
             one.update(described)
             one.update(row)
@@ -295,20 +318,61 @@ def _raw(tensor: torch.Tensor) -> bytes:
 def _describe(
     layer: VQTLayer, adapter: str, frozen: list[Frozen], class_token: torch.Tensor, kept: torch.dtype
 ) -> dict[str, Any]:
-    mask = frozen[0].mask
     return {
+        "format": _FORMAT,
         "fingerprint": fingerprint(layer, adapter),
         "dtype": str(frozen[0].dtype).removeprefix("torch."),
         "kept": str(kept).removeprefix("torch."),
         "width": frozen[0].keys.shape[-1],
         "class_features": class_token.shape[-1],
-        "mask_heads": None if mask is None else mask.shape[1],
-        "mask_dtype": None if mask is None else str(mask.dtype).removeprefix("torch."),
+        "mask_heads": None,  # of the first batch that has a mask
+        "mask_dtype": None,
         "calls": [
             {"args": [_plain(value) for value in one.args], "kwargs": {k: _plain(v) for k, v in one.kwargs.items()}}
             for one in frozen
         ],
     }
+
+
+def _note_mask(meta: dict[str, Any], masks: torch.Tensor | None) -> None:
+    """Transformers leaves the mask out where nothing is padded, so whether there is one is a matter of each batch."""
+    if masks is None:
+        return
+    found = {"mask_heads": masks.shape[2], "mask_dtype": str(masks.dtype).removeprefix("torch.")}
+    if meta["mask_heads"] is None:
+        meta |= found
+    elif any(meta[key] != value for key, value in found.items()):
+        raise ValueError(
+            f"The attention masks of the batches differ in form: {found}, before {meta['mask_heads']} heads."
+        )
+
+
+def _checksum_of(meta: dict[str, Any]) -> str:
+    return blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _checksum(file: Path) -> dict[str, Any]:
+    whole = blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 22):
+            whole.update(piece)
+    return {"bytes": file.stat().st_size, "checksum": whole.hexdigest()}
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    """What the cache says of itself, once it is known that nothing of it was damaged."""
+    advice = "delete it, and write it again with `FrozenPassCache.write`"
+    try:
+        whole = json.loads((directory / _META).read_text())
+    except ValueError:  # UnicodeDecodeError too
+        raise ValueError(f"{str(directory / _META)!r} is damaged: {advice}.") from None
+    meta = whole.get("meta") if isinstance(whole, dict) else None
+    if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
+        raise ValueError(f"The frozen pass in {str(directory)!r} is of another version: {advice}.")
+    shard = directory / _SHARD
+    if whole.get("checksum") != _checksum_of(meta) or not shard.is_file() or _checksum(shard) != meta.get("shard"):
+        raise ValueError(f"The frozen pass in {str(directory)!r} is damaged or incomplete: {advice}.")
+    return meta
 
 
 def _plain(value: Any) -> Any:

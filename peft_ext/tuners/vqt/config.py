@@ -38,6 +38,7 @@ class VQTConfig(ExtConfig):
     """
 
     METHOD: ClassVar[str] = "VQT"
+    SIZES: ClassVar[tuple[str, ...]] = ("num_queries",)
 
     num_queries: int = field(default=10, metadata={"help": "Number of learnt queries per layer."})
     pooling: str = field(default="concatenate", metadata={"help": f"How a layer's outputs are pooled: {POOLINGS}."})
