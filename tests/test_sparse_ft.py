@@ -262,6 +262,112 @@ def test_schedule() -> None:
     assert [round(leaf.tracker.rate_at(step), 4) for step in (5, 25, 85, 105)] == [1.0, 0.15, 0.03, 0.0]
 
 
+class DenseSaRA:
+    """AdamW on the deltas of the weights below the threshold; half way those that have left it stop for good."""
+
+    def __init__(self, weight: torch.Tensor, threshold: float, reselect_at: int, lr: float, decay: float) -> None:
+        self.weight, self.threshold, self.reselect_at, self.lr, self.decay = weight, threshold, reselect_at, lr, decay
+        self.delta, self.m, self.v = (torch.zeros_like(weight) for _ in range(3))
+        self.mask = (weight.abs() < threshold).double()
+        self.t = 0
+
+    def step(self, gradient: torch.Tensor) -> None:
+        self.t += 1
+        g = gradient.double() * self.mask
+        self.m = 0.9 * self.m + 0.1 * g
+        self.v = 0.999 * self.v + 0.001 * g**2
+        step = self.m / (1 - 0.9**self.t) / ((self.v / (1 - 0.999**self.t)).sqrt() + 1e-8)
+        self.delta = torch.where(self.mask > 0, self.delta * (1 - self.lr * self.decay) - self.lr * step, self.delta)
+        if self.t == self.reselect_at:
+            self.mask = self.mask * ((self.weight + self.delta).abs() < self.threshold)
+
+
+def test_below_equals_the_dense_reference() -> None:
+    torch.manual_seed(0)
+    base = One()
+    config = SparseFTConfig(selection="below", threshold=0.2, target_modules=["fc"], total_steps=40)
+    reference = DenseSaRA(base.fc.weight.detach().double().clone(), 0.2, 20, lr=1e-2, decay=0.3)
+    model = get_peft_model(base, config)
+    (_, leaf) = next(deltas(model, "default"))
+    places = reference.mask.flatten().nonzero().squeeze(1)
+    assert leaf.indices().tolist() == places.tolist()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
+    for step in range(30):
+        run_steps(model, optimizer, range(step, step + 1))
+        reference.step(scripted_gradient(step))
+        torch.testing.assert_close(
+            leaf.weight.detach().double(), reference.delta.flatten()[places], rtol=1e-4, atol=1e-6
+        )
+    frozen = reference.mask.flatten()[places] == 0
+    assert 0 < frozen.sum() < len(places) and leaf.tracker.reselections == [(20, int(frozen.sum()))]
+
+
+class DenseID3:
+    """AdamW with masked gradients, the mask growing in every step before the update."""
+
+    def __init__(self, weight: torch.Tensor, k: int, total: int, power: float, eps: float, lr: float) -> None:
+        self.weight, self.k, self.total, self.power, self.eps, self.lr = weight, k, total, power, eps, lr
+        self.delta, self.m, self.v, self.mask = (torch.zeros_like(weight) for _ in range(4))
+        self.t = 0
+
+    def step(self, gradient: torch.Tensor) -> None:
+        score = (gradient.double().abs() / (self.weight.abs() + self.eps) ** self.power) * (1 - self.mask)
+        self.t += 1
+        number = self.k * min(self.t, self.total) // self.total - int(self.mask.sum())
+        self.mask.view(-1)[score.flatten().topk(number).indices] = 1.0
+        g = gradient.double() * self.mask
+        self.m = 0.9 * self.m + 0.1 * g
+        self.v = 0.999 * self.v + 0.001 * g**2
+        self.delta -= self.lr * self.m / (1 - 0.9**self.t) / ((self.v / (1 - 0.999**self.t)).sqrt() + 1e-8)
+
+
+@pytest.mark.parametrize("power", [0.5, 0.0])
+def test_growing_equals_the_dense_reference(power: float) -> None:
+    fields = {"growth_power": power, "growth_eps": 0.01}
+    model, leaf = one("growing", total_steps=20, **fields)
+    weight = model.base_model.model.fc.base_layer.weight.detach().double()
+    reference = DenseID3(weight, K, 20, power, 0.01, lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(25):
+        if step == 11:  # taken up from a checkpoint
+            tensors = {key: tensor.clone() for key, tensor in model.state_dict().items() if "sparse_ft" in key}
+            state = pickle.loads(pickle.dumps(optimizer.state_dict()))
+            model, leaf = one("growing", total_steps=20, seed=5, **fields)
+            model.load_state_dict(tensors, strict=False)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+            optimizer.load_state_dict(state)
+        run_steps(model, optimizer, range(step, step + 1))
+        reference.step(scripted_gradient(step))
+        dense = torch.zeros(48).index_add(0, leaf.indices(), leaf.weight.detach()).double()
+        torch.testing.assert_close(dense, reference.delta.flatten(), rtol=1e-4, atol=1e-6)
+        assert int(leaf.tracker.active.sum()) == int(reference.mask.sum())
+    assert int(reference.mask.sum()) == K and set(support_of(leaf)) == set(
+        reference.mask.flatten().nonzero()[:, 0].tolist()
+    )
+
+
+def test_gradual_selections_under_the_trainer(tmp_path: Path) -> None:
+    for selection, fields in (
+        ("below", {"threshold": 0.1, "num_tunable_weights": None}),
+        ("growing", {"num_tunable_weights": 40}),
+    ):
+        model = classifier(selection, total_steps=None, **fields)
+        settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "learning_rate": 0.05}
+        trainer_for(model, tmp_path, callbacks=[peft_ext.SparseFTCallback()], max_steps=10, **settings).train()
+        leaves = [leaf for _, leaf in deltas(model, "default")]
+        assert all(leaf.tracker.step == 10 and leaf.tracker.reselections for leaf in leaves)
+        model.save_pretrained(tmp_path / selection)
+        torch.manual_seed(1)
+        loaded = PeftModel.from_pretrained(Classifier(), tmp_path / selection)
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(loaded.eval()(x)["logits"], model.eval()(x)["logits"])
+        if selection == "growing":
+            assert all((leaf.weight != 0).all() for leaf in leaves)
+    model, _ = one("growing", total_steps=None)
+    with pytest.raises(ValueError, match="not known how fast the support is to grow"):
+        run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(1))
+
+
 # It drives itself
 
 
@@ -1294,6 +1400,12 @@ def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
         ({"num_tunable_weights": 0}, "`num_tunable_weights` must be a positive integer"),
         ({"density": 0.1, "selection": "best"}, "`selection` must be one of"),
         ({"density": 0.1, "selection": "nonzero"}, "`density` has no effect"),
+        ({"selection": "below"}, "`threshold` must be a positive number"),
+        ({"selection": "below", "threshold": 0.1, "density": 0.1}, "takes all weights below `threshold`"),
+        ({"density": 0.1, "threshold": 0.1}, "`threshold` has no effect with"),
+        ({"density": 0.1, "reselect_at": 3}, "`reselect_at` has no effect with"),
+        ({"density": 0.1, "growth_power": -1.0}, "`growth_power` must not be negative"),
+        ({"density": 0.1, "growth_eps": 0.0}, "`growth_eps` must be positive"),
         ({"density": 0.1, "reselection_steps": 5}, "must be below `reselection_steps`"),
         ({"density": 0.1, "reselection_rate": 0.0}, "`reselection_rate` must be in"),
         ({"density": 0.1, "reselection_policy": "step"}, "must be 'linear' or 'cosine'"),

@@ -29,8 +29,14 @@ class Gradient:
         with torch.no_grad(), torch.autocast(self.grad.device.type, enabled=False):
             return self.op.grad_values(self.x, self.grad, indices)
 
-    def top_indices(self, k: int) -> torch.Tensor:
-        """The flat places `(k,)` of its entries of largest magnitude, sorted; of a linear layer it is never whole."""
+    def top_indices(
+        self, k: int, score: Callable[[torch.Tensor, int, int], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The flat indices `(k,)` of its entries of largest magnitude, sorted; of a linear layer it is never whole.
+
+        `score` gives the scores to go by instead, from the magnitudes of the entries `start` to `stop`; a negative
+        one takes its entry out.
+        """
         width = self.op.n // self.op.shape[0]
         with torch.no_grad(), torch.autocast(self.grad.device.type, enabled=False):
             rows = self.op.gradient_rows(_at_least_fp32(self.x), _at_least_fp32(self.grad))
@@ -38,7 +44,8 @@ class Gradient:
             def magnitudes(start: int, stop: int) -> torch.Tensor:
                 first = start // width
                 block = rows(first, -(-stop // width)).reshape(-1)
-                return block[start - first * width : stop - first * width].abs_()
+                block = block[start - first * width : stop - first * width].abs_()
+                return block if score is None else score(block, start, stop)
 
             return top_indices(magnitudes, self.op.n, k)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ...core import count_parameters
 from ...delta import layer_operation
-from .config import GIVEN, SPIEL, WHERE_FROM, SparseFTConfig
+from .config import GIVEN, SPIEL, UNBUDGETED, WHERE_FROM, SparseFTConfig
 from .deltas import best_of_all
 
 
@@ -21,10 +21,15 @@ def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, n
         sizes[name] = weight.numel() if op is None else op.n
         if isinstance(bias, torch.Tensor):
             sizes[f"{name}.bias"] = bias.numel()
-        if op is None and config.selection in SPIEL:
+        if op is None and config.selection in ("growing", *SPIEL):
             raise ValueError(
-                f"Target module {name!r} is a norm, whose weights SpIEL does not gather gradients for: leave it out "
-                "of `target_modules`, or take a fixed support."
+                f"Target module {name!r} is a norm, for whose weights selection={config.selection!r} does not gather "
+                "gradients: leave it out of `target_modules`, or take a fixed support."
+            )
+        if config.selection in ("below", "growing", "nonzero") and not weight.is_floating_point():
+            raise ValueError(
+                f"`selection={config.selection!r}` goes by the base's weights, and {name!r} is quantised: load the "
+                "base model without quantisation, or take another selection."
             )
     if config.num_weights_per_module is not None:
         _check_fit(config, sizes)
@@ -38,8 +43,11 @@ def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, n
             f"`selection={config.selection!r}` needs to be told which weights to tune; before `get_peft_model`:\n"
             f"    {WHERE_FROM[config.selection]}"
         )
-    if config.selection == "nonzero":
-        config.num_weights_per_module = {name: _count_nonzero(layer) for name, layer in targets.items()}
+    if config.selection in UNBUDGETED:
+        config.num_weights_per_module = {name: _count(config, layer) for name, layer in targets.items()}
+        if not any(config.num_weights_per_module.values()):
+            config.num_weights_per_module = None
+            raise ValueError(f"`selection={config.selection!r}` takes no weight at all of the target modules.")
         return
     total = sum(sizes[name] for name in targets)
     budget = budget_of(config, model, total)
@@ -77,12 +85,14 @@ def proportional(budget: int, sizes: dict[str, int]) -> dict[str, int]:
     return counts
 
 
-def _count_nonzero(base_layer: nn.Module) -> int:
+def _count(config: SparseFTConfig, base_layer: nn.Module) -> int:
+    """How many weights `selection="nonzero"` or `"below"` takes."""
     weight = base_layer.weight
     assert isinstance(weight, torch.Tensor)
-    if not weight.is_floating_point():
-        raise ValueError("`selection='nonzero'` needs a base model that is not quantised: its zeros are exact there.")
-    return int(weight.count_nonzero())
+    if config.selection == "nonzero":
+        return int(weight.count_nonzero())
+    assert config.threshold is not None
+    return int((weight.float().abs() < config.threshold).sum())
 
 
 def _check_fit(config: SparseFTConfig, sizes: dict[str, int]) -> None:

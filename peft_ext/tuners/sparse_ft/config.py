@@ -17,6 +17,8 @@ DEFAULT_DENSITY = 0.01
 SPIEL = ("spiel-ag", "spiel-ma")
 GIVEN = ("given", "lt-sft", "sensitivity")  # the support comes from outside, by `use_support`
 FIXED = ("random", "smallest", "largest", "nonzero")
+GRADUAL = ("below", "growing")  # which values take part changes, once or step by step
+UNBUDGETED = ("nonzero", "below")  # the base's weights say how many
 SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WHERE_FROM = {
     "given": "config.use_support({module_name: flat_indices, ...})  # or the path of a safetensors file of them",
@@ -40,15 +42,23 @@ class SparseFTConfig(ExtConfig):
             the momentum-free row and column statistics of SM3, which also makes the updates. `"random"`,
             `"smallest"`, `"largest"`: a fixed support, drawn or by magnitude of the base's weights. `"nonzero"`: all
             weights that are not zero in the base, whatever the budget, which keeps a pruned model's zeros; takes no
-            budget. `"lt-sft"`: found by `peft_ext.lt_sft`. `"sensitivity"`: the largest scores of `use_scores`.
+            budget. `"below"` (SaRA): all weights smaller than `threshold`, of which those that have left that range in
+            the middle of the training are frozen then; takes no budget. `"growing"` (ID3): empty at first, it grows
+            to the budget step by step, by |gradient| / (|weight| + `growth_eps`) ^ `growth_power`, over `total_steps`.
+            `"lt-sft"`: found by `peft_ext.lt_sft`. `"sensitivity"`: the largest scores of `use_scores`.
             `"given"`: the support of `use_support`.
         reselection_steps: SpIEL: optimizer steps between two reselections.
         accumulation_steps: SpIEL: optimizer steps for which gradients are gathered before a reselection.
         reselection_rate: SpIEL: fraction of the support that is replaced at a reselection, at the start of training.
         reselection_policy: SpIEL: how that fraction falls to zero over `total_steps`: `"linear"`, which replaces
             everything at the first reselection, or `"cosine"`.
-        total_steps: SpIEL: optimizer steps of the whole training. If `None`, the fraction stays at
-            `reselection_rate`, unless `SparseFTCallback` takes the number from the Trainer.
+        total_steps: SpIEL, `"below"` and `"growing"`: optimizer steps of the whole training. `SparseFTCallback` takes the
+            number from the Trainer if it is `None`. Without either, SpIEL's fraction stays at `reselection_rate`,
+            `"below"` is not reselected, and `"growing"` refuses to train.
+        threshold: `"below"`: the magnitude below which weights are tuned, for example 1e-3.
+        reselect_at: `"below"`: optimizer steps before the reselection, half of `total_steps` if `None`.
+        growth_power: `"growing"`: how much small weights are preferred; 0 goes by the gradient alone.
+        growth_eps: `"growing"`: added to a weight's magnitude, so that those near zero do not outdo all others.
         seed: Of the random supports; the same in all processes.
         save_dtype: Type of the values on disk: `"float32"`, which is exact, `"bfloat16"` or `"float16"`. It holds for
             the checkpoints of a training too.
@@ -67,7 +77,7 @@ class SparseFTConfig(ExtConfig):
     num_tunable_weights: int | None = field(default=None, metadata={"help": "Number of tuned weights."})
     selection: str = field(
         default="spiel-ag",
-        metadata={"help": f"Which weights are tuned: one of {', '.join((*SPIEL, *FIXED, *GIVEN))}."},
+        metadata={"help": f"Which weights are tuned: one of {', '.join((*SPIEL, *FIXED, *GRADUAL, *GIVEN))}."},
     )
     reselection_steps: int = field(default=20, metadata={"help": "Optimizer steps between two reselections."})
     accumulation_steps: int = field(
@@ -80,6 +90,10 @@ class SparseFTConfig(ExtConfig):
         default="linear", metadata={"help": "How the replaced fraction falls over the training: linear or cosine."}
     )
     total_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of the whole training."})
+    threshold: float | None = field(default=None, metadata={"help": "SaRA: weights of smaller magnitude are tuned."})
+    reselect_at: int | None = field(default=None, metadata={"help": "SaRA: optimizer steps before its reselection."})
+    growth_power: float = field(default=1.0, metadata={"help": "ID3: how much small weights are preferred."})
+    growth_eps: float = field(default=1e-3, metadata={"help": "ID3: added to a weight's magnitude."})
     seed: int = field(default=0, metadata={"help": "Seed of the random supports."})
     save_dtype: str = field(
         default="float32", metadata={"help": f"Type of the values on disk: {', '.join(SAVE_DTYPES)}."}
@@ -92,14 +106,16 @@ class SparseFTConfig(ExtConfig):
         super().__post_init__()
         self.support: dict[str, torch.Tensor] | None = None  # not a field: too bulky for JSON
         self.scores: Mapping[str, torch.Tensor] | None = None
-        if self.selection not in (*SPIEL, *FIXED, *GIVEN):
+        if self.selection not in (*SPIEL, *FIXED, *GRADUAL, *GIVEN):
             raise ValueError(
-                f"`selection` must be one of {', '.join((*SPIEL, *FIXED, *GIVEN))}, got {self.selection!r}."
+                f"`selection` must be one of {', '.join((*SPIEL, *FIXED, *GRADUAL, *GIVEN))}, got {self.selection!r}."
             )
         self._check_budget()
-        for name in ("reselection_steps", "accumulation_steps", "total_steps"):
+        self._check_gradual()
+        for name in ("reselection_steps", "accumulation_steps", "total_steps", "reselect_at"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0) and not (name == "total_steps" and value is None):
+            may_be_open = name in ("total_steps", "reselect_at")
+            if not (isinstance(value, int) and value > 0) and not (may_be_open and value is None):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         if self.accumulation_steps >= self.reselection_steps:
             raise ValueError(
@@ -113,15 +129,27 @@ class SparseFTConfig(ExtConfig):
         if self.save_dtype not in SAVE_DTYPES:
             raise ValueError(f"`save_dtype` must be one of {', '.join(SAVE_DTYPES)}, got {self.save_dtype!r}.")
 
+    def _check_gradual(self) -> None:
+        if self.selection == "below" and not (self.threshold is not None and self.threshold > 0):
+            raise ValueError(
+                f"`threshold` must be a positive number for `selection='below'`, for example 1e-3, got {self.threshold!r}."
+            )
+        for name in ("threshold", "reselect_at"):
+            if self.selection != "below" and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` has no effect with `selection={self.selection!r}`, only with 'below'.")
+        if self.growth_power < 0:
+            raise ValueError(f"`growth_power` must not be negative, got {self.growth_power!r}.")
+        if self.growth_eps <= 0:
+            raise ValueError(f"`growth_eps` must be positive, got {self.growth_eps!r}.")
+
     def _check_budget(self) -> None:
         given = [name for name in ("density", "num_tunable_weights") if getattr(self, name) is not None]
         if len(given) == 2:
             raise ValueError("`density` and `num_tunable_weights` both set the budget: give one of them.")
-        if given and self.selection == "nonzero":
-            raise ValueError(
-                f"`{given[0]}` has no effect with `selection='nonzero'`, which takes all non-zero weights."
-            )
-        needs_budget = self.selection not in ("nonzero", "given")
+        if given and self.selection in UNBUDGETED:
+            takes = "all non-zero weights" if self.selection == "nonzero" else "all weights below `threshold`"
+            raise ValueError(f"`{given[0]}` has no effect with `selection={self.selection!r}`, which takes {takes}.")
+        needs_budget = self.selection not in ("given", *UNBUDGETED)
         if not given and needs_budget and self.num_weights_per_module is None:
             self.density = DEFAULT_DENSITY
         if self.density is not None and not 0 < self.density <= 1:

@@ -10,12 +10,18 @@ from torch import nn
 from ...core.schedule import listen_to_steps
 from ...delta import DeltaLayer, SparseDelta
 from ...sparse import random_indices, top_indices
-from .config import SPIEL, SparseFTConfig
+from .config import SPIEL, UNBUDGETED, SparseFTConfig
+from .gradual import BelowTracker, GrowingTracker
 from .spiel import AgTracker, MaTracker
 from .tracker import Tracker
 
 
-TRACKERS: dict[str, type[Tracker]] = {"spiel-ag": AgTracker, "spiel-ma": MaTracker}  # who moves the places
+TRACKERS: dict[str, type[Tracker]] = {  # who moves the places, or says which of them take part
+    "spiel-ag": AgTracker,
+    "spiel-ma": MaTracker,
+    "below": BelowTracker,
+    "growing": GrowingTracker,
+}
 
 
 def stable_generator(seed: int, name: str) -> torch.Generator:
@@ -42,8 +48,7 @@ class SparseFTLayer(DeltaLayer):
             if config.selection == "lt-sft":
                 leaf.exempt_from_decay()  # as published; a decay would pull the values to the base
             if config.selection in TRACKERS and not config.inference_mode:
-                assert self.op is not None
-                leaf.track(TRACKERS[config.selection](config, self.op, said))
+                leaf.track(TRACKERS[config.selection](config, self.op, said, self.get_base_weight))
             elif placeholder and not config.inference_mode:
                 listen_to_steps(leaf)
             container[adapter_name] = leaf
@@ -55,11 +60,14 @@ class SparseFTLayer(DeltaLayer):
             return config.support[key], False
         if config.inference_mode or config.selection in ("given", "lt-sft", "sensitivity"):
             return torch.arange(k), True
-        if config.selection in ("random", *SPIEL):
+        if config.selection in ("random", "growing", *SPIEL):
             return random_indices(k, n, stable_generator(config.seed, key)), False
         weight = self.get_base_weight().detach().reshape(-1)
-        if config.selection == "nonzero":
-            return weight.nonzero().squeeze(1), False
+        if config.selection in UNBUDGETED:
+            is_in = weight != 0 if config.threshold is None else weight.float().abs() < config.threshold
+            indices = is_in.nonzero().squeeze(1)
+            # a saved adapter has its own, also where the base was loaded in another type
+            return (indices, False) if len(indices) == k else (torch.arange(k), True)
         smallest = config.selection == "smallest"
         return top_indices(lambda start, stop: weight[start:stop].abs(), n, k, smallest), False
 

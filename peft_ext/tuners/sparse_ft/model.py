@@ -28,6 +28,7 @@ from .budget import budget_of, settle_budget
 from .config import SAVE_DTYPES, SparseFTConfig
 from .deltas import deltas
 from .layer import SparseFTLayer, SparseFTLinear
+from .spiel import SpielTracker
 from .sums import add_weighted_adapter
 from .tracker import warn_once
 
@@ -167,7 +168,7 @@ class SparseFTModel(ExtModel):
 
 def warn_if_unmoved(model: nn.Module, adapter_name: str) -> None:
     """Warns once if an adapter was trained and its schedule never moved the support."""
-    trackers = [leaf.tracker for _, leaf in deltas(model, adapter_name) if leaf.tracker is not None]
+    trackers = [leaf.tracker for _, leaf in deltas(model, adapter_name) if isinstance(leaf.tracker, SpielTracker)]
     if not any(tracker.backwards for tracker in trackers) or any(tracker.reselections for tracker in trackers):
         return
     tracker = trackers[0]

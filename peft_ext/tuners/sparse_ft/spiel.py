@@ -38,8 +38,7 @@ import torch
 from torch import distributed
 from torch.optim import Optimizer
 
-from ...sparse import Gradient, Operation, is_in, top_indices
-from .config import SparseFTConfig
+from ...sparse import Gradient, is_in, top_indices
 from .optimizer_state import PER_VALUE, SPLIT, STATE, movable_state, seeds_of
 from .tracker import Tracker, warn_once
 
@@ -94,8 +93,8 @@ class SpielTracker(Tracker):
 class AgTracker(SpielTracker):
     """The accumulated gradients of the candidates."""
 
-    def __init__(self, config: SparseFTConfig, op: Operation, said: set[str]) -> None:
-        super().__init__(config, op, said)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._clear()
 
     def _clear(self) -> None:
@@ -129,11 +128,15 @@ class AgTracker(SpielTracker):
                 self._discard_step()
         self._backward = backward
         if self.candidates is None:
-            self.candidates = gradient.top_indices(k)
+            self.candidates = self._name_candidates(leaf, gradient)
         found = gradient.at(self.candidates)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         self._pending = found if self._pending is None else self._pending + found
         self._raw = values.clone() if self._raw is None else self._raw + values
+
+    def _name_candidates(self, leaf: SparseDelta, gradient: Gradient) -> torch.Tensor:
+        """The places, sorted, whose gradients are gathered from now on."""
+        return gradient.top_indices(leaf.weight.numel())
 
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Takes the step's gradients while nothing has changed them any more."""
@@ -272,8 +275,8 @@ class AgTracker(SpielTracker):
 class MaTracker(SpielTracker):
     """SM3's row and column accumulators, which make the updates and say where to grow."""
 
-    def __init__(self, config: SparseFTConfig, op: Operation, said: set[str]) -> None:
-        super().__init__(config, op, said)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._clear()
         self._grad: torch.Tensor | None = None
         self._scale: torch.Tensor | None = None

@@ -60,6 +60,7 @@ def _either(first: Any, second: Any) -> Any:
 def as_given(config: SparseFTConfig) -> SparseFTConfig:
     config.selection, config.density, config.num_tunable_weights = "given", None, None
     config.support, config.num_weights_per_module = None, None
+    config.threshold, config.reselect_at = None, None
     return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +33,13 @@ def warn_once(said: set[str], key: str, message: str) -> None:
 class Tracker:
     """Where one delta stands in its schedule. The base of all variants, which fill in when and where places move."""
 
-    def __init__(self, config: SparseFTConfig, op: Operation, said: set[str]) -> None:
+    def __init__(
+        self, config: SparseFTConfig, op: Operation | None, said: set[str], base_weight: Callable[[], torch.Tensor]
+    ) -> None:
         self.config = config
-        self.op = op
+        self._op = op
         self.said = said
+        self.base_weight = base_weight  # the weight that the delta is on
         self.step = 0  # optimizer steps that moved the values
         self.reselections: list[tuple[int, int]] = []  # (step, places that changed)
         self.backwards = 0
@@ -47,6 +51,12 @@ class Tracker:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_searched": False, "_known_state": 0}
+
+    @property
+    def op(self) -> Operation:
+        """The product with the weight."""
+        assert self._op is not None
+        return self._op
 
     # Events
 
