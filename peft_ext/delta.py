@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -50,6 +51,15 @@ class Tracker(Protocol):
     def foreign_step(self, leaf: SparseDelta, optimizer: Optimizer) -> None:
         """See `schedule.StepListener`."""
 
+    def note_copy(self, leaf: SparseDelta, copied: SparseDelta) -> None:
+        """`copied` is a deep copy of the leaf."""
+
+    def note_load(self, leaf: SparseDelta) -> None:
+        """Other tensors were loaded into the leaf."""
+
+    def was_written(self, leaf: SparseDelta) -> bool:
+        """Whether the leaf was written to in place, so that its indices must be decoded anew."""
+
 
 class SparseDelta(ExactLeaf):
     """k values on k places among `size`: the parameter `weight` `(k,)` and the buffer `index`, the encoded places.
@@ -81,6 +91,13 @@ class SparseDelta(ExactLeaf):
         self._placeholder_code = self._code() if self.placeholder else None
         self._decode_ahead()
         self._register()  # copies and unpickled leaves too
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseDelta:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if self.tracker is not None and not self.index.is_meta:
+            self.tracker.note_copy(self, copied)
+        return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -129,6 +146,8 @@ class SparseDelta(ExactLeaf):
             return decode_unchecked(self.index, self.k, self.size) if decoded is None else decoded
         if self.is_unloaded():  # takes note of a loader that came in between
             raise ValueError(_NO_SUPPORT)
+        if self.tracker is not None and self.tracker.was_written(self):
+            self._decoded = None
         now, before = self._code(), self._decoded_from
         if self._decoded is not None and before is not None and now[0] is before[0]:
             # distributed training sends the buffers of the first process to all others before each forward
@@ -187,6 +206,8 @@ class SparseDelta(ExactLeaf):
         )
         if found:
             self.placeholder = False
+            if self.tracker is not None:
+                self.tracker.note_load(self)
         self._decode_ahead()
 
     def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:

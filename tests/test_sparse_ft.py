@@ -724,6 +724,75 @@ def test_distributed_checkpoints(tmp_path: Path) -> None:
             torch.testing.assert_close(resumed[1][key], value, rtol=0, atol=0)
 
 
+class DenseAverage:
+    """The average of the whole matrix, of which what is outside the support is dropped when the support moves."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: torch.Tensor | None = None
+
+    def update(self, support: dict[int, float]) -> None:
+        dense = torch.zeros(48, dtype=torch.float64)
+        for place, value in support.items():
+            dense[place] = value
+        inside = torch.tensor([place in support for place in range(48)])
+        before = dense if self.average is None else self.average * inside
+        self.average = self.decay * before + (1 - self.decay) * dense
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma", "growing"])
+@pytest.mark.parametrize("first", [0, 7])
+def test_averages_move_with_the_support(selection: str, first: int) -> None:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model, leaf = one(selection, reselection_rate=0.5)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    (_, averaged) = next(deltas(average.module, "default"))
+    backup = copy.deepcopy(model)
+    (_, kept) = next(deltas(backup, "default"))
+    before = support_of(kept)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    reference = DenseAverage(0.9)
+    for step in range(30):
+        run_steps(model, optimizer, range(step, step + 1))
+        if step >= first:
+            average.update_parameters(model)
+            reference.update(support_of(leaf))
+            assert reference.average is not None
+            dense = torch.zeros(48, dtype=torch.float64)
+            for place, value in support_of(averaged).items():
+                dense[place] = value
+            torch.testing.assert_close(dense, reference.average, rtol=1e-4, atol=1e-7)
+    assert support_of(kept) == before  # a copy that nobody writes to stays what it is
+    kept_model = copy.deepcopy(model)
+    run_steps(model, optimizer, range(30, 50))
+    kept_model.load_state_dict(model.state_dict())
+    run_steps(model, optimizer, range(50, 70))
+    kept_model(torch.eye(6))  # loaded, not averaged: it need not be where the original is
+
+
+def test_averaged_buffers_are_refused() -> None:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model, _ = one("spiel-ag", reselection_rate=0.5)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    other = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(7):
+        run_steps(model, optimizer, range(step, step + 1))
+        if step != 4:
+            average.update_parameters(model)
+    with pytest.raises(ValueError, match="use_buffers=False"):
+        for _ in range(3):
+            average.update_parameters(model)
+            average(torch.eye(6))
+    with torch.no_grad():  # an average of the parameters alone, begun after the support had moved
+        for theirs, ours in zip(other.parameters(), model.parameters(), strict=True):
+            theirs.lerp_(ours, 0.5)
+    with pytest.raises(ValueError, match="begin to average after the last reselection"):
+        other(torch.eye(6))
+
+
 def test_two_adapters_train_apart() -> None:
     model, _ = one("spiel-ag")
     model.add_adapter("other", SparseFTConfig(num_tunable_weights=6, target_modules=["fc"], total_steps=40, seed=1))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ...core.schedule import is_sharded, optimizer_of
 from ...sparse import Gradient, Operation
+from .averages import averages_of, forget, move_along, note_copy, refuse_mixture
 from .config import SparseFTConfig
 from .optimizer_state import STATE, from_8_bit, movable_state, to_8_bit, values_around
 
@@ -77,6 +78,7 @@ class Tracker:
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """An optimizer that owns the values is about to step."""
         self._foreign = 0
+        forget(leaf)
         if not self._searched:  # the first batches of this process did not reach the module
             self._begin(leaf)
         if is_sharded(optimizer):
@@ -113,6 +115,20 @@ class Tracker:
                 "the parameters (DeepSpeed, FSDP without `use_orig_params`). Make the optimizer from "
                 "`model.parameters()` after `get_peft_model`."
             )
+
+    # Copies of the model
+
+    def note_copy(self, leaf: SparseDelta, copied: SparseDelta) -> None:
+        """`copied` is a deep copy of the leaf, which may be going to average it."""
+        note_copy(leaf, copied)
+
+    def was_written(self, leaf: SparseDelta) -> bool:
+        """Whether the leaf, a copy, was written to in place by an average; a `ValueError` if that makes no sense."""
+        return refuse_mixture(leaf)
+
+    def note_load(self, leaf: SparseDelta) -> None:
+        """Other tensors were loaded into the leaf."""
+        forget(leaf)
 
     # What a checkpoint of a training holds: under the same keys, and in the same shapes, at every step
 
@@ -169,6 +185,7 @@ class Tracker:
         has none starts at zero. Returns where in the new vector each position of the old one has come to.
         """
         indices = leaf.indices().long().clone()
+        averages = averages_of(leaf)
         indices[dropped] = grown
         order = indices.argsort()
         weight = leaf.weight
@@ -186,5 +203,7 @@ class Tracker:
             else:
                 to_8_bit(state, key, moved[order])
         leaf.set_indices(indices[order])
+        for average in averages:
+            move_along(average, dropped, order, indices[order])
         self.reselections.append((self.step, len(grown)))
         return order.argsort()
