@@ -33,10 +33,12 @@ from transformers.pytorch_utils import Conv1D
 import peft_ext
 from peft_ext import MaskLoraConfig, load_pruned, prune_and_unload, push_pruned_to_hub, save_pruned
 from peft_ext.cards import CardInfo
+from peft_ext.core import BadInput
 from peft_ext.export import card_rows, cut, markdown, report
 from peft_ext.export.modeling_pruned import LayerConfig, Pruned
 from peft_ext.export.saving import settle
 from peft_ext.groups import Group, find_groups
+from peft_ext.inspection.pruned import describe_pruned
 from peft_ext.tuners.mask_pruning import gates_of
 
 
@@ -520,7 +522,10 @@ def test_loading_runs_no_code_and_offers_none(saved: Path, tmp_path: Path, monke
     folder = edited(saved, tmp_path / "known", auto_map=code)
     (folder / "evil.py").write_text(EVIL.format(path=tmp_path / "ran"))
     assert torch.equal(outputs("phi3", load_pruned(folder)), outputs("phi3", load_pruned(saved)))
+    assert describe_pruned("phi3", folder)["base_class"] == "Phi3ForCausalLM"
     edited(folder, tmp_path / "unknown", auto_map=code, model_type="evil")
+    with pytest.raises(BadInput, match="trust_remote_code"):
+        describe_pruned("phi3", tmp_path / "unknown")
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_pruned(tmp_path / "unknown")
     with pytest.raises(ValueError, match="`load_pruned` runs no code"):

@@ -1319,6 +1319,21 @@ def test_grafting_the_difference_of_two_checkpoints() -> None:
         peft_ext.graft(copy.deepcopy(base), base, config)
 
 
+@pytest.mark.parametrize("tokens", [[4, 9], {"word_embeddings": [4, 9]}])
+def test_a_graft_takes_heads_and_tokens_along(tokens: Any) -> None:
+    base, batch = tiny("bert"), inputs("bert")
+    batch["input_ids"][:, 2:4] = torch.tensor([4, 9])
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.bert.embeddings.word_embeddings.weight[[4, 9]] += 1
+        tuned.classifier.bias += 1
+        tuned.bert.encoder.layer[0].attention.self.query.weight[:3] += 0.5
+    fields = {"target_modules": ["query"], "modules_to_save": ["classifier"], "trainable_token_indices": tokens}
+    model = peft_ext.graft(copy.deepcopy(base), tuned, SparseFTConfig(selection="given", **fields))
+    torch.testing.assert_close(logits(model.eval(), batch), logits(tuned, batch), atol=1e-5, rtol=0)
+    assert (logits(tuned, batch) - logits(base, batch)).abs().max() > 0.1
+
+
 def lt_sft_file(path: Path, base: nn.Module, tuned: nn.Module, head: str) -> None:
     """Writes what the published code writes: column-major flat places, as steps, with numpy numbers among them."""
     import numpy

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..cards import AUTO_CLASSES, CardInfo, update_card
 from ..core import ADAPTER_CONFIG, Adapter, BadInput, Writer, about_of, method_of, methods
 from ..export import load_pruned, prune_and_unload, save_pruned
+from ..export.loading import read_config
 from ..inspection import by_site, read_adapter
 from .running import explained
 
@@ -65,7 +66,7 @@ def _base_model(adapter: Adapter, base: str, arguments: argparse.Namespace) -> P
         options["dtype"] = getattr(torch, arguments.dtype)
     revision = None if arguments.base else adapter.config.get("revision")
     where = {} if revision is None else {"revision": revision}
-    config = AutoConfig.from_pretrained(base, **where)
+    config = read_config(base, **where)
     load: Any = load_pruned
     if not hasattr(config, "pruned"):
         model_class = _base_class(adapter, config)
@@ -90,7 +91,8 @@ def _base_class(adapter: Adapter, config: Any) -> Any:
         raise BadInput(f"The base of {adapter.source} is a {name} of {library}, not of transformers: use Python.")
     name = name or AUTO_CLASSES.get(str(adapter.config.get("task_type"))) or (config.architectures or [None])[0]
     model_class = getattr(import_module(library.rstrip(".")), str(name), None)
-    if model_class is None:
+    is_model = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+    if not (is_model or (model_class is not None and name in AUTO_CLASSES.values())):
         raise BadInput(f"transformers has no class {name!r} for the base model: set `task_type` in {ADAPTER_CONFIG}.")
     return model_class
 

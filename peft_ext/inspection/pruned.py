@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..core import BadInput, Column, Fillings, Picture, Row, layer_and_type
-from ..export.modeling_pruned import pruned_class
+from ..export.loading import class_of, read_config
 from ..export.saving import dense_model, groups_of
 from ..groups import TITLES
 from .reading import CONFIG
@@ -33,12 +32,10 @@ def describe_pruned(source: str, directory: Path) -> dict[str, Any]:
         BadInput: Its config is of no class of transformers, or does not say what that class could be built from.
     """
     try:
-        config = AutoConfig.from_pretrained(directory)
-        name = (getattr(config, "architectures", None) or [""])[0]
-        stock = getattr(transformers, name)
+        config = read_config(str(directory))
         with torch.device("meta"):
-            model: PreTrainedModel = (pruned_class(stock) if hasattr(config, "pruned") else stock)(config)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            model: PreTrainedModel = class_of(config, directory)(config)
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(
             f"{CONFIG} of {source} does not describe a pruned model ({error}): restore the one that `save_pruned` wrote."
         ) from error
@@ -54,7 +51,7 @@ def describe_pruned(source: str, directory: Path) -> dict[str, Any]:
     return {
         "kind": "pruned model",
         "source": source,
-        "base_class": name,
+        "base_class": type(model).__name__,
         "loads_with": "peft_ext.load_pruned, or trust_remote_code" if hasattr(config, "pruned") else "transformers",
         "parameters": parameters,
         "left": parameters["now"] / parameters["before"],

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from ...core import Overlap, Support, matched_targets, overlap_of
@@ -47,7 +47,8 @@ def graft(base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], 
         base_model: What the tuned model was trained from.
         tuned: The tuned model, or its state dict.
         config: With `selection="given"`. Its budget, if it has one, keeps the largest differences of all targets
-            together; without, all that are not zero are kept, so that nothing is lost on the targets.
+            together; without, all that are not zero are kept, so that nothing is lost on the targets. What the adapter
+            has besides (`modules_to_save`, `trainable_token_indices`) is taken from the tuned model as it is.
 
     Raises:
         ValueError: The tuned weights do not fit the base model, or nothing differs.
@@ -69,7 +70,32 @@ def graft(base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], 
         support = {name: d.nonzero().squeeze(1) for name, d in differences.items() if d.any()}
     if not support:
         raise ValueError("The two checkpoints do not differ on the target modules.")
-    return _with_adapter(base_model, config, {name: (i, differences[name][i]) for name, i in support.items()})
+    adapted = _with_adapter(base_model, config, {name: (i, differences[name][i]) for name, i in support.items()})
+    _take_besides(adapted, config, state)
+    return adapted
+
+
+def _take_besides(adapted: PeftModel, config: SparseFTConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Copies what is trained in full, heads and embeddings of tokens, from the tuned model's tensors."""
+    taken: dict[str, torch.Tensor] = {}
+    for key in get_peft_model_state_dict(adapted, save_embedding_layers=False):
+        if f".{SparseFTModel.prefix}" in key:
+            continue
+        name = key.removeprefix("base_model.model.")
+        embedding = name.removesuffix(".token_adapter.trainable_tokens_delta")
+        source = name if embedding == name else f"{embedding}.weight"
+        if source not in state:
+            raise ValueError(f"The tuned checkpoint has no {source!r}, which the adapter trains in full.")
+        taken[key] = state[source] if embedding == name else state[source][_tokens_of(config, embedding)]
+    set_peft_model_state_dict(adapted, taken)
+
+
+def _tokens_of(config: SparseFTConfig, embedding: str) -> list[int]:
+    """The trained tokens of an embedding."""
+    indices = config.trainable_token_indices
+    if isinstance(indices, Mapping):
+        return next(found for name, found in indices.items() if f".{embedding}".endswith(f".{name}"))
+    return list(indices or ())
 
 
 def _parameters(model: nn.Module, config: SparseFTConfig) -> dict[str, torch.Tensor]:
