@@ -834,6 +834,23 @@ def test_the_report_says_what_was_saved() -> None:
         report(before.train(), after, inputs("bert"))
 
 
+def test_latency_is_measured_with_the_threads_that_torch_has() -> None:
+    class Recorder(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.add(torch.get_num_threads())
+            return super().forward(x)
+
+    seen: set[int] = set()
+    models = [Recorder(2, 2).eval() for _ in range(2)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        report(*models, {"x": torch.ones(1, 2)}, batch_sizes=(1,), seconds=0.01)
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == {2}
+
+
 def test_flops_follow_the_widths() -> None:
     """In one Linear of a block: what is counted falls by what was cut."""
     before = model_of("bert")

@@ -590,6 +590,21 @@ def test_fix_masks_decides_early() -> None:
         kept_units(model, "other")
 
 
+def test_a_loaded_adapter_compiles_and_exports_at_once(tmp_path: Path) -> None:
+    """Whether the masks are decided is known before the first forward."""
+    model = get_peft_model(tiny("bert"), config())
+    for made in gates_of(model, "default").values():
+        made.fix(torch.arange(made.group.units) % 2 == 0)
+    batch = {key: value for key, value in inputs("bert").items() if key != "labels"}
+    expected = logits(model.eval(), batch)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("bert"), str(tmp_path))
+    exported = torch.export.export(copy.deepcopy(loaded).base_model.model, (), batch).module()
+    torch.testing.assert_close(exported(**batch).logits, expected)
+    compiled: Any = torch.compile(loaded, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch).logits, expected)
+
+
 # Distillation
 
 
