@@ -78,7 +78,8 @@ def graft(base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], 
 def _take_besides(adapted: PeftModel, config: SparseFTConfig, state: Mapping[str, torch.Tensor]) -> None:
     """Copies what is trained in full, heads and embeddings of tokens, from the tuned model's tensors."""
     taken: dict[str, torch.Tensor] = {}
-    for key in get_peft_model_state_dict(adapted, save_embedding_layers=False):
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    for key in own:
         if f".{SparseFTModel.prefix}" in key:
             continue
         name = key.removeprefix("base_model.model.")
@@ -87,7 +88,8 @@ def _take_besides(adapted: PeftModel, config: SparseFTConfig, state: Mapping[str
         if source not in state:
             raise ValueError(f"The tuned checkpoint has no {source!r}, which the adapter trains in full.")
         taken[key] = state[source] if embedding == name else state[source][_tokens_of(config, embedding)]
-    set_peft_model_state_dict(adapted, taken)
+    if taken:
+        set_peft_model_state_dict(adapted, own | taken)
 
 
 def _tokens_of(config: SparseFTConfig, embedding: str) -> list[int]:
