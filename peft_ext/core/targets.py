@@ -45,14 +45,35 @@ def is_admitted(config: ExtConfig, name: str) -> bool:
 
 def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Those of `unadapted_modules` that belong to no head and are called, so that an adapter can act on them."""
-    uncalled = uncalled_modules(model)
-    prefix = getattr(model, "base_model_prefix", "")
-    prefix = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+    left_out = head_modules(model) | set(uncalled_modules(model))
+    return ((name, module) for name, module in unadapted_modules(model) if name not in left_out)
+
+
+def head_modules(model: nn.Module) -> set[str]:
+    """The names of the modules that a task has added to the backbone, and of output embeddings."""
+    backbone = _backbone_name(model)
+    inside = f"{backbone}." if backbone else ""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    for name, module in unadapted_modules(model):
-        is_head = module is output or bool(HEADS & set(name.split(".")))
-        if name.startswith(prefix) and not is_head and name not in uncalled:
-            yield name, module
+    return {
+        name
+        for name, module in unadapted_modules(model)
+        if not (name == backbone or name.startswith(inside)) or module is output or HEADS & set(name.split("."))
+    }
+
+
+def _backbone_name(model: nn.Module) -> str:
+    """Where the model without its head is; empty if that is the model itself."""
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    if not isinstance(backbone, nn.Module):
+        return ""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return str(prefix)
+    # DINOv3 calls a part of the backbone by this name
+    is_inside = embedding is None or any(module is embedding for module in backbone.modules())
+    return str(prefix) if is_inside else ""
 
 
 def backbone_linears(model: nn.Module) -> set[str]:
