@@ -5,7 +5,7 @@ together with the rows of the modules that make them. In a feed-forward block a 
 up, a column of down), in attention a head, or a key-value head with all its queries (rows of q, k and v, columns of o).
 What a unit contributes passes through those columns only, so a mask on the consumer's input is the same as its absence.
 
-A new architecture is a line in `ARCHITECTURES`, or, in a config, an entry of `groups`.
+Which modules these are says the table of architectures, or, in a config, an entry of `groups`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .architectures import ARCHITECTURES, Attention, FeedForward, architecture_of
 from .core import linear_features, unadapted_modules
 
 
@@ -32,10 +33,12 @@ class Rule:
     Args:
         kind: `"ffn"` or `"heads"`.
         rows: The modules whose rows go with a unit: of a feed-forward block all that make its channels; of attention
-            query, key and value in this order, or one module that makes all three one after the other.
+            query, key and value in this order, or one module that makes all three.
         columns: The module whose columns go with it.
         optional: Further modules like `rows`, which not every model of the architecture has.
         tables: Parameters with one entry per head in their last dimension.
+        order: How one module for query, key and value arranges its rows: `"blocks"`, one after the other, or
+            `"heads"`, those of a head together.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Rule:
     columns: str
     optional: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
+    order: str = "blocks"
 
 
 @dataclass(frozen=True)
@@ -81,96 +85,18 @@ class Group:
     parameters: int
 
 
-def _heads(rows: str, columns: str, **further: tuple[str, ...]) -> Rule:
-    return Rule("heads", tuple(rows.split()), columns, **further)
-
-
-def _ffn(rows: str, columns: str) -> Rule:
-    return Rule("ffn", tuple(rows.split()), columns)
-
-
-_BERT = (
-    _heads("attention.self.query attention.self.key attention.self.value", "attention.output.dense"),
-    _heads(
-        "crossattention.self.query crossattention.self.key crossattention.self.value", "crossattention.output.dense"
-    ),
-    _ffn("intermediate.dense", "output.dense"),
-)
-_MLP = _ffn("mlp.fc1", "mlp.fc2")
-_VIT = (_heads("attention.q_proj attention.k_proj attention.v_proj", "attention.o_proj"), _MLP)
-_ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
-_CLIP = (_heads(_ATTENTION, "self_attn.out_proj"), _MLP)
-_BART = (
-    _heads(_ATTENTION, "self_attn.out_proj"),
-    _heads("encoder_attn.q_proj encoder_attn.k_proj encoder_attn.v_proj", "encoder_attn.out_proj"),
-    _ffn("fc1", "fc2"),
-)
-_LLAMA = (_heads(_ATTENTION, "self_attn.o_proj"), _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj"))
-_SWIN_TABLE = "attention.relative_position_bias.relative_position_bias_table"
-
-# by model type; a type stands for its text and vision parts too
-ARCHITECTURES: dict[str, tuple[Rule, ...]] = {
-    "albert": (
-        _heads("attention.query attention.key attention.value", "attention.dense"),
-        _ffn("ffn", "ffn_output"),
-    ),
-    "audio-spectrogram-transformer": _VIT,
-    "bart": _BART,
-    "bert": _BERT,
-    "clip": _CLIP,
-    "convnext": (_ffn("pwconv1", "pwconv2"),),
-    "deberta-v2": (
-        _heads(
-            "attention.self.query_proj attention.self.key_proj attention.self.value_proj",
-            "attention.output.dense",
-            optional=("attention.self.pos_query_proj", "attention.self.pos_key_proj"),
-        ),
-        _ffn("intermediate.dense", "output.dense"),
-    ),
-    "deit": _VIT,
-    "dinov2": _VIT,
-    "dinov2_with_registers": _VIT,
-    "distilbert": (
-        _heads("attention.q_lin attention.k_lin attention.v_lin", "attention.out_lin"),
-        _ffn("ffn.lin1", "ffn.lin2"),
-    ),
-    "electra": _BERT,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3": (*_LLAMA, *_CLIP),
-    "gpt2": (_heads("attn.c_attn", "attn.c_proj"), _ffn("mlp.c_fc", "mlp.c_proj")),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "opt": _BART,
-    "phi3": (_heads("self_attn.qkv_proj", "self_attn.o_proj"), _ffn("mlp.gate_up_proj", "mlp.down_proj")),
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "roberta": _BERT,
-    "siglip": _CLIP,
-    "swin": (
-        _heads("attention.q_proj attention.k_proj attention.v_proj", "attention.o_proj", tables=(_SWIN_TABLE,)),
-        _MLP,
-    ),
-    # the heads of T5 share one relative position bias over all layers, so a layer cannot lose its own
-    "t5": (
-        _ffn("DenseReluDense.wi", "DenseReluDense.wo"),
-        _ffn("DenseReluDense.wi_0 DenseReluDense.wi_1", "DenseReluDense.wo"),
-    ),
-    "vit": _VIT,
-    "whisper": _BART,
-    "xlm-roberta": _BERT,
-}
-_HEAD_DIMS = ("head_dim", "attention_head_size")
+_HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
+_HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
 def find_groups(
-    model: nn.Module, kinds: Sequence[str] = KINDS, declared: Sequence[Mapping[str, Any]] | None = None
+    model: nn.Module, kinds: Sequence[str] | None = None, declared: Sequence[Mapping[str, Any]] | None = None
 ) -> dict[str, Group]:
     """The groups of a model, by the name of their consumer, in the order of its modules.
 
     Args:
         model: A model, with adapters on it or not.
-        kinds: The kinds that are wanted.
+        kinds: The kinds that are wanted; `None`: all that the model has.
         declared: Instead of the table: the fields of a `Rule` each, for an architecture that it does not have.
 
     Raises:
@@ -180,20 +106,42 @@ def find_groups(
     rules = [Rule(**_as_tuples(entry)) for entry in declared] if declared is not None else _rules_of(model)
     modules = dict(unadapted_modules(model))
     found: dict[str, Group] = {}
+    obstacles: dict[str, str] = {}
     for rule in rules:
         if rule.kind not in KINDS:
             raise ValueError(f"`kind` of a group must be one of {', '.join(KINDS)}, got {rule.kind!r}.")
-        if rule.kind in kinds:
-            found.update((group.name, group) for group in _groups_of(rule, modules))
-    for kind in kinds:
-        if not any(group.kind == kind for group in found.values()):
-            there = sorted({group.kind for group in found.values()} | {rule.kind for rule in rules})
+        if kinds is not None and rule.kind not in kinds:
+            continue
+        for block in _blocks_of(rule, modules):
+            obstacle = _obstacle(rule, block, modules)
+            if obstacle is not None:
+                obstacles[rule.kind] = obstacle
+                continue
+            group = _group(rule, block, modules)
+            found[group.name] = group
+    there = {group.kind for group in found.values()}
+    if kinds is None and not there:
+        raise ValueError(
+            f"This {type(model).__name__} has no channels that could be pruned: {_reasons(model, obstacles)}."
+        )
+    for kind in kinds or ():
+        if kind not in there:
+            offered = sorted(there | {rule.kind for rule in rules} - {kind})
             raise ValueError(
-                f"This {type(model).__name__} has no groups of kind {kind!r} that could be pruned; its rules have "
-                f"{', '.join(there) or 'none'}. Leave {kind!r} out of `prune`."
+                f"This {type(model).__name__} has no groups of kind {kind!r} that could be pruned: "
+                f"{_reasons(model, obstacles, kind)}. Leave {kind!r} out of `prune`; "
+                f"{'it has ' + ', '.join(offered) if offered else 'there is nothing else either'}."
             )
     _refuse_shared_rows(found)
     return {name: found[name] for name in modules if name in found}
+
+
+def _reasons(model: nn.Module, obstacles: Mapping[str, str], kind: str | None = None) -> str:
+    """Why there are no groups, of one kind or of any."""
+    architecture = architecture_of(_model_type(model))
+    fixed = {**(architecture.fixed if architecture is not None else {}), **obstacles}
+    reasons = dict.fromkeys(reason for key, reason in fixed.items() if kind in (None, key))
+    return ", and ".join(reasons) or "it has no modules where the rules look for them"
 
 
 def _as_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,25 +156,58 @@ def _as_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _rules_of(model: nn.Module) -> tuple[Rule, ...]:
-    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-    for name in (model_type, model_type.removesuffix("_text_model"), model_type.removesuffix("_vision_model")):
-        if (rules := ARCHITECTURES.get(name.removesuffix("_text"))) is not None:
-            return rules
-    raise ValueError(
-        f"It is not known which channels of a {model_type!r} model hang together, so none is pruned. Declare it, for "
-        'example `groups=[{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}]`. Known are '
-        f"{', '.join(sorted(ARCHITECTURES))}."
-    )
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
-def _groups_of(rule: Rule, modules: Mapping[str, nn.Module]) -> Iterator[Group]:
+def _rules_of(model: nn.Module) -> list[Rule]:
+    """What the table of architectures says about the model, as rules.
+
+    Raises:
+        ValueError: It does not know the architecture.
+    """
+    model_type = _model_type(model)
+    architecture = architecture_of(model_type)
+    if architecture is None:
+        raise ValueError(
+            f"It is not known which channels of a {model_type!r} model hang together, so none is pruned. Declare it, "
+            'for example `groups=[{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}]`. Known are '
+            f"{', '.join(name for name, entry in ARCHITECTURES.items() if entry.prunable)}."
+        )
+    rules = [*map(_heads_rule, architecture.attention), *map(_ffn_rule, architecture.ffn)]
+    return [rule for rule in rules if rule.kind in architecture.prunable]
+
+
+def _heads_rule(names: Attention) -> Rule:
+    return Rule("heads", names.rows, names.o, names.further, names.tables, names.order or "blocks")
+
+
+def _ffn_rule(names: FeedForward) -> Rule:
+    return Rule("ffn", names.rows, names.down)
+
+
+def _blocks_of(rule: Rule, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The names, with a dot at the end, of the blocks that the rule fits."""
     for name in modules:
         if name != rule.columns and not name.endswith(f".{rule.columns}"):
             continue
         block = name.removesuffix(rule.columns)
         if all(block + row in modules for row in rule.rows):
-            yield _group(rule, block, modules)
+            yield block
+
+
+def _obstacle(rule: Rule, block: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why the heads of this block cannot leave one by one, if they cannot."""
+    if rule.kind != "heads":
+        return None
+    attention = (block + rule.rows[0]).rpartition(".")[0]
+    head_dim = _head_dim(modules[attention])
+    for key in _HEAD_NORMS:
+        norm = modules.get(f"{attention}.{key}")
+        weight = getattr(norm, "weight", None)
+        if norm is not None and list(norm.parameters()) and (weight is None or weight.shape != (head_dim,)):
+            return f"{attention}.{key} has parameters for all heads together"
+    return None
 
 
 def _features(name: str, module: nn.Module) -> tuple[int, int]:
@@ -253,13 +234,16 @@ def _group(rule: Rule, block: str, modules: Mapping[str, nn.Module]) -> Group:
     attention, head_dim, units = None, 0, columns
     if rule.kind == "heads":
         attention = names[0].rpartition(".")[0]
-        sizes_of: Any = modules[attention]
-        head_dim = next((getattr(sizes_of, key) for key in _HEAD_DIMS if hasattr(sizes_of, key)), 0)
+        head_dim = _head_dim(modules[attention])
         if not head_dim:
             raise ValueError(f"{attention!r} does not say how wide its heads are (it has no `head_dim`).")
         if columns % head_dim:
             raise ValueError(f"{consumer!r} has {columns} columns, which are no whole heads of {head_dim}.")
         keys = (sizes[names[0]] - columns) // 2 if len(rule.rows) == 1 else sizes[names[1]]
+        if rule.order not in ("blocks", "heads") or (rule.order == "heads" and keys != columns):
+            raise ValueError(
+                f"`order` of {names[0]!r} is {rule.order!r}, which does not fit its {sizes[names[0]]} rows."
+            )
         units = keys // head_dim
         if not units or (columns // head_dim) % units:
             raise ValueError(f"{attention!r} has {columns // head_dim} heads for {units} key-value heads.")
@@ -280,10 +264,14 @@ def _group(rule: Rule, block: str, modules: Mapping[str, nn.Module]) -> Group:
     return Group(consumer, rule.kind, units, columns // units, tuple(rows), tables, attention, head_dim, per_unit)
 
 
+def _head_dim(attention: Any) -> int:
+    return next((getattr(attention, key) for key in _HEAD_DIMS if hasattr(attention, key)), 0)
+
+
 def _sections(rule: Rule, name: str, size: int, columns: int) -> list[tuple[int, int]]:
     """Start and size of the parts of a module's rows that belong to the units each."""
     if rule.kind == "heads":
-        if len(rule.rows) > 1:
+        if len(rule.rows) > 1 or rule.order == "heads":
             return [(0, size)]
         keys = (size - columns) // 2
         return [(0, columns), (columns, keys), (columns + keys, keys)]

@@ -162,9 +162,9 @@ def variants(rules: Iterable[Attention | FeedForward], modules: Mapping[str, nn.
         *rows, last = (*rule.rows, rule.o if isinstance(rule, Attention) else rule.down)
         for name in modules:
             block = name.removesuffix(f".{last}")
-            if block != name and block.rpartition(".")[2].isdecimal():  # a pooling head may have the same names
-                if all(f"{block}.{row}" in modules for row in rows):
-                    found.append((block, number))
+            is_in_list = block != name and block.rpartition(".")[2].isdecimal()  # a pooling head may have these names
+            if is_in_list and all(f"{block}.{row}" in modules for row in rows):
+                found.append((block, number))
     return found
 
 
@@ -179,8 +179,8 @@ def _blocks(architecture: Architecture, modules: Mapping[str, nn.Module]) -> dic
 
     for name, number in variants(architecture.attention, modules):
         names = architecture.attention[number]
-        parts = (f"{name}.{part}" for part in (names.module, names.q, names.k, names.v, names.o))
-        block_at(name).attention.append(BlockAttention(*parts, names))
+        holder, q, k, v, o = (f"{name}.{part}" for part in (names.module, names.q, names.k, names.v, names.o))
+        block_at(name).attention.append(BlockAttention(holder, q, k, v, o, names))
     for name, number in variants(architecture.ffn, modules):
         part = architecture.ffn[number]
         gate = f"{name}.{part.gate}" if part.gate else None

@@ -18,7 +18,7 @@ class Attention:
         further: More modules with rows that belong to the heads, which not every model has.
         tables: Parameters with one entry per head in their last dimension, such as position biases.
         head_size: The attribute of the attention module with the width of a head.
-        scale: The attribute of the attention module with the factor of the scores.
+        scale: The attribute of the attention module with the factor of the scores; empty: `head_size ** -0.5`.
     """
 
     q: str
@@ -104,6 +104,10 @@ class Architecture:
         unread: A regular expression of modules that the heads of this architecture do not read, or that project into
             another space: no default targets of methods that act on every operation.
         unread_by: The same for single classes.
+        generates: Whether it predicts the next token: each position sees only those before it.
+        is_convolutional: Whether it has no tokens that attend to one another.
+        has_windows: Whether tokens attend inside windows only.
+        shares_layers: Whether one block is run several times.
     """
 
     attention: tuple[Attention, ...] = ()
@@ -116,8 +120,10 @@ class Architecture:
     fixed: dict[str, str] = field(default_factory=dict)
     unread: str | None = None
     unread_by: dict[str, str] = field(default_factory=dict)
+    generates: bool = False
     is_convolutional: bool = False
     has_windows: bool = False
+    shares_layers: bool = False
 
 
 def attention(inside: str, names: str, o: str | None = None, **further: object) -> Attention:

@@ -44,12 +44,14 @@ _TEXT_ENCODERS = {
         ffn=(ffn("ffn", "ffn_output"),),
         embeddings=_TOKENS,
         unread=r"(.*\.)?pooler",
+        shares_layers=True,
     ),
     "bert": _BERT,
     "camembert": _like_roberta("Camembert"),
     "data2vec-text": _like_roberta("Data2VecText", "data2vec_text"),
     "deberta": Architecture(
-        attention=(attention(
+        attention=(
+            attention(
                 *("attention.self", "in_proj", "attention.output.dense"),
                 order="heads",
                 head_size="attention_head_size",
@@ -283,6 +285,8 @@ _SEQUENCE_TO_SEQUENCE = {
     **dict.fromkeys(("bart", "blenderbot", "m2m_100", "marian", "mbart", "opt", "pegasus"), _BART),
     **dict.fromkeys(("mt5", "t5", "umt5"), _T5),
     "whisper": replace(_BART, embeddings=("embed_tokens", "conv2")),
+}
+_SPEECH_ENCODERS = {
     **dict.fromkeys(("data2vec-audio", "hubert", "wav2vec2"), _WAV2VEC2),
     "wavlm": replace(
         _WAV2VEC2,
@@ -315,6 +319,7 @@ _BEIT = replace(
             *("attention.attention", "query key value", "attention.output.dense"),
             tables=("attention.attention.relative_position_bias.relative_position_bias_table",),
             head_size="attention_head_size",
+            scale="",
         ),
     ),
     position="bias",
@@ -401,16 +406,12 @@ _VISION_MODELS = {
     "regnet": replace(_CONVOLUTIONS, blocks=("layers",), embeddings=("embedder.embedder.convolution",)),
     "resnet": replace(_CONVOLUTIONS, blocks=("layers",), embeddings=("embedder.embedder.convolution",)),
     "siglip": _SIGLIP,
-    "siglip2": replace(
-        _SIGLIP, classifier=Classifier("Siglip2ForImageClassification", "vision_model", ("encoder.layers",))
-    ),
+    "siglip2": replace(_SIGLIP, classifier=None),
     "swin": _SWIN,
     "swinv2": replace(
         _SWIN,
         attention=(
-            attention(
-                "attention.self", "query key value", "attention.output.dense", head_size="attention_head_size"
-            ),
+            attention("attention.self", "query key value", "attention.output.dense", head_size="attention_head_size"),
         ),
         ffn=(ffn("intermediate.dense", "output.dense"),),
         prunable=("ffn",),
@@ -434,8 +435,12 @@ _REMOTE = {
     ),
 }
 
+_GENERATE = {
+    name: replace(architecture, generates=True)
+    for name, architecture in (_LANGUAGE_MODELS | _SEQUENCE_TO_SEQUENCE | _REMOTE).items()
+}
 ARCHITECTURES: dict[str, Architecture] = dict(
-    sorted((_TEXT_ENCODERS | _LANGUAGE_MODELS | _SEQUENCE_TO_SEQUENCE | _VISION_MODELS | _REMOTE).items())
+    sorted((_TEXT_ENCODERS | _GENERATE | _SPEECH_ENCODERS | _VISION_MODELS).items())
 )
 # the parts of models with several towers go by names of their own
 _PARTS = ("_text_model", "_vision_model", "_text", "_vision")

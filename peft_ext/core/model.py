@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -28,7 +27,7 @@ from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
 from .registry import about_of
 from .stored import Stored, refuse_other_shapes, without_inner
-from .targets import is_named, matched_targets, refuse_unknown_targets
+from .targets import is_admitted, is_named, matched_targets, refuse_unknown_targets, unadapted_modules
 from .uncalled import uncalled_modules
 from .upkeep import prepare, restore
 
@@ -39,16 +38,14 @@ TASKS_WITH_TRAINED_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTI
 class ExtModel(BaseTuner):
     """The tuner: finds the targets, checks them all before it touches the first, and puts the layers in.
 
-    Subclasses set `prefix`, `tuner_layer_cls` and `target_module_mapping` (default targets per `model_type`), and may
-    override `layer_class`, `layer_kwargs`, `finish_merge` and `check_model`.
+    Subclasses set `prefix` and `tuner_layer_cls`; default targets are `target_module_mapping`, names by `model_type`, or
+    what `default_modules` finds, for example with `peft_ext.architectures.describe`. They may override `layer_class`, `layer_kwargs`, `finish_merge` and `check_model`.
     """
 
     tuner_layer_cls: type[ExtLayer]
-    target_module_mapping: dict[str, list[str]]
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT declares it without ClassVar
     scores_kind: ClassVar[str] = "sensitivity"  # what a sensitivity pass measures unless told otherwise
     misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
-    # regular expressions that go with the default targets, by class name or model type
-    default_exclusions: ClassVar[dict[str, str]] = {}
     trains_own_head: ClassVar[bool] = False
     cuts: ClassVar[bool] = False  # whether `kept_units` says what can be cut out of the base
 
@@ -233,23 +230,38 @@ class ExtModel(BaseTuner):
         return self.default_targets(peft_config, model_config, self.model)
 
     @classmethod
+    def default_modules(cls, config: Any, model: nn.Module) -> set[str]:
+        """The full names of the modules that are adapted where the user names none; by `target_module_mapping`.
+
+        Raises:
+            ValueError: There are none, with the reason.
+        """
+        model_type = getattr(getattr(model, "config", None), "model_type", DUMMY_MODEL_CONFIG["model_type"])
+        targets = cls.target_module_mapping.get(model_type)
+        if targets is None:
+            raise ValueError(
+                f"Please specify `target_modules` in `peft_config`: {config.METHOD} has no default targets for models "
+                f"of type {model_type!r}. It has some for {', '.join(sorted(cls.target_module_mapping)) or 'no type'}."
+            )
+        return {name for name, _ in unadapted_modules(model) if any(is_named(target, [name]) for target in targets)}
+
+    @classmethod
     def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
-        """Fills in `target_modules` for the architecture if the user left it open."""
+        """Fills in `target_modules` if the user left it open.
+
+        Raises:
+            ValueError: The method has no default for this model, or `layers_to_transform` leaves nothing of it.
+        """
         if config.target_modules is None:
-            model_type = model_config.get("model_type", DUMMY_MODEL_CONFIG["model_type"])
-            targets = cls.target_module_mapping.get(model_type)
-            if targets is None:
-                raise ValueError(
-                    f"Please specify `target_modules` in `peft_config`: {config.METHOD} has no default targets for "
-                    f"models of type {model_type!r}. It has some for {', '.join(sorted(cls.target_module_mapping))}."
-                )
-            names = [name for name, _ in model.named_modules()]
-            config.target_modules = {target for target in targets if is_named(target, names)}
-            if config.exclude_modules is None:
-                exclusions = cls.default_exclusions
-                excluded = exclusions.get(type(model).__name__, exclusions.get(model_type, ""))
-                if any(re.fullmatch(excluded, name) for name in names if name):
-                    config.exclude_modules = excluded
+            names = cls.default_modules(config, model)
+            if config.layers_to_transform is not None:  # of which PEFT takes no notice where a full name is given
+                names = {name for name in names if is_admitted(config, name)}
+                if not names:
+                    raise ValueError(
+                        f"`layers_to_transform` is {config.layers_to_transform!r}, which leaves none of the default "
+                        f"targets of {config.METHOD} on this {type(model).__name__}: are its layers numbered like that?"
+                    )
+            config.target_modules = names
         return config
 
     @classmethod

@@ -52,14 +52,9 @@ class MaskLoraModel(ExtModel):
     )
 
     @classmethod
-    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
+    def default_modules(cls, config: Any, model: nn.Module) -> set[str]:
         """LoRA on all Linear modules of the backbone."""
-        if config.target_modules is None:
-            names = backbone_linears(model)
-            if config.layers_to_transform is not None:  # which full names would take no notice of
-                names = {name.split(".")[-1] for name in names}
-            config.target_modules = names
-        return config
+        return backbone_linears(model)
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:

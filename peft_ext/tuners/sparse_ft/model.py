@@ -19,6 +19,7 @@ from ...core import (
     ExtLayer,
     ExtModel,
     backbone_linears,
+    backbone_modules,
     matched_targets,
     warn_of_experts,
 )
@@ -47,16 +48,29 @@ class SparseFTModel(ExtModel):
     )
 
     @classmethod
+    def default_modules(cls, config: Any, model: nn.Module) -> set[str]:
+        """All Linear modules of the backbone, whatever the architecture; its 2-D convolutions if it has none.
+
+        Raises:
+            ValueError: It has neither.
+        """
+        names = backbone_linears(model)
+        names = names or {name for name, module in backbone_modules(model) if isinstance(module, nn.Conv2d)}
+        if not names:
+            raise ValueError(
+                f"Sparse fine-tuning has no default targets on this {type(model).__name__}: outside its head it has no "
+                "Linear module and no 2-D convolution. Name modules in `target_modules`."
+            )
+        return names
+
+    @classmethod
     def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
-        """All Linear modules of the backbone, whatever the architecture."""
+        """The default modules; `"all-linear"` are the same ones. Says so if there are experts, which are left out."""
         targets = config.target_modules
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             warn_of_experts(config, model)
-            names = backbone_linears(model)
-            if config.layers_to_transform is not None:  # which full names would take no notice of
-                names = {name.split(".")[-1] for name in names}
-            config.target_modules = names
-        return config
+            config.target_modules = None
+        return super().default_targets(config, model_config, model)
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:

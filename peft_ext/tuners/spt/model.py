@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...architectures import architecture_of
 from ...calibrate import Scores
 from ...core import (
     ExtConfig,
@@ -50,20 +52,24 @@ class SPTModel(ExtModel):
     )
 
     @classmethod
-    def default_targets(cls, config: ExtConfig, model_config: dict[str, Any], model: nn.Module) -> ExtConfig:
-        """All Linear modules and norms of the backbone."""
-        if config.target_modules is None:
-            assert isinstance(config, SPTConfig)
-            if config.target_parameters is None:
-                warn_of_experts(config, model)
-            norms = {name for name, module in backbone_modules(model) if _is_norm(module)}
-            if model_config.get("model_type") == "deberta-v2":
-                norms.discard("deberta.encoder.LayerNorm")  # its output goes around re-entrant checkpoints
-            names = backbone_linears(model) | norms
-            if config.layers_to_transform is not None:  # which full names would take no notice of
-                names = {name.split(".")[-1] for name in names}
-            config.target_modules = names
-        return config
+    def default_modules(cls, config: Any, model: nn.Module) -> set[str]:
+        """All Linear modules of the backbone, and those norms that its heads read.
+
+        Raises:
+            ValueError: It has no Linear modules.
+        """
+        names = backbone_linears(model)
+        if not names:
+            raise ValueError(
+                f"SPT has no default targets on this {type(model).__name__}: it tunes Linear modules, and outside its "
+                "head the model has none. Use sparse fine-tuning or SSF, which adapt convolutions."
+            )
+        if config.target_parameters is None:
+            warn_of_experts(config, model)
+        architecture = architecture_of(getattr(getattr(model, "config", None), "model_type", None))
+        unread = (architecture.unread if architecture is not None else None) or "(?!)"
+        norms = {name for name, module in backbone_modules(model) if _is_norm(module)}
+        return names | {name for name in norms if not re.fullmatch(unread, name)}
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:

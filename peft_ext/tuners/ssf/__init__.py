@@ -19,7 +19,7 @@ parameters, whose own backward gives both gradients from what a frozen norm keep
 """
 
 from .about import ABOUT
-from .config import DEFAULT_SITES, SSFConfig
+from .config import SSFConfig
 from .functional import ScaledLinear, ScaledRMSNorm, ScaleShift
 from .layer import SSFLayer, SSFLinear
 from .model import SSFModel
@@ -27,7 +27,6 @@ from .model import SSFModel
 
 __all__ = [
     "ABOUT",
-    "DEFAULT_SITES",
     "SSFConfig",
     "SSFLayer",
     "SSFLinear",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...core import ExtLayer, ExtModel, linear_out_features
-from .config import DEFAULT_EXCLUSIONS, DEFAULT_SITES, SSFConfig
+from ...architectures import architecture_of
+from ...core import ExtLayer, ExtModel, backbone_modules, linear_out_features
+from .config import SSFConfig
 from .layer import SSFLayer, SSFLinear
-from .sites import site_of
+from .sites import is_operation, site_of
 
 
 # config flags with which a transformers class gives a bias to modules that have none by default
@@ -24,8 +26,32 @@ class SSFModel(ExtModel):
 
     prefix = "ssf_"
     tuner_layer_cls = SSFLayer
-    target_module_mapping = DEFAULT_SITES
-    default_exclusions = DEFAULT_EXCLUSIONS
+
+    @classmethod
+    def default_modules(cls, config: Any, model: nn.Module) -> set[str]:
+        """Every operation of the backbone, as published: Linear modules, convolutions and norms.
+
+        No embedding table, no module whose weight is computed from others, which no merge could change, and nothing
+        that the heads of the architecture do not read.
+
+        Raises:
+            ValueError: There are none.
+        """
+        architecture = architecture_of(getattr(getattr(model, "config", None), "model_type", None))
+        unread = None
+        if architecture is not None:
+            unread = architecture.unread_by.get(type(model).__name__, architecture.unread)
+        names = {
+            name
+            for name, module in backbone_modules(model)
+            if is_operation(module) and not (unread and re.fullmatch(unread, name))
+        }
+        if not names:
+            raise ValueError(
+                f"SSF has no default targets on this {type(model).__name__}: outside its head it has no Linear module, "
+                "no convolution and no norm. Name modules in `target_modules`."
+            )
+        return names
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ...core import linear_out_features
@@ -92,6 +93,17 @@ def site_of(module: Any) -> Site:
         f"SSF does not support modules of type {type(module).__name__}; it adapts Linear, Conv1D, convolutions, "
         "Embedding (without max_norm), LayerNorm, GroupNorm, BatchNorm and RMSNorm."
     )
+
+
+def is_operation(module: nn.Module) -> bool:
+    """Whether SSF adapts the module by default: what it can adapt and merge, but no embedding table."""
+    if isinstance(module, nn.Embedding) or parametrize.is_parametrized(module):
+        return False
+    try:
+        site_of(module)
+    except TypeError:
+        return False
+    return True
 
 
 def rms_norm_offset(module: nn.Module) -> float | None:

@@ -1,15 +1,19 @@
 """Where, in each architecture, the blocks, their attention and the head are: all that VQT knows about a family.
 
-A block is run on query rows by calling the block itself, so what it does besides attention (norms before or after,
-layer scale, the feed-forward part) need not be described here.
+It is read from the table of architectures. A block is run on query rows by calling the block itself, so what it does
+besides attention (norms before or after, layer scale, the feed-forward part) need not be described here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from ...architectures import ARCHITECTURES, Architecture, architecture_of
+from ...architectures import Attention as Names
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,11 @@ class Attention:
     v: str = "v_proj"
     out: str | None = "o_proj"  # None: the block itself applies the output projection
     head_size: str = "head_dim"
-    scale: str = "scaling"
+    scale: str = "scaling"  # empty: 1 / sqrt(head size)
+
+    def scale_of(self, attention: Any) -> float:
+        """The factor of the scores."""
+        return float(getattr(attention, self.scale) if self.scale else getattr(attention, self.head_size) ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -50,63 +58,81 @@ class Family:
     class_tokens: int = 1
 
 
-_VIT = Attention()
-_CLIP = Attention(out="out_proj", scale="scale")
-_BERT = Attention("query", "key", "value", None, "attention_head_size")
-_DISTILBERT = Attention("q_lin", "k_lin", "v_lin", "out_lin", "attention_head_size")
-_VISION_TOWER = ("vision_model", "encoder.layers", "self_attn", _CLIP)
+def _names(names: Names) -> Attention:
+    inside = f"{names.module}."
+    q, k, v = (part.removeprefix(inside) for part in (names.q, names.k, names.v))
+    out = names.o.removeprefix(inside) if names.o.startswith(inside) else None
+    return Attention(q, k, v, out, names.head_size, names.scale)
+
+
+def _families(architecture: Architecture) -> Iterator[Family]:
+    """The families of an entry of the table: with today's names first, then with those of older versions."""
+    classifier = architecture.classifier
+    if classifier is None:
+        return
+    for attention in architecture.attention:
+        for blocks in classifier.blocks:
+            yield Family(
+                *(classifier.model, classifier.backbone, blocks, attention.module, _names(attention)),
+                *(classifier.head, classifier.class_token, classifier.class_tokens),
+            )
+
+
+def _reason(architecture: Architecture | None) -> str | None:
+    """Why VQT cannot be had on an architecture, if it cannot."""
+    if architecture is None:
+        return None
+    if architecture.is_convolutional:
+        return "it is convolutional: there are no tokens whose keys and values queries could read."
+    if architecture.has_windows:
+        return (
+            "it attends inside shifted windows that merge from stage to stage, so no layer has one set of keys and "
+            "values for a query to read. Use ViT, DeiT, BEiT or DINOv2, or another method on Swin."
+        )
+    if architecture.generates:
+        return "it generates: a query would have to read all positions, and nothing would feed the next token."
+    if architecture.shares_layers:
+        return "it runs one block several times, while each layer has queries of its own."
+    if architecture.position != "absolute" and architecture.classifier is None:
+        return "its queries and keys depend on their positions, and a learnt query has none."
+    return None
+
 
 FAMILIES: dict[str, Family] = {
-    "audio-spectrogram-transformer": Family(
-        "ASTForAudioClassification", "audio_spectrogram_transformer", "layers", "attention", _VIT
-    ),
-    "beit": Family("BeitForImageClassification", "beit", "layers", "attention", _VIT),
-    "bert": Family(
-        "BertForSequenceClassification", "bert", "encoder.layer", "attention.self", _BERT, class_token="dropout"
-    ),
-    "clip": Family("CLIPForImageClassification", *_VISION_TOWER),
-    "deit": Family("DeiTForImageClassification", "deit", "layers", "attention", _VIT),
-    "dinov2": Family("Dinov2ForImageClassification", "dinov2", "encoder.layer", "attention", _VIT, class_tokens=2),
-    "dinov2_with_registers": Family(
-        *("Dinov2WithRegistersForImageClassification", "dinov2_with_registers", "encoder.layer", "attention", _VIT),
-        class_tokens=2,
-    ),
-    "distilbert": Family(
-        *("DistilBertForSequenceClassification", "distilbert", "transformer.layer", "attention", _DISTILBERT),
-        class_token="pre_classifier",
-    ),
-    "roberta": Family("RobertaForSequenceClassification", "roberta", "encoder.layer", "attention.self", _BERT),
-    "siglip": Family("SiglipForImageClassification", *_VISION_TOWER),
-    "vit": Family("ViTForImageClassification", "vit", "layers", "attention", _VIT),
-    "xlm-roberta": Family("XLMRobertaForSequenceClassification", "roberta", "encoder.layer", "attention.self", _BERT),
+    name: family
+    for name, architecture in ARCHITECTURES.items()
+    if _reason(architecture) is None
+    for family in [next(_families(architecture), None)]
+    if family is not None
 }
 HEAD_NAMES = {name for family in FAMILIES.values() for name in (family.head, family.class_token) if name} | {"score"}
 
-_CONVOLUTIONAL = "it is convolutional: there are no tokens whose keys and values queries could read."
-_CAUSAL = "it generates: a query would have to read all positions, and nothing would feed the next token."
-REFUSED: dict[str, str] = {
-    "swin": "it attends inside shifted windows that merge from stage to stage, so no layer has one set of keys and "
-    "values for a query to read. Use ViT, DeiT, BEiT or DINOv2, or another method on Swin.",
-    **dict.fromkeys(["convnext", "convnextv2", "resnet", "efficientnet", "mobilenet_v2"], _CONVOLUTIONAL),
-    **dict.fromkeys(["gpt2", "llama", "mistral", "opt", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3"], _CAUSAL),
-    **dict.fromkeys(["bart", "t5", "whisper"], _CAUSAL),
-}
-REFUSED["swinv2"] = REFUSED["swin"]
 
-
-def family_of(model_type: str | None) -> Family:
-    """The family of a `config.model_type`.
+def family_of(model_type: str | None, model: nn.Module | None = None) -> Family:
+    """The family of a `config.model_type`; with a model, under the names that its version of transformers gives it.
 
     Raises:
         ValueError: VQT does not know it; the message gives the reason where there is one.
     """
+    architecture = architecture_of(model_type)
     if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if model_type in REFUSED:
-        raise ValueError(f"VQT does not support models of type {model_type!r}: {REFUSED[model_type]}")
+        assert architecture is not None
+        candidates = [FAMILIES[model_type], *_families(architecture)]
+        return next((family for family in candidates if model is not None and _fits(family, model)), candidates[0])
+    if (reason := _reason(architecture)) is not None:
+        raise ValueError(f"VQT does not support models of type {model_type!r}: {reason}")
     raise ValueError(
         f"VQT does not know models of type {model_type!r}; it knows the classifiers of {', '.join(sorted(FAMILIES))}."
     )
+
+
+def _fits(family: Family, model: nn.Module) -> bool:
+    try:
+        block: Any = model.get_submodule(f"{family.backbone}.{family.blocks}.0")
+        block.get_submodule(family.attention).get_submodule(family.names.q)
+    except AttributeError:
+        return False
+    return True
 
 
 def check_model(family: Family, model: nn.Module) -> None:

@@ -67,7 +67,7 @@ class VQTModel(ExtModel):
 
     @classmethod
     def check_targets(cls, config: Any, model: nn.Module) -> None:
-        family = family_of(getattr(model.config, "model_type", None))  # type: ignore[union-attr]
+        family = family_of(getattr(model.config, "model_type", None), model)  # type: ignore[union-attr]
         check_model(family, model)
 
     @classmethod
@@ -78,7 +78,7 @@ class VQTModel(ExtModel):
         layer: Any = getattr(model, CHILD, None)
         is_new = layer is None
         if is_new:
-            layer = VQTLayer(model, family_of(model.config.model_type))
+            layer = VQTLayer(model, family_of(model.config.model_type, model))
             layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config)
         if is_new:

@@ -1,0 +1,224 @@
+"""The table of architectures against the classes of the installed transformers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+import zoo
+from models import randomize
+from peft import get_peft_model
+from torch import nn
+
+from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig
+from peft_ext.architectures import ARCHITECTURES, architecture_of, describe
+from peft_ext.core import linear_features
+from peft_ext.core.uncalled import uncalled_modules
+from peft_ext.export import cut
+from peft_ext.groups import find_groups
+from peft_ext.tuners.ssf.model import SSFModel
+
+
+REMOTE = {"RefinedWeb", "RefinedWebModel", "btlm", "chatglm", "rwkv7"}  # of repositories with code of their own
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
+
+
+def test_every_entry_has_a_model() -> None:
+    in_zoo = {
+        next(name for name, entry in ARCHITECTURES.items() if entry is architecture_of(kind)) for kind in zoo.ZOO
+    }
+    entries = {id(entry) for name, entry in ARCHITECTURES.items() if name not in REMOTE}
+    assert {id(ARCHITECTURES[name]) for name in in_zoo} == entries
+    assert all(architecture_of(kind) is not None for kind in zoo.ZOO)
+    types = {kind.removesuffix("_text") for kind in zoo.ZOO}
+    assert set(ARCHITECTURES) - REMOTE == types
+
+
+def features(model: nn.Module, name: str) -> tuple[int, int]:
+    found = linear_features(model.get_submodule(name))
+    assert found is not None, name
+    return found
+
+
+@pytest.mark.parametrize("kind", zoo.ZOO)
+def test_names_and_sizes(kind: str) -> None:
+    model = zoo.build(kind, "meta")
+    found = describe(model)
+    architecture = found.architecture
+    assert (
+        architecture is not None and found.blocks and found.embeddings and found.model_type == model.config.model_type
+    )
+    assert bool(architecture.attention) == any(block.attention for block in found.blocks)
+    assert bool(architecture.ffn) == any(block.ffn for block in found.blocks) or not architecture.prunable
+    assert all(block.norms for block in found.blocks) or kind == "olmo"  # whose norms have no weights
+    assert all(
+        model.get_submodule(block.stack)[block.index] is model.get_submodule(block.name) for block in found.blocks
+    )
+    assert set(found.norms) & set(uncalled_modules(model)) == set()
+    for attention in (attention for block in found.blocks for attention in block.attention):
+        holder: Any = model.get_submodule(attention.module)
+        head_size = getattr(holder, attention.names.head_size)
+        columns = features(model, attention.o)[0]
+        assert columns % head_size == 0
+        if attention.names.order:
+            assert (
+                attention.q == attention.k == attention.v
+                and features(model, attention.q)[1] >= columns + 2 * head_size
+            )
+        else:
+            sizes = [features(model, name)[1] for name in (attention.q, attention.k, attention.v)]
+            assert sizes[0] == columns and sizes[1] == sizes[2] and columns % sizes[1] == 0
+            assert [found.role_of(name) for name in (attention.q, attention.k, attention.v, attention.o)] == [
+                ("q",),
+                ("k",),
+                ("v",),
+                ("o",),
+            ]
+    for part in (part for block in found.blocks for part in block.ffn):
+        channels, outputs = features(model, part.down)
+        rows = features(model, part.up)
+        assert rows == (outputs, channels * (2 if part.gate == part.up else 1))
+        assert part.gate is None or features(model, part.gate) == rows
+    classifier = architecture.classifier
+    if classifier is not None and hasattr(model, "num_labels") and "Classification" in type(model).__name__:
+        assert any(base.__name__ == classifier.model for base in type(model).__mro__)
+        backbone = model.get_submodule(classifier.backbone)
+        assert any(hasattr(backbone, blocks.partition(".")[0]) for blocks in classifier.blocks)
+        assert classifier.head in dict(model.named_children()) and (classifier.class_token or "dropout")
+        assert any(name == classifier.head or name.startswith(f"{classifier.head}.") for name in found.head)
+
+
+@pytest.mark.parametrize("kind", zoo.ZOO)
+def test_what_is_described_is_called(kind: str) -> None:
+    """Queries, keys, values and the rest are modules that a forward runs, as often as there are blocks."""
+    model = zoo.build(kind)
+    called: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    with torch.no_grad():
+        model(**zoo.inputs(model))
+    found = describe(model)
+    missed = {name for name in found.roles if name not in called} - set(uncalled_modules(model))
+    # tables tied to another one, projections and poolers that only some heads read
+    missed -= {name for name in found.head if name not in called}
+    missed -= {name for name in found.embeddings if name.rpartition(".")[2] == "shared"}
+    assert not missed
+
+
+def output(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    torch.manual_seed(0)  # for the random masks of ViTMAE
+    found = model(**batch)
+    return found.logits if hasattr(found, "logits") else found.get("logits_per_image", found.get("last_hidden_state"))
+
+
+FIXED_FFN = {kind for kind in zoo.ZOO if not architecture_of(kind).prunable}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", sorted(set(zoo.ZOO) - FIXED_FFN))
+def test_what_is_masked_can_be_cut(kind: str) -> None:
+    """Zeros in the columns of a unit are the same as its absence, in float64, for each group that the table gives."""
+    model = zoo.build(kind).double()
+    randomize(model)
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in zoo.inputs(model).items()}
+    groups = find_groups(model)
+    assert {group.kind for group in groups.values()} == set(architecture_of(kind).prunable)  # type: ignore[union-attr]
+    kept = {name: torch.arange(group.units)[: max(1, group.units // 2)] for name, group in groups.items()}
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, group in groups.items():
+            module: Any = masked.get_submodule(name)
+            columns = module.weight if isinstance(module, tf.pytorch_utils.Conv1D) else module.weight.T
+            columns[len(kept[name]) * group.width :] = 0
+        expected = output(masked, batch)
+        assert not torch.allclose(expected, output(model, batch), atol=1e-6)
+        cut(model, groups, kept)
+        torch.testing.assert_close(output(model, batch), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_reasons_of_what_cannot_be_cut() -> None:
+    for kind, asked, reason in [
+        ("resnet", None, "residual connections"),
+        ("t5", ["heads"], "position bias"),
+        ("mixtral", ["ffn"], "three dimensions"),
+        ("olmo2", ["heads"], "over all heads at once"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            find_groups(zoo.build(kind, "meta"), asked)
+    normed = zoo.build("cohere", "meta", use_qk_norm=True)
+    assert {group.kind for group in find_groups(normed).values()} == {"ffn"}
+    with pytest.raises(ValueError, match=r"q_norm has parameters for all heads together"):
+        find_groups(normed, ["heads"])
+
+
+def test_default_of_masks_is_what_the_architecture_has() -> None:
+    model = get_peft_model(zoo.build("t5"), MaskLoraConfig(target_sparsity=0.2, total_steps=10))
+    assert model.peft_config["default"].target_modules
+    with pytest.raises(ValueError, match="residual connections"):
+        get_peft_model(zoo.build("resnet"), MaskLoraConfig(target_sparsity=0.2, total_steps=10))
+
+
+# What methods make of it
+
+
+@pytest.mark.parametrize("kind", zoo.ZOO)
+def test_default_targets_of_ssf(kind: str) -> None:
+    """All of them act: whatever is a target is called, and gets a gradient."""
+    model = zoo.build(kind)
+    names = SSFModel.default_modules(SSFConfig(), model)
+    found = describe(model)
+    in_blocks = {name for name, own in found.roles.items() if not {"embedding", "head"} & set(own)}
+    left_out = set(uncalled_modules(model)) | {"decoder"}
+    unread = {name for name in in_blocks - names if not set(name.split(".")) & left_out and name not in left_out}
+    assert all(any(part in name for part in ("vision", "head", "pooler")) for name in unread)
+    assert not names & set(found.head)
+
+
+def test_default_targets_of_a_type_that_is_not_known() -> None:
+    fields = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
+    model = tf.FNetForSequenceClassification(tf.FNetConfig(**fields))
+    assert architecture_of(model.config.model_type) is None and not describe(model).blocks
+    names = SSFModel.default_modules(SSFConfig(), model)
+    assert {"fnet.embeddings.projection", "fnet.encoder.layer.0.intermediate.dense"} < names
+    assert "classifier" not in names and not any("word_embeddings" in name for name in names)
+    with pytest.raises(ValueError, match=r"does not know models of type 'fnet'"):
+        describe(model).modules(["q"])
+    with pytest.raises(ValueError, match=r"There are no roles \['query'\]"):
+        describe(model).modules(["query"])
+    with pytest.raises(ValueError, match=r"no Linear module, no convolution and no norm"):
+        get_peft_model(nn.Sequential(nn.ReLU()), SSFConfig())
+
+
+def test_default_targets_of_convolutional_models() -> None:
+    for kind in ("resnet", "mobilenet_v2", "efficientnet"):
+        sparse = get_peft_model(zoo.build(kind), SparseFTConfig(density=0.1, selection="random"))
+        assert any("conv" in name for name in sparse.peft_config["default"].target_modules)
+        with pytest.raises(ValueError, match="it tunes Linear modules"):
+            get_peft_model(zoo.build(kind), SPTConfig(budget=100))
+
+
+def test_layers_to_transform_with_default_targets() -> None:
+    model = get_peft_model(zoo.build("llama"), SSFConfig(layers_to_transform=[1])).get_base_model()
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    assert adapted and all(name.startswith("model.layers.1.") for name in adapted)
+    with pytest.raises(ValueError, match=r"`layers_to_transform` is \[7\], which leaves none"):
+        get_peft_model(zoo.build("llama"), SSFConfig(layers_to_transform=[7]))
+
+
+def test_asking_for_roles() -> None:
+    model = zoo.build("bert", "meta")
+    found = describe(model)
+    assert found.modules(["q"]) == [f"bert.encoder.layer.{index}.attention.self.query" for index in (0, 1)]
+    assert found.modules(["up", "v"])[:2] == [
+        "bert.encoder.layer.0.attention.self.value",
+        "bert.encoder.layer.0.intermediate.dense",
+    ]
+    assert list(found.stacks) == ["bert.encoder.layer"] and found.head == ("classifier",)
+    adapted = get_peft_model(model, SSFConfig(target_modules=["query"])).get_base_model()
+    assert describe(adapted) == found  # adapters do not show
+    seq2seq = describe(zoo.build("bart", "meta"))
+    assert [attention.names.is_cross for attention in seq2seq.blocks[-1].attention] == [False, True]
+    with pytest.raises(ValueError, match=r"no modules with the roles q; it has .*norm"):
+        describe(zoo.build("resnet", "meta")).modules(["q"])
