@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 _SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 _IDS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _TEXT = {**_SIZES, **_IDS, "max_position_embeddings": 64}
-_DECODER = {**_TEXT, "num_key_value_heads": 1, "head_dim": 8}
+_DECODER = {**_TEXT, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 _EXPERTS = {"num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 8, "num_experts_per_tok": 1}
 _IMAGE = {**_SIZES, "image_size": 16, "patch_size": 8, "num_labels": 3}
 _GPT = {**_IDS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24, "n_positions": 32}
@@ -169,7 +169,7 @@ ZOO |= {
     "clip": ("CLIPModel", _TOWERS),
     "codegen": ("CodeGenForCausalLM", {**_GPT, "rotary_dim": 2, "n_head": 4}),
     "dinov3_convnext": ("DINOv3ConvNextModel", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}),
-    "dinov3_vit": ("DINOv3ViTModel", _IMAGE),
+    "dinov3_vit": ("DINOv3ViTModel", {**_IMAGE, "num_register_tokens": 2}),
     "falcon": ("FalconForCausalLM", {**_IDS, **_SIZES, "ffn_hidden_size": 24}),
     "gpt2": ("GPT2LMHeadModel", _GPT),
     "gpt_bigcode": ("GPTBigCodeForCausalLM", _GPT),

@@ -49,7 +49,7 @@ class Block:
         index: Its number there.
         attention: Its attentions: self-attention first.
         ffn: Its feed-forward parts.
-        norms: The full names of its norms, in the order of its modules.
+        norms: The full names of its norms, in the order of the model's modules.
     """
 
     name: str
@@ -131,9 +131,10 @@ def describe(model: nn.Module) -> Description:
     modules = dict(unadapted_modules(model))
     backbone = {name for name, _ in backbone_modules(model)}
     blocks = _blocks(architecture or Architecture(), modules)
-    norms = tuple(name for name in modules if name in backbone and is_norm(modules[name]))
+    every_norm = [name for name, module in modules.items() if is_norm(module)]
+    norms = tuple(name for name in every_norm if name in backbone)
     for block in blocks.values():
-        block.norms = [name for name in norms if name.startswith(f"{block.name}.")]
+        block.norms = [name for name in every_norm if name.startswith(f"{block.name}.")]
     ends = architecture.embeddings if architecture is not None else ()
     tables = [model.get_input_embeddings()] if isinstance(model, PreTrainedModel) and _has_table(model) else []
     embeddings = tuple(

@@ -314,7 +314,7 @@ _WINDOW_BIAS = "attention.relative_position_bias.relative_position_bias_table"
 _BEIT = replace(
     _VIT,
     attention=(
-        attention("attention", _PROJECTIONS, tables=(_WINDOW_BIAS,)),
+        attention("attention", _PROJECTIONS, tables=("relative_position_bias.relative_position_bias_table",)),
         attention(
             *("attention.attention", "query key value", "attention.output.dense"),
             tables=("attention.attention.relative_position_bias.relative_position_bias_table",),

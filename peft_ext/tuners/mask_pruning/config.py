@@ -72,7 +72,7 @@ class MaskLoraConfig(ExtConfig):
     lora_alpha: float = field(default=16.0, metadata={"help": "Scale of LoRA, times r."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA's input."})
-    prune: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": f"Of {', '.join(KINDS)}."})
+    prune: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(KINDS)}; None: what there is."})
     groups: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "Which channels hang together, for unknown architectures."}
     )
@@ -106,7 +106,7 @@ class MaskLoraConfig(ExtConfig):
             raise ValueError(f"`r` must be a positive integer, got {self.r!r}.")
         if isinstance(self.prune, str):
             self.prune = [self.prune]
-        if not self.prune or set(self.prune) - set(KINDS):
+        if self.prune is not None and (not self.prune or set(self.prune) - set(KINDS)):
             raise ValueError(f"`prune` must name some of {', '.join(KINDS)}, got {self.prune!r}.")
         if self.target_sparsity is not None:
             if not 0 < self.target_sparsity < 1:

@@ -53,8 +53,15 @@ class MaskLoraModel(ExtModel):
 
     @classmethod
     def default_modules(cls, config: Any, model: nn.Module) -> set[str]:
-        """LoRA on all Linear modules of the backbone."""
-        return backbone_linears(model)
+        """LoRA on all Linear modules of the backbone.
+
+        Raises:
+            ValueError: There are none, and no channels that could be pruned either.
+        """
+        names = backbone_linears(model)
+        if not names:
+            find_groups(model, config.prune, config.groups)  # says why there are none
+        return names
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
@@ -96,7 +103,10 @@ class MaskLoraModel(ExtModel):
     @classmethod
     def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
         """The module's group, if it carries a mask."""
-        group = groups_of(config, tuner.model, name).get(name)
+        known = tuner.__dict__.get("_mask_groups")
+        if known is None or known[0] is not config:  # found once for all layers of an adapter
+            known = tuner.__dict__["_mask_groups"] = (config, groups_of(config, tuner.model))
+        group = known[1].get(name)
         logits = None
         if group is not None:
             start = torch.full((group.units,), config.initial_logit)
@@ -162,7 +172,7 @@ class MaskLoraModel(ExtModel):
         """
         groups = groups_of(config, model)
         config.initial_logits = {}
-        for kind in config.prune:
+        for kind in dict.fromkeys(group.kind for group in groups.values()):
             names = [name for name, group in groups.items() if group.kind == kind]
             values = []
             for name in names:
@@ -239,16 +249,13 @@ class MaskLoraModel(ExtModel):
         return output
 
 
-def groups_of(config: MaskLoraConfig, model: nn.Module, name: str | None = None) -> dict[str, Group]:
-    """The groups that the config prunes; with a name, that of this module alone, if it has one."""
+def groups_of(config: MaskLoraConfig, model: nn.Module) -> dict[str, Group]:
+    """The groups that the config prunes."""
     groups = find_groups(model, config.prune, config.groups)
-    if name is not None:
-        return {key: group for key, group in groups.items() if key == name}
     chosen = copy.copy(config)
-    if config.layers_to_transform is None:
-        chosen.target_modules = set(groups)
-    else:
-        chosen.target_modules = {key.split(".")[-1] for key in groups}
+    # PEFT takes no notice of `layers_to_transform` where a full name is given
+    in_layers = config.layers_to_transform is not None
+    chosen.target_modules = {key.split(".")[-1] for key in groups} if in_layers else set(groups)
     matched = {key for key, _ in matched_targets(chosen, model)}
     return {key: group for key, group in groups.items() if key in matched}
 

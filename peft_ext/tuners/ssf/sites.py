@@ -89,6 +89,9 @@ def site_of(module: Any) -> Site:
         return Site(
             module.weight.numel(), -1, weight_dim=0, weight_offset=offset, is_norm=True, bias_key=None, rms_eps=eps
         )
+    if is_affine_norm(module):
+        bias_key = "bias" if hasattr(module, "bias") else None
+        return Site(module.weight.numel(), -1, weight_dim=0, is_norm=True, bias_key=bias_key)
     raise TypeError(
         f"SSF does not support modules of type {type(module).__name__}; it adapts Linear, Conv1D, convolutions, "
         "Embedding (without max_norm), LayerNorm, GroupNorm, BatchNorm and RMSNorm."
@@ -112,13 +115,7 @@ def rms_norm_offset(module: nn.Module) -> float | None:
     There is an RMSNorm class per architecture, so the module is asked instead of its name.
     """
     weight: Any = getattr(module, "weight", None)
-    is_candidate = (
-        isinstance(weight, nn.Parameter)
-        and weight.ndim == 1
-        and [name for name, _ in module.named_parameters()] == ["weight"]
-        and not any(True for _ in module.children())
-    )
-    if not is_candidate:
+    if not _has_vectors(module, ["weight"]):
         return None
     x = torch.linspace(-1, 1, weight.numel(), device="cpu").unsqueeze(0) + 0.5
     expected = x / x.square().mean(-1, keepdim=True).sqrt()
@@ -134,3 +131,34 @@ def rms_norm_offset(module: nn.Module) -> float | None:
         ):
             return offset
     return None
+
+
+def is_affine_norm(module: nn.Module) -> bool:
+    """Whether `module` computes `weight * n(x) + bias` or `weight * n(x)` for some normalised features n(x).
+
+    DeBERTa and Cohere, for example, have a LayerNorm of their own; like an RMSNorm, it is asked by calling it.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    is_norm = type(module).__name__.endswith("Norm") and names in (["weight"], ["weight", "bias"])
+    if not (is_norm and _has_vectors(module, names)):
+        return False
+    width = module.weight.numel()  # type: ignore[union-attr,operator]
+    x = torch.linspace(-1, 1, width, device="cpu").square().unsqueeze(0) + 0.5
+    weight, bias = torch.linspace(1, 2, width, device="cpu"), torch.linspace(0, 1, width, device="cpu")
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            zero, one = torch.zeros(width), torch.ones(width)
+            with_bias = {"bias": bias} if "bias" in names else {}
+            normalised = functional_call(module, {"weight": one, **dict.fromkeys(with_bias, zero)}, (x,))
+            found = functional_call(module, {"weight": weight, **with_bias}, (x,))
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False  # takes something else than one tensor of features
+    expected = weight * normalised + (bias if with_bias else 0)
+    return isinstance(found, torch.Tensor) and torch.allclose(found, expected, atol=1e-4)
+
+
+def _has_vectors(module: nn.Module, names: list[str]) -> bool:
+    """Whether these are all the parameters of a module without children, vectors of one length."""
+    parameters = dict(module.named_parameters())
+    sizes = {parameter.shape for parameter in parameters.values()}
+    return list(parameters) == names and len(sizes) == 1 and len(next(iter(sizes))) == 1 and not any(module.children())
