@@ -165,10 +165,11 @@ def test_default_of_masks_is_what_the_architecture_has() -> None:
 
 def test_masks_find_their_groups_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Injecting is linear in the number of layers: the groups are looked for as often in 2 layers as in 8."""
+    calls: list[Any] = []
+    monkeypatch.setattr(mask_model, "find_groups", lambda *args: calls.append(args) or find_groups(*args))
     counts = []
     for layers in (2, 8):
-        calls: list[Any] = []
-        monkeypatch.setattr(mask_model, "find_groups", lambda *args: calls.append(args) or find_groups(*args))
+        calls.clear()
         get_peft_model(
             zoo.build("llama", num_hidden_layers=layers), MaskLoraConfig(target_sparsity=0.2, total_steps=9)
         )
