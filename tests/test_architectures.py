@@ -204,7 +204,7 @@ def test_default_targets_of_a_type_that_is_not_known() -> None:
         describe(model).modules(["q"])
     with pytest.raises(ValueError, match=r"There are no roles \['query'\]"):
         describe(model).modules(["query"])
-    with pytest.raises(ValueError, match=r"no Linear module, no convolution and no norm"):
+    with pytest.raises(ValueError, match=r"this Sequential, which is no model of transformers"):
         get_peft_model(nn.Sequential(nn.ReLU()), SSFConfig())
 
 

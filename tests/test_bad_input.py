@@ -123,7 +123,6 @@ def _net(**modules: nn.Module) -> nn.Module:
     [
         (Attention, "out_proj", ["'attention.out_proj'", "never calls it", "exclude_modules"]),
         (Attention, "attention", ["'attention'", "MultiheadAttention", "Leave it out"]),
-        (Attention, "all-linear", ["'attention.out_proj'", "exclude_modules"]),
         (lambda: _net(op=nn.Embedding(4, 4, max_norm=1.0)), "op", ["'op'", "Embedding", "without max_norm"]),
         (lambda: _net(op=nn.EmbeddingBag(4, 4)), "op", ["'op'", "EmbeddingBag"]),
         (lambda: _net(op=nn.LSTM(4, 4)), "op", ["'op'", "LSTM"]),
@@ -136,12 +135,17 @@ def _net(**modules: nn.Module) -> nn.Module:
 def test_modules_that_cannot_be_adapted(model: Callable[[], nn.Module], target: str, patterns: list[str]) -> None:
     net = model()
     with refused(net, *patterns, error=TypeError):
-        get_peft_model(net, SSFConfig(target_modules=target if target == "all-linear" else [target]))
+        get_peft_model(net, SSFConfig(target_modules=[target]))
+
+
+def test_all_linear_leaves_out_what_is_not_called() -> None:
+    model = get_peft_model(Attention(), SSFConfig(target_modules="all-linear"))
+    assert model.peft_config["default"].target_modules == {"fc"}
 
 
 def test_model_that_is_not_of_transformers() -> None:
     model = tiny("mlp")
-    with refused(model, "specify `target_modules`", "no default targets", "'custom'", "llama"):
+    with refused(model, "specify `target_modules`", "no default targets", "MLP", "no model of transformers"):
         get_peft_model(model, SSFConfig())
     assert type(get_peft_model(model, SSFConfig(target_modules=["fc1"])).merge_and_unload()) is type(model)
 

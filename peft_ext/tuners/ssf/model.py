@@ -35,9 +35,14 @@ class SSFModel(ExtModel):
         that the heads of the architecture do not read.
 
         Raises:
-            ValueError: There are none.
+            ValueError: There are none, or the model is none of transformers, so that its head is not known.
         """
-        architecture = architecture_of(getattr(getattr(model, "config", None), "model_type", None))
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"Please specify `target_modules` in `peft_config`: SSF has no default targets for this "
+                f"{type(model).__name__}, which is no model of transformers, so what its head is is not known."
+            )
+        architecture = architecture_of(getattr(model.config, "model_type", None))
         unread = None
         if architecture is not None:
             unread = architecture.unread_by.get(type(model).__name__, architecture.unread)
