@@ -30,7 +30,7 @@ class MaskLoraConfig(ExtConfig):
         use_rslora: Scale by `lora_alpha / sqrt(r)` instead.
         lora_dropout: Of LoRA's input.
         prune: What is masked: `"ffn"`, the channels of feed-forward blocks; `"heads"`, attention heads (key-value heads
-            with all their queries).
+            with all their queries). `None`: those of them that the architecture has.
         groups: Which channels hang together, for an architecture that is not known: a list of entries like
             `{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}`; see `peft_ext.groups.Rule`.
         target_sparsity: Share of the prunable weights (or of what `cost` says) that is removed, in (0, 1); the masks

@@ -38,7 +38,7 @@ class SSFModel(ExtModel):
             ValueError: There are none, or the model is none of transformers, so that its head is not known.
         """
         if not isinstance(model, PreTrainedModel):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004  # what PEFT raises where there is no default
                 f"Please specify `target_modules` in `peft_config`: SSF has no default targets for this "
                 f"{type(model).__name__}, which is no model of transformers, so what its head is is not known."
             )
