@@ -114,9 +114,20 @@ def update_card(directory: str | os.PathLike[str], info: CardInfo | None = None)
     if not path.is_file():
         card = model_card(directory, info)
     else:
-        card = _fill(ModelCard.load(path), _Saved(path.parent), info or CardInfo())
-    card.save(path)
+        card = _fill(_load(path), _Saved(path.parent), info or CardInfo())
+    _save(card, path)
     return card
+
+
+def _load(path: Path) -> ModelCard:
+    """The card with plain line feeds, whatever ends the lines of the file."""
+    return ModelCard(path.read_text(encoding="utf-8-sig"))
+
+
+def _save(card: ModelCard, path: Path) -> None:
+    """Writes the card with the line ends of the file that is there."""
+    has_crlf = path.is_file() and b"\r\n" in path.read_bytes()
+    path.write_text(str(card), encoding="utf-8", newline="\r\n" if has_crlf else "\n")
 
 
 def push_card(
@@ -156,7 +167,7 @@ def add_usage(directory: str | os.PathLike[str]) -> None:
         if path.is_file() and "\nlibrary_name: peft" in path.read_text(encoding="utf-8"):
             saved = _Saved(folder, subfolder)
             if method_of(saved.config.get("peft_type", "")) is not None:
-                _fill(ModelCard.load(path), saved, CardInfo(), usage_only=True).save(path)
+                _save(_fill(_load(path), saved, CardInfo(), usage_only=True), path)
     except (OSError, ValueError, YAMLError) as error:  # a damaged card is no reason to lose a trained adapter
         warnings.warn(f"The card {path} does not tell how to load the adapter: {error}", UserWarning, stacklevel=3)
 

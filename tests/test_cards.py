@@ -378,3 +378,15 @@ def test_cells_of_tables_stay_in_their_cell(tmp_path: Path) -> None:
     text = model_card(save_config(tmp_path), CardInfo(comparison=rows)).text
     assert "| a\\|b | n |" in text
     assert "| x\\|y z | 0.12346 |" in text
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_line_ends_stay(tmp_path: Path, newline: str) -> None:
+    get_peft_model(tiny("llama"), SSFConfig()).save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    path.write_bytes(("---\nlicense: mit\n---\n# Mine\n\nProse.\n").replace("\n", newline).encode())
+    update_card(tmp_path)
+    once = path.read_bytes()
+    assert once.count(b"\n") == once.count(newline.encode()) and b"\r\r" not in once
+    update_card(tmp_path)
+    assert path.read_bytes() == once

@@ -45,6 +45,7 @@ def modules() -> dict[str, tuple[nn.Module, torch.Tensor]]:
         "conv1d": (Conv1D(8, 6), torch.randn(2, 3, 6)),
         "conv2d": (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.randn(2, 4, 5, 5)),
         "embedding": (nn.Embedding(9, 5, padding_idx=2), torch.tensor([[1, 2, 3], [1, 8, 0]])),
+        "embedding by frequency": (nn.Embedding(9, 5, scale_grad_by_freq=True), torch.tensor([[1, 2, 1], [1, 8, 0]])),
         "layer norm": (nn.LayerNorm(12), torch.randn(2, 3, 12)),
         "rms norm": (nn.RMSNorm(12), torch.randn(4, 12)),
     }

@@ -201,11 +201,16 @@ class Conv2dOperation(Operation):
 
 
 class EmbeddingOperation(Operation):
-    """A table looked up by token ids x; `scale` is what some architectures multiply the rows by."""
+    """A table looked up by token ids x; `scale` is what some architectures multiply the rows by.
+
+    Of the options of `nn.Embedding`, `padding_idx` and `scale_grad_by_freq` hold for the values of a delta as they would
+    for the table. `sparse` is about the form of a gradient that a frozen table has not.
+    """
 
     def __init__(self, embedding: nn.Embedding, scale: torch.Tensor | float | None = None) -> None:
         super().__init__(embedding.weight.shape)
         self.padding_idx = embedding.padding_idx
+        self.scale_grad_by_freq = embedding.scale_grad_by_freq
         self.scale = scale
 
     def _scaled(self, rows: torch.Tensor) -> torch.Tensor:
@@ -217,7 +222,7 @@ class EmbeddingOperation(Operation):
         return False
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._scaled(F.embedding(x, weight, self.padding_idx))
+        return self._scaled(F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq))
 
     def sparse_product(self, x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         tokens, place = x.unique(return_inverse=True)
@@ -242,6 +247,8 @@ class EmbeddingOperation(Operation):
         grad = self._scaled(_at_least_fp32(grad).reshape(-1, self.shape[1]))
         rows = torch.zeros(len(tokens), self.shape[1], dtype=grad.dtype, device=grad.device)
         rows.index_add_(0, place.flatten(), grad)
+        if self.scale_grad_by_freq:
+            rows /= place.flatten().bincount(minlength=len(tokens)).unsqueeze(1)
         if self.padding_idx is not None:
             rows[tokens == self.padding_idx] = 0.0
         return tokens, rows

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from ..core import HALF
+from ..core import HALF, is_hooked, needs_plain_operations
 from .operations import Conv2dOperation, Gradient, LinearOperation, Operation
 
 
@@ -127,8 +127,7 @@ def can_be_written(module: nn.Module, dtype: torch.dtype) -> bool:
         and not (weight.is_shared() and weight.device.type == "cpu")  # other processes may be reading it
         and not weight.is_inference()
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        and not (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
-        and not (module._backward_hooks or module._backward_pre_hooks)  # which see the module's own output
+        and not is_hooked(module)
     )
 
 
@@ -150,7 +149,7 @@ def sparse_apply(
     """
     dtype = _compute_dtype(x) if op.takes(x) else module.weight.dtype
     assert isinstance(dtype, torch.dtype)
-    if _is_transformed() or not can_be_written(module, dtype):
+    if needs_plain_operations() or not can_be_written(module, dtype):
         return add_product(op, x, module(x), values, indices, observers)
     product = SparseProduct.apply(
         _inputs(op, x), values, indices, module.weight, getattr(module, "bias", None), op, observers
@@ -169,7 +168,7 @@ def add_product(
 ) -> torch.Tensor:
     """`output` and the product of x with S alone; the arguments are those of `sparse_apply`."""
     inputs = _inputs(op, x)
-    if _is_transformed():
+    if needs_plain_operations():
         # plain operations, with S as a whole weight: a compiler chooses by itself what to keep
         dtype = inputs.dtype if op.takes(x) else values.dtype
         dense = torch.zeros(op.n, dtype=dtype, device=values.device).index_add(0, indices, values.to(dtype))
@@ -177,11 +176,6 @@ def add_product(
     else:
         product = SparseProduct.apply(inputs, values, indices, None, None, op, observers)
     return output + product.to(output.dtype)
-
-
-def _is_transformed() -> bool:
-    """Whether a compiler, or a transform of `torch.func`, is at work."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
