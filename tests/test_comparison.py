@@ -15,6 +15,7 @@ import matplotlib
 import pytest
 import torch
 from datasets import Dataset
+from matplotlib.text import Text
 from peft import PeftConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -308,8 +309,19 @@ def test_figures_join_scores_and_costs() -> None:
     assert found["ssf"].costs == {"parameters": 10.0, "memory": 1.0, "step": 0.5, "inference": 1.0}
     assert found["probe"].costs["inference"] == 1.0
     assert found["spt"].costs == {"parameters": 10.0}  # not measured
-    figure = pareto.draw("cola", list(found.values()))
-    assert len(figure.axes) == 4
+    crowd = [pareto.Point("random", 1.0 + 0.001 * i, 0.0, found["ssf"].costs) for i in range(12)]
+    figure = pareto.draw("cola", [*found.values(), *crowd])
+    assert len(figure.axes) == 4 and all(panel.get_xlabel() and panel.get_xscale() == "log" for panel in figure.axes)
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    for panel in figure.axes:
+        frame = panel.get_window_extent(renderer)
+        names = [text for text in panel.texts if not text.get_text().startswith("linear probe")]
+        boxes = [Text.get_window_extent(text, renderer) for text in names]
+        assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
+        assert all(frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert "SSF" in {text.get_text() for text in figure.axes[0].texts}
     matplotlib.pyplot.close(figure)
 
 

@@ -264,6 +264,23 @@ COST_NAMES = {  # as `cost.py` calls them
     "spt-random": "SPT, at random",
     "mask-25": "mask-pruning LoRA r=8",
 }
+TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by its key
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "shira": "SHiRA",
+    "vqt": "VQT",
+    "spiel-ma": "SpIEL-MA",
+    "spiel-ag-cosine": "SpIEL-AG, cosine policy",
+    "spiel-ag-100": "SpIEL-AG, every 100 steps",
+    "lt-sft": "LT-SFT",
+    "random": "sparse, at random",
+    "smallest": "sparse, smallest weights",
+    "sensitivity": "sparse, by sensitivity",
+    "spt": "SPT",
+    **{f"mask-{percent}": f"mask-pruning LoRA, {percent} %" for percent in (20, 25, 50)},
+    **{f"magnitude-{percent}": f"LoRA, {percent} % cut by magnitude" for percent in (20, 25, 50)},
+    **{f"random-{percent}": f"LoRA, {percent} % cut at random" for percent in (20, 25, 50)},
+}
 OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt")
 
 
