@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from .core import methods
 from .version import __version__
 
 
@@ -107,8 +108,14 @@ def adapter_file(path: str, where: dict[str, Any], both: dict[str, Any]) -> str 
 
 def labels_of(file: str) -> int | None:
     """The number of labels of the head in an adapter's file, `None` if it has none, or one of several layers."""
+    prefixes = tuple(method.prefix for method in methods().values())  # a head may carry an adapter
     with safe_open(file, "pt") as tensors:
         heads = [key for key in tensors.keys() if HEAD_NAMES & set(key.split(".")) and key.endswith(".weight")]  # noqa: SIM118
         last = [key for key in heads if key.endswith(".out_proj.weight")] or heads
-        shapes = [tensors.get_slice(key).get_shape() for key in last if ".vqt." not in key]
+        shapes = [tensors.get_slice(key).get_shape() for key in last if not has_part(key, prefixes)]
     return shapes[0][0] if len(shapes) == 1 and len(shapes[0]) == 2 else None
+
+
+def has_part(key: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a part of a tensor's name begins with one of the prefixes."""
+    return any(part.startswith(prefixes) for part in key.split("."))
