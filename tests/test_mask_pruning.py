@@ -520,6 +520,37 @@ def test_resuming_changes_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(made.weight, expected[name].weight)
 
 
+@pytest.mark.parametrize("stop", [2, 8, 16])  # before the masks learn, while they do, and once they are decided
+def test_distributed_checkpoints(stop: int, tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def started(seed: int) -> tuple[Any, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = get_peft_model(tiny("bert"), config(warmup_ratio=0.25))
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    whole, optimizer = started(0)
+    train(whole, stop, optimizer)
+    resumed, other = started(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single process
+        tensors, state = get_state_dict(whole, optimizer)
+        dcp.save({"model": tensors, "optimizer": state}, checkpoint_id=tmp_path)
+        tensors, state = get_state_dict(resumed, other)
+        content = {"model": tensors, "optimizer": state}
+        # until masks learn, their logits have no state, which the empty one of `get_state_dict` stands for
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=stop == 2)
+        dcp.load(content, checkpoint_id=tmp_path, planner=planner)
+        set_state_dict(resumed, other, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+    train(whole, 20 - stop, optimizer, start=stop)
+    train(resumed, 20 - stop, other, start=stop)
+    expected = gates_of(whole, "default")
+    for name, made in gates_of(resumed, "default").items():
+        assert torch.equal(made.kept, expected[name].kept) and int(made.progress) == 20
+        assert torch.equal(made.weight, expected[name].weight)
+
+
 def test_a_training_that_never_moved_the_masks_says_so(tmp_path: Path) -> None:
     model = get_peft_model(tiny("bert"), config()).train()
     loss(model, inputs("bert")).backward()

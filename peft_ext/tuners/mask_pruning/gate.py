@@ -261,6 +261,8 @@ class MaskSchedule:
                 "The model is in eval mode, in which masks are not drawn, so they cannot learn: call `model.train()`."
             )
         self._check_finite()
+        if self.step == self.bounds[0]:  # `torch.distributed.checkpoint` may have made a state without a step
+            optimizer.state.pop(gate.weight, None)
         if self.config.penalty is None:
             return
         if closure:
