@@ -183,6 +183,38 @@ def test_tables(name: str, adapters: dict[str, Saved], run: Any) -> None:
     assert f"{found['file_bytes']:,} bytes" in text
 
 
+def cells_of(text: str, title: str) -> list[list[str]]:
+    """The rows of a table, the headings first."""
+    lines = text.split(f"{title}\n")[1].strip().splitlines()
+    rows = [line for line in lines[: lines.index("") if "" in lines else None] if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in rows if "--" not in line]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_summary_fits_a_screen_and_says_nothing_twice(name: str, adapters: dict[str, Saved], run: Any) -> None:
+    path = adapters[name].path
+    short, usual, full = (run("inspect", path, *options) for options in (["--summary"], [], ["--modules"]))
+    assert "By module" in full and "By module" not in usual and "By layer" in usual and "By layer" not in short
+    assert len(usual.splitlines()) < 60
+    headings, *rows = cells_of(short, "By type")
+    assert rows[-1][0] == "all" and "" not in rows[-1]
+    columns = list(zip(*rows, strict=True))
+    assert len(set(columns)) == len(columns) == len(headings)
+    with pytest.raises(SystemExit):
+        main(["inspect", str(path), "--summary", "--modules"])
+
+
+def test_layers_of_a_deep_model_share_rows(run: Any, tmp_path: Path) -> None:
+    config = tf.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=30, num_attention_heads=1
+    )
+    model = get_peft_model(tf.LlamaForCausalLM(config), SSFConfig(target_modules=["o_proj"]))
+    model.save_pretrained(tmp_path)
+    _, *rows = cells_of(run("inspect", tmp_path), "By layer")
+    assert [row[0] for row in rows] == [f"{start}-{min(start + 2, 29)}" for start in range(0, 30, 3)]
+    assert [row[1] for row in rows] == ["3"] * 10
+
+
 @pytest.mark.parametrize("name", ["sparse", "spt", "spt-lora", "lora", "lora-2"])
 def test_norms_are_those_of_what_merging_changes(name: str, adapters: dict[str, Saved], run: Any) -> None:
     changed = changes(adapters[name])

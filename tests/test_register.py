@@ -312,3 +312,10 @@ def outcomes() -> dict[str, str]:
 @pytest.mark.parametrize("scenario", ["import", "import twice", "unpickle", "shipped", "shipped without a tuner"])
 def test_in_a_fresh_process(scenario: str, outcomes: dict[str, str]) -> None:
     assert not outcomes[scenario], outcomes[scenario]
+
+
+def test_two_packages_with_a_method_of_one_name() -> None:
+    config = type("OtherConfig", (peft_ext.SSFConfig,), {"__module__": "other.methods"})
+    with pytest.raises(ValueError, match=r"called 'SSF': peft_ext\.tuners.* SSFConfig, and other\.methods would"):
+        peft_ext.register_method("ssf", config, peft_ext.SSFModel)
+    assert type(peft_ext.SSFConfig()) is peft_ext.SSFConfig  # still registered

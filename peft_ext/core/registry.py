@@ -125,12 +125,21 @@ def register_method(
 
     Returns whether our method is registered. If PEFT itself ships a method of this name, PEFT's stays in place: a
     warning says so, and our config class then refuses to be constructed. Calling it again is a no-op.
+
+    Raises:
+        ValueError: A method of this name is registered already, from another package.
     """
     type_name = name.upper()
     known = _registered_config(type_name)
     if known is config_cls:
         _methods[type_name] = Method(type_name, config_cls, model_cls, about or about_of(type_name))
         return True
+    if (other := _methods.get(type_name)) and other.package != config_cls.__module__.partition(".")[0]:
+        raise ValueError(
+            f"Two packages bring a method called {type_name!r}: {other.config.__module__} has registered its "
+            f"{other.config.__name__}, and {config_cls.__module__} would replace it by its {config_cls.__name__}. "
+            "Register one of them under another name, or uninstall one."
+        )
     if type_name in PeftType.__members__ and (known is None or known.__module__.startswith("peft.")):
         warnings.warn(
             f"peft {peft_version} ships a method called {type_name!r} of its own, so peft_ext does not register its "
