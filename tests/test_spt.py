@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,17 @@ def test_allocation(budget: int) -> None:
 
 def test_only_structures_and_only_single_weights() -> None:
     scores = random_scores(SHAPES)
-    found = allocate(scores, SHAPES, SPTConfig(budget=150, r=2, unstructured=False), 150)
+    found = allocate(scores, SHAPES, SPTConfig(budget=150, r=2, unstructured=False, vector_threshold=None), 150)
     assert found.ranks and not found.counts and found.total <= 150
+    found = allocate(scores, SHAPES, SPTConfig(budget=150, r=2, unstructured=False), 150)
+    assert found.counts and set(found.kinds.values()) == {"lora", "whole"} and found.total <= 150
+    assert set(found.counts) <= {"v", "w"}
+    found = allocate(scores, SHAPES, SPTConfig(budget=35, structured=None, unstructured=False), 35)
+    assert found.kinds == {"v": "whole", "w": "whole"}
     found = allocate(scores, SHAPES, SPTConfig(budget=200, structured=None), 200)
     assert not found.ranks and found.total == 200
     with pytest.raises(ValueError, match="smaller than one structure of rank 2"):
-        allocate(scores, SHAPES, SPTConfig(budget=20, r=2, unstructured=False), 20)
+        allocate(scores, SHAPES, SPTConfig(budget=9, r=2, unstructured=False), 9)
     with pytest.raises(ValueError, match=r"the targets take .* at most"):
         allocate(scores, SHAPES, SPTConfig(budget=2000, r=2), 2000)
 
@@ -197,9 +203,53 @@ def test_without_or_with_anothers_calibration() -> None:
         get_peft_model(tiny("llama"), config)
 
 
+@pytest.mark.filterwarnings("ignore:Already unmerged")  # of modules that none of the active adapters is on
+@pytest.mark.parametrize("order", list(itertools.permutations(["single", "lora", "dora", "other dora"], 2)))
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_several_active_adapters_are_merged_as_they_act(name: str, order: tuple[str, ...]) -> None:
+    """DoRA takes the norm of what the adapters before it make of the weight."""
+    targets = ["query", "dense"] if name == "bert" else ["c_attn", "c_fc"]
+    adapted: Any = None
+    for kind in ("single", "lora", "dora", "other dora"):
+        structured = None if kind == "single" else kind.split()[-1]
+        fields = {"structured": structured, "unstructured": kind == "single", "vector_threshold": None}
+        _, config = calibrated(name, target_modules=targets, **fields)  # on a model of its own
+        if adapted is None:
+            adapted = get_peft_model(tiny(name), config, adapter_name=kind)
+        else:
+            adapted.add_adapter(kind, config)
+    for parameter_name, parameter in adapted.named_parameters():
+        if ".spt_" in parameter_name:
+            parameter.data += 0.2 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(len(parameter_name))
+            )
+    batch = {key: value for key, value in batch_of(name).items() if key != "labels"}
+    adapted = adapted.double().eval()
+    for active in (list(order), [*order, "single"] if "single" not in order else list(order)):
+        adapted.base_model.set_adapter(active)
+        right = adapted(**batch).logits
+        adapted.merge_adapter(active)
+        merged = adapted(**batch).logits
+        adapted.unmerge_adapter()
+        torch.testing.assert_close(right, merged, atol=1e-6, rtol=1e-6)
+
+
+def test_dora_refuses_a_weight_that_it_cannot_take_the_norm_of() -> None:
+    fields: dict[str, Any] = {"target_modules": ["query"], "unstructured": False, "vector_threshold": None}
+    _, config = calibrated("bert", 160, structured="dora", **fields)
+    adapted = get_peft_model(tiny("bert"), config)
+    _, config = calibrated("bert", 164, structured="adapter", **fields)
+    adapted.add_adapter("bottleneck", config)
+    adapted.base_model.set_adapter(["bottleneck", "default"])
+    with pytest.raises(ValueError, match="takes the norm of the weight that it changes, which 'bottleneck' cannot"):
+        adapted(**batch_of("bert"))
+    adapted.base_model.set_adapter(["default", "bottleneck"])
+    adapted(**batch_of("bert"))
+
+
 @pytest.mark.capability("conversion to LoRA", "spt")
 def test_as_lora(tmp_path: Path) -> None:
-    model, config = calibrated("llama", unstructured=False, task_type="CAUSAL_LM")
+    model, config = calibrated("llama", unstructured=False, vector_threshold=None, task_type="CAUSAL_LM")
     base = copy.deepcopy(model)
     adapted = get_peft_model(model, config).eval()
     for parameter in adapted.parameters():
@@ -211,13 +261,13 @@ def test_as_lora(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     torch.testing.assert_close(loaded(**batch).logits, adapted(**batch).logits, atol=1e-5, rtol=1e-5)
     model, config = calibrated("llama")
-    with pytest.raises(ValueError, match="has tuned single weights, which LoRA cannot hold"):
+    with pytest.raises(ValueError, match="has tuned single weights or vectors, which LoRA cannot hold"):
         peft_ext.save_as_lora(get_peft_model(model, config), tmp_path)
 
 
 def test_heads_and_tokens_follow_into_the_lora(tmp_path: Path) -> None:
     fields = {"trainable_token_indices": [4, 9], "modules_to_save": ["classifier"]}
-    model, config = calibrated("bert", unstructured=False, **fields)
+    model, config = calibrated("bert", unstructured=False, vector_threshold=None, **fields)
     base = copy.deepcopy(model)
     adapted = get_peft_model(model, config).eval()
     for parameter in adapted.parameters():
@@ -249,7 +299,10 @@ def test_norms_and_biases_are_trained() -> None:
         ({"budget": 0}, "`budget` must be positive"),
         ({"budget": 2.5}, "a whole number, or a fraction below 1"),
         ({"budget": 10, "structured": "loha"}, "`structured` must be one of lora, dora, adapter"),
-        ({"budget": 10, "structured": None, "unstructured": False}, "leave nothing to train"),
+        (
+            {"budget": 10, "structured": None, "unstructured": False, "vector_threshold": None},
+            "leave nothing to train",
+        ),
         ({"budget": 10, "r": 0}, "`r` must be a positive integer"),
         ({"budget": 10, "dropout": 1.0}, r"`dropout` must be in \[0, 1\)"),
         ({"budget": 10, "matrix_threshold": 0.5}, "`matrix_threshold` must be at least 1"),

@@ -37,6 +37,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         self.training = base_layer.training  # an adapter that is put on a model in eval mode drops nothing out
         self.merged_adapters: list[str] = []
         self._quantization_kwargs = quantization_kwargs
+        self._look_at_quantization()
         self.cast_input_dtype_enabled = True  # switched off by `peft.helpers.disable_input_dtype_casting`
         self._unmerged: dict[str, torch.Tensor | None] = {}
         self.has_run = False  # whether an adapter on it ever acted in a forward with gradients
@@ -61,8 +62,16 @@ class ExtLayer(nn.Module, BaseTunerLayer):
 
     @property
     def quantization_backend(self) -> Any:
-        """How the base layer is quantised, `None` if it is not; looked at anew, for a model may be dequantised."""
-        return resolve_quantization_backend(self.get_base_layer(), **self._quantization_kwargs)
+        """How the base layer is quantised, `None` if it is not; a model may be dequantised with adapters on it."""
+        base, weight_type = self._backend_of
+        if base is not self.get_base_layer() or weight_type is not type(getattr(base, "weight", None)):
+            self._look_at_quantization()
+        return self._backend
+
+    def _look_at_quantization(self) -> None:
+        base = self.get_base_layer()
+        self._backend = resolve_quantization_backend(base, **self._quantization_kwargs)
+        self._backend_of = (base, type(getattr(base, "weight", None)))  # a tuple, so that it is no submodule
 
     def activate_only(self, adapter_name: str) -> None:
         """Names the active adapter of a new layer, before it has any."""

@@ -48,7 +48,7 @@ class Prices:
             size = shape[0] if len(shape) == 1 else shape[0] * shape[1]
             if len(shape) == 1:
                 cost: float = size
-                threshold = size / config.vector_threshold if config.unstructured else float("inf")
+                threshold = float("inf") if config.vector_threshold is None else size / config.vector_threshold
             elif config.structured is not None:
                 cost = STRUCTURES[config.structured].cost(shape[1], shape[0], config.r)
                 threshold = cost / config.matrix_threshold

@@ -35,14 +35,15 @@ class SPTConfig(ExtConfig):
             out without a warning.
         structured: What a matrix of many sensitive weights gets: `"lora"`, `"dora"`, `"adapter"` (which cannot be
             merged), or `None` for single weights only.
-        unstructured: Whether single weights are tuned at all.
+        unstructured: Whether single weights are tuned at all. Without them there are structures and whole vectors only.
         r: Rank of the low-rank structures, width of the adapters.
         lora_alpha: The low-rank product is scaled by `lora_alpha / r`; `None`: by 1, as published.
         use_rslora: Scale by `lora_alpha / sqrt(r)` instead.
         dropout: Of the structure's input.
         drop_path: Probability with which a sample goes without the low-rank output during training.
         matrix_threshold: alpha: a matrix is structured if it has `cost / matrix_threshold` sensitive weights.
-        vector_threshold: beta: a vector is tuned whole if a `1 / vector_threshold` of it is sensitive.
+        vector_threshold: beta: a vector (a bias, the weight of a norm) is tuned whole if a `1 / vector_threshold` of it
+            is sensitive, also with `unstructured=False`; `None`: never.
         kinds: What each tuned tensor gets: `"sparse"`, `"whole"` or the name of a structure.
         counts: The number of tuned weights of the tensors that are sparse or whole.
         ranks: Rank or width of the structured modules.
@@ -71,7 +72,9 @@ class SPTConfig(ExtConfig):
     dropout: float = field(default=0.1, metadata={"help": "Dropout of the structure's input."})
     drop_path: float = field(default=0.1, metadata={"help": "Drop-path probability of the low-rank output."})
     matrix_threshold: float = field(default=10.0, metadata={"help": "alpha of the paper."})
-    vector_threshold: float = field(default=5.0, metadata={"help": "beta of the paper."})
+    vector_threshold: float | None = field(
+        default=5.0, metadata={"help": "beta of the paper; None tunes no vector whole."}
+    )
     kinds: dict[str, str] | None = field(default=None, metadata={"help": "What each tensor gets; by `calibrate`."})
     counts: dict[str, int] | None = field(default=None, metadata={"help": "Tuned weights; by `calibrate`."})
     ranks: dict[str, int] | None = field(default=None, metadata={"help": "Of structured modules; by `calibrate`."})
@@ -98,15 +101,19 @@ class SPTConfig(ExtConfig):
                 "`structured='adapter'` goes behind the output of a Linear, which `target_parameters` have not: set "
                 "'lora' or 'dora'."
             )
-        if self.structured is None and not self.unstructured:
-            raise ValueError("`structured=None` and `unstructured=False` leave nothing to train: set one of them.")
+        if self.structured is None and not self.unstructured and self.vector_threshold is None:
+            raise ValueError(
+                "`structured=None`, `unstructured=False` and `vector_threshold=None` leave nothing to train: set one of "
+                "them."
+            )
         if not (isinstance(self.r, int) and self.r > 0):
             raise ValueError(f"`r` must be a positive integer, got {self.r!r}.")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)!r}.")
         for name in ("matrix_threshold", "vector_threshold"):
-            if not getattr(self, name) >= 1:
+            value = getattr(self, name)
+            if not (name == "vector_threshold" and value is None) and not value >= 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
         if self.use_rslora and self.lora_alpha is None:
             raise ValueError("`use_rslora` changes what `lora_alpha` is divided by: set `lora_alpha` too.")

@@ -43,8 +43,8 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike[str], adapter_name: s
             if container.startswith(("spt_delta", "spt_bias"))
         ):
             raise ValueError(
-                f"{name!r} has tuned single weights, which LoRA cannot hold: calibrate with `unstructured=False`, or "
-                "merge the adapter (`merge_and_unload`)."
+                f"{name!r} has tuned single weights or vectors, which LoRA cannot hold: calibrate with "
+                "`unstructured=False, vector_threshold=None`, or merge the adapter (`merge_and_unload`)."
             )
         structure = module.structures.get(adapter_name)
         if structure is not None:

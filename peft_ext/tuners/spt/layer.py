@@ -61,7 +61,10 @@ class SPTLayer(DeltaLayer):
 
     def _matrix(self) -> torch.Tensor:
         """The weight as `(outputs, inputs)`, dequantised."""
-        weight = self.get_base_weight()
+        if self.quantization_backend is None:
+            weight = self.get_base_layer().weight.detach()  # type: ignore[operator,union-attr]  # exporters refuse `.data`
+        else:
+            weight = self.get_base_weight()
         return weight.T if self._is_transposed() else weight
 
     def _with_weight(self, adapters: list[str], x: torch.Tensor) -> torch.Tensor:
