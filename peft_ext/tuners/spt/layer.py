@@ -61,10 +61,9 @@ class SPTLayer(DeltaLayer):
 
     def _matrix(self) -> torch.Tensor:
         """The weight as `(outputs, inputs)`, dequantised."""
-        if self.quantization_backend is None:
-            weight = self.get_base_layer().weight.detach()  # type: ignore[operator,union-attr]  # exporters refuse `.data`
-        else:
-            weight = self.get_base_weight()
+        base: Any = self.get_base_layer()
+        # exporters refuse the `data` that PEFT reads
+        weight = base.weight.detach() if self.quantization_backend is None else self.get_base_weight()
         return weight.T if self._is_transposed() else weight
 
     def _with_weight(self, adapters: list[str], x: torch.Tensor) -> torch.Tensor:
