@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from models import randomize
 from peft import get_peft_model
 from torch import nn
 
-from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig
+from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig
 from peft_ext.architectures import ARCHITECTURES, architecture_of, describe
 from peft_ext.core import linear_features
 from peft_ext.core.uncalled import uncalled_modules
@@ -21,6 +22,7 @@ from peft_ext.export import cut
 from peft_ext.groups import find_groups
 from peft_ext.tuners.mask_pruning import model as mask_model
 from peft_ext.tuners.ssf.model import SSFModel
+from peft_ext.tuners.vqt.layer import layer_of
 
 
 REMOTE = {"RefinedWeb", "RefinedWebModel", "btlm", "chatglm", "rwkv7"}  # of repositories with code of their own
@@ -239,3 +241,49 @@ def test_asking_for_roles() -> None:
     assert [attention.names.is_cross for attention in seq2seq.blocks[-1].attention] == [False, True]
     with pytest.raises(ValueError, match=r"no modules with the roles q; it has .*norm"):
         describe(zoo.build("resnet", "meta")).modules(["q"])
+
+
+def test_parameters_of_three_dimensions_that_are_no_experts() -> None:
+    config = SparseFTConfig(density=0.1, selection="random")
+    sizes = {"vocab_size": 40, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24, "block_sizes": [1, 1]}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*mixture-of-experts")
+        xlnet = tf.XLNetModel(tf.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=24))
+        get_peft_model(xlnet, copy.copy(config))
+        get_peft_model(tf.FunnelBaseModel(tf.FunnelConfig(**sizes)), copy.copy(config))
+        get_peft_model(zoo.build("swinv2"), copy.copy(config))
+    for kind in ("mixtral", "gpt_oss", "granitemoe", "llama4_text"):
+        with pytest.warns(UserWarning, match="mixture-of-experts"):
+            get_peft_model(zoo.build(kind), copy.copy(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "twin"),
+    [("camembert", "roberta"), ("data2vec-text", "roberta"), ("vit_msn", "vit")],
+)
+def test_vqt_reads_relatives_alike(kind: str, twin: str) -> None:
+    """With the weights of a relative, whose outputs another test compares with an independent reference."""
+    model, other = (zoo.build(name, layer_norm_eps=1e-6) for name in (kind, twin))
+    randomize(other)
+    ours, theirs = f"{model.base_model_prefix}.", f"{other.base_model_prefix}."
+    state = {key.replace(theirs, ours, 1): value for key, value in other.state_dict().items()}
+    model.load_state_dict(state)
+    batch = zoo.inputs(model)
+    torch.testing.assert_close(output(model, batch), output(other, batch))
+    adapted = [get_peft_model(base, VQTConfig(num_queries=3)).eval() for base in (model, other)]
+    layers = [layer_of(base) for base in adapted]
+    layers[0].vqt_head["default"].load_state_dict(layers[1].vqt_head["default"].state_dict())
+    layers[0].vqt_queries["default"].load_state_dict(layers[1].vqt_queries["default"].state_dict())
+    with torch.no_grad():
+        layers[1].vqt_head["default"].weight.normal_()
+        layers[0].vqt_head["default"].weight.copy_(layers[1].vqt_head["default"].weight)
+        torch.testing.assert_close(output(adapted[0], batch), output(adapted[1], batch))
+
+
+@pytest.mark.parametrize(
+    "kind", ["albert", "modernbert", "mpnet", "data2vec-vision", "dinov3_vit", "gpt2", "resnet", "swin"]
+)
+def test_vqt_says_why_not(kind: str) -> None:
+    reasons = "several times|depend on their positions|generates|convolutional|windows"
+    with pytest.raises(ValueError, match=f"VQT does not support models of type '{kind}': .*({reasons})"):
+        get_peft_model(zoo.build(kind, "meta"), VQTConfig())

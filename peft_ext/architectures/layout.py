@@ -18,7 +18,7 @@ class Attention:
         further: More modules with rows that belong to the heads, which not every model has.
         tables: Parameters with one entry per head in their last dimension, such as position biases.
         head_size: The attribute of the attention module with the width of a head.
-        scale: The attribute of the attention module with the factor of the scores; empty: `head_size ** -0.5`.
+        scale: The attribute of the attention module with the factor of the scores, where the class has one.
     """
 
     q: str

@@ -319,7 +319,6 @@ _BEIT = replace(
             *("attention.attention", "query key value", "attention.output.dense"),
             tables=("attention.attention.relative_position_bias.relative_position_bias_table",),
             head_size="attention_head_size",
-            scale="",
         ),
     ),
     position="bias",
@@ -380,9 +379,7 @@ _VISION_MODELS = {
         prunable=(),
         fixed={"ffn": "its response norm divides by the mean over all channels", "heads": "it has no attention"},
     ),
-    "data2vec-vision": replace(
-        _BEIT, classifier=Classifier("Data2VecVisionForImageClassification", "data2vec_vision", _VIT_BLOCKS)
-    ),
+    "data2vec-vision": replace(_BEIT, classifier=None),
     "deit": replace(_VIT, classifier=Classifier("DeiTForImageClassification", "deit", _VIT_BLOCKS)),
     "dinov2": _DINOV2,
     "dinov2_with_registers": replace(

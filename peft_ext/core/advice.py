@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 
@@ -20,8 +21,10 @@ def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
         advice = " Name them in `target_parameters`, or set that to an empty list if they are to stay as they are."
     for name, module in model.named_modules():
         is_conv = isinstance(module, nn.modules.conv._ConvNd)
+        if is_conv or not re.search("expert|moe", f"{name}.{type(module).__name__}".lower()):
+            continue  # others have parameters of three dimensions too: XLNet's projections, Swin V2's logit scales
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and parameter.shape[0] > 1 and not is_conv:
+            if parameter.ndim == 3 and parameter.shape[0] > 1:
                 warnings.warn(
                     f"{config.METHOD} leaves out the mixture-of-experts weights such as {name}.{key}: they are "
                     "parameters of three dimensions, not Linear modules, and `target_modules='all-linear'` does not "

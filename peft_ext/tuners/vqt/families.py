@@ -25,11 +25,7 @@ class Attention:
     v: str = "v_proj"
     out: str | None = "o_proj"  # None: the block itself applies the output projection
     head_size: str = "head_dim"
-    scale: str = "scaling"  # empty: 1 / sqrt(head size)
-
-    def scale_of(self, attention: Any) -> float:
-        """The factor of the scores."""
-        return float(getattr(attention, self.scale) if self.scale else getattr(attention, self.head_size) ** -0.5)
+    scale: str = "scaling"
 
 
 @dataclass(frozen=True)

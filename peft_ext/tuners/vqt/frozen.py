@@ -104,7 +104,7 @@ def attend(
         _heads(frozen.keys, head_size),
         _heads(frozen.values, head_size),
         attn_mask=mask,
-        scale=names.scale_of(attention),
+        scale=getattr(attention, names.scale),
     )
     output = output.transpose(1, 2).flatten(2)
     return output if names.out is None else getattr(attention, names.out)(output), None
@@ -115,7 +115,7 @@ def attention_weights(family: Family, attention: nn.Module, frozen: Frozen, rows
     names = family.names
     head_size = getattr(attention, names.head_size)
     queries = _heads(getattr(attention, names.q)(rows), head_size)
-    scores = queries @ _heads(frozen.keys, head_size).transpose(2, 3) * names.scale_of(attention)
+    scores = queries @ _heads(frozen.keys, head_size).transpose(2, 3) * getattr(attention, names.scale)
     if frozen.mask is not None:
         shown = frozen.mask
         scores = scores.masked_fill(~shown, -math.inf) if shown.dtype == torch.bool else scores + shown
