@@ -37,7 +37,7 @@ _NO_SUPPORT = (
 
 
 class Tracker(Protocol):
-    """Somebody who moves the places of a delta as training steps go by."""
+    """Somebody who moves the indices of a delta as training steps go by."""
 
     def observe(self, leaf: SparseDelta, gradient: Gradient, values: torch.Tensor) -> None:
         """One backward through the layer: the gradient of its weight, and of the values."""
@@ -62,7 +62,7 @@ class Tracker(Protocol):
 
 
 class SparseDelta(ExactLeaf):
-    """k values on k places among `size`: the parameter `weight` `(k,)` and the buffer `index`, the encoded places.
+    """k values at k of `size` indices: the parameter `weight` `(k,)` and the buffer `index`, the encoded indices.
 
     Both have shapes that follow from k and `size`, so that any loader can fill them in.
     """
@@ -111,7 +111,7 @@ class SparseDelta(ExactLeaf):
             exempt_from_weight_decay(self)
 
     def track(self, tracker: Tracker) -> None:
-        """Lets the places move as the optimizer makes steps."""
+        """Lets the indices move as the optimizer makes steps."""
         self.tracker = tracker
         self._register()
 

@@ -1,12 +1,12 @@
-r"""The sparse delta: k values on k places of a weight, and nothing of the weight's size kept for it.
+r"""The sparse delta: k values at k indices of a weight, and nothing of the weight's size kept for it.
 
-A delta on a weight W of n entries is a vector of values `(k,)` and the sorted flat places `(k,)` that they sit at:
+A delta on a weight W of n entries is a vector of values `(k,)` and their sorted flat indices `(k,)`:
 
     W' = W + S,    S.view(-1)[indices] = values,    d values = (dL/dW').view(-1)[indices]
 
-- `encode` / `decode`: the places in `encoded_size(k, n)` bytes, a number that follows from k and n alone;
-- `sparse_apply`: the module with its weight so changed; for the backward it keeps the input, the values and the places;
-- `top_indices`: the places of the largest scores, exact and the same on every machine.
+- `encode` / `decode`: the indices in `encoded_size(k, n)` bytes, a number that follows from k and n alone;
+- `sparse_apply`: the module with its weight so changed; for the backward it keeps the input, the values and the indices;
+- `top_indices`: those of the largest scores, exact and the same on every machine.
 
 **Which product is used.** Measured on one thread of an AVX-512 CPU (Linear(1024, 1024), 1 % density, the dense product
 of 64, 512 and 2,048 rows being 1): writing the delta into the weight and putting the kept originals back adds 0.03,
