@@ -131,6 +131,8 @@ def is_example(text: str) -> bool:
 def test_every_folder_describes_its_method() -> None:
     described = {m.config.__module__.split(".")[2]: m.about for m in methods().values() if m.package == "peft_ext"}
     assert sorted(described) == TUNERS
+    index = (ROOT.parent / "docs" / "README.md").read_text()
     for about in described.values():
         assert about.idea.endswith(".") and about.paper in about.bibtex and (ROOT.parent / about.page).is_file()
         assert about.merges or about.limits
+        assert f"({Path(about.page).name})" in index, "docs/README.md lists the pages"

@@ -32,4 +32,5 @@ def _described(method: Method) -> dict[str, Any]:
         "version": method.version,
         "merges": about.merges,
         "paper": about.paper or None,
+        "page": about.page or None,
     }
