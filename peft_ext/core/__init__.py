@@ -20,6 +20,7 @@ from .files import (
     is_trained,
     spread,
 )
+from .hooks import MethodHooks
 from .layer import ExtLayer
 from .leaves import HALF, AdapterVector, ExactLeaf
 from .mixed import PeftMixedModel
@@ -66,6 +67,7 @@ __all__ = [
     "Image",
     "LowRank",
     "Method",
+    "MethodHooks",
     "Overlap",
     "PeftMixedModel",
     "Picture",

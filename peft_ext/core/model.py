@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftType, TaskType
+from peft import PeftType, TaskType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import get_quantization_kwargs
@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 from .advice import warn_of_experts, warn_of_fresh_head, warn_of_idle_layers
 from .config import ExtConfig
 from .copies import own_config
-from .files import Row
+from .hooks import MethodHooks
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
-from .registry import about_of
 from .stored import Stored, refuse_other_shapes, without_inner
 from .targets import is_admitted, is_named, matched_targets, refuse_unknown_targets, unadapted_modules
 from .uncalled import uncalled_modules
@@ -35,11 +34,12 @@ from .upkeep import prepare, restore
 TASKS_WITH_TRAINED_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
-class ExtModel(BaseTuner):
+class ExtModel(MethodHooks, BaseTuner):
     """The tuner: finds the targets, checks them all before it touches the first, and puts the layers in.
 
     Subclasses set `prefix` and `tuner_layer_cls`; default targets are `target_module_mapping`, names by `model_type`, or
-    what `default_modules` finds, for example with `peft_ext.architectures.describe`. They may override `layer_class`, `layer_kwargs`, `finish_merge` and `check_model`.
+    what `default_modules` finds, for example with `peft_ext.architectures.describe`. What else they may override stands
+    in `MethodHooks`.
     """
 
     tuner_layer_cls: type[ExtLayer]
@@ -48,95 +48,6 @@ class ExtModel(BaseTuner):
     misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
     trains_own_head: ClassVar[bool] = False
     cuts: ClassVar[bool] = False  # whether `kept_units` says what can be cut out of the base
-
-    # To be overridden by the method
-
-    @classmethod
-    def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
-        """The layer class for a module, or `TypeError` if the method cannot adapt modules of its type."""
-        return cls.tuner_layer_cls
-
-    @classmethod
-    def layer_class_at(cls, name: str, base_layer: nn.Module, config: Any) -> type[ExtLayer]:
-        """The same for the module of this name, where the config has a say in it."""
-        return cls.layer_class(base_layer)
-
-    @classmethod
-    def layer_kwargs(cls, tuner: BaseTuner, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
-        """What `update_layer` must know beyond the config, because only the whole model, `tuner.model`, tells it."""
-        return {}
-
-    @classmethod
-    def parameter_targets(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that `target_parameters` names, by name."""
-        return {}
-
-    @classmethod
-    def finish_injection(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
-        """Called once all layers of a new adapter are in `model`."""
-
-    @classmethod
-    def finish_merge(cls, model: nn.Module) -> None:
-        """Called once all layers of `model` are merged and unloaded."""
-
-    @classmethod
-    def stored_tensors(
-        cls, model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """What is written to disk of an adapter's tensors."""
-        return tensors
-
-    @classmethod
-    def candidates(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that a sensitivity pass looks at, by name; for methods that look at data before training."""
-        raise TypeError(
-            f"{config.METHOD} looks at no data before training, so there is nothing to calibrate: give the config to "
-            "`get_peft_model` as it is."
-        )
-
-    @classmethod
-    def take_scores(cls, config: Any, model: nn.Module, scores: Any) -> None:
-        """Writes what follows from the `Scores` of the candidates into the config."""
-        raise NotImplementedError
-
-    @classmethod
-    def calibration_report(cls, config: Any, full: bool) -> tuple[str, list[Row]]:
-        """What a calibration decided, to be printed: a title, and rows of a table whose columns are the rows' keys.
-
-        A summary, or, if `full`, all of it; no rows if there is nothing to show.
-        """
-        return "", []
-
-    @classmethod
-    def with_budget(cls, config: Any, budget: float) -> Any:
-        """A copy of the config with another budget, for a calibration for several."""
-        raise TypeError(f"{config.METHOD} has no budget of its own to vary: calibrate once for each.")
-
-    # What can be made of an adapter
-
-    @classmethod
-    def kept_units(cls, model: nn.Module, adapter_name: str) -> dict[str, tuple[Any, torch.Tensor]]:
-        """Which units of which groups stay if the base is cut: the `groups.Group` and the units' sorted indices, by name.
-
-        Called by `prune_and_unload` for each active adapter; empty if the method cuts nothing.
-
-        Raises:
-            ValueError: What to cut is not decided yet.
-        """
-        return {}
-
-    @classmethod
-    def as_lora(
-        cls, model: nn.Module, adapter_name: str
-    ) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """The adapter's low-rank updates in PEFT's words: a config, and A `(r, inputs)`, B `(outputs, r)` by module.
-
-        Called by `prune_and_unload(keep_lora=True)`.
-
-        Raises:
-            ValueError: It has none.
-        """
-        raise ValueError(f"An adapter of the method {about_of(cls.prefix[:-1].upper()).name} has no LoRA to keep.")
 
     # Injection
 
