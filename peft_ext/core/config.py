@@ -194,7 +194,8 @@ class ExtConfig(PeftConfig):
             )
         if isinstance(config, ExtConfig):
             config.awaits_weights = True
-        config.check_sizes(str(args[0] if args else kwargs["pretrained_model_name_or_path"]), kwargs.get("subfolder"))
+            directory = str(args[0] if args else kwargs["pretrained_model_name_or_path"])
+            config.check_sizes(directory, kwargs.get("subfolder"))
         return config
 
     def check_sizes(self, directory: str, subfolder: str | None = None) -> None:

@@ -92,7 +92,8 @@ class SPTLayer(DeltaLayer):
         if structure is None:
             return output
         leaves = self.leaves(name)
-        x = self._cast_input_dtype(x, leaves["down"].get_parameter("weight").dtype)
+        down: Any = leaves["down"]  # under FSDP its weight is a view, and no parameter
+        x = self._cast_input_dtype(x, down.weight.dtype)
         return structure.apply(leaves, x, output, weight, bias)
 
     @torch.no_grad()
