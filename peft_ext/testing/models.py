@@ -48,6 +48,14 @@ class MLP(nn.Module):
         return self.head(self.fc2(torch.relu(self.norm(self.fc1(x)))))
 
 
+class SmoothMLP(MLP):
+    """The same without a kink, at which rounding decides about gradients."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `(B, 6)`; returns `(B, CLASSES)`."""
+        return self.head(self.fc2(torch.tanh(self.norm(self.fc1(x)))))
+
+
 class ConvNet(nn.Module):
     """Plain, grouped and transposed convolutions with batch and group norm."""
 
@@ -81,7 +89,12 @@ class EmbeddingNet(nn.Module):
         return self.head(torch.tanh(self.conv1d(self.emb(x))).mean(1))
 
 
-PLAIN: dict[str, Callable[[], nn.Module]] = {"mlp": MLP, "conv2d": ConvNet, "conv1d_embedding": EmbeddingNet}
+PLAIN: dict[str, Callable[[], nn.Module]] = {
+    "mlp": MLP,
+    "smooth_mlp": SmoothMLP,
+    "conv2d": ConvNet,
+    "conv1d_embedding": EmbeddingNet,
+}
 PLAIN_TARGETS = {
     "mlp": ["fc1", "norm", "fc2"],
     "conv2d": ["conv1", "bn", "conv2", "gn", "up"],

@@ -1,0 +1,65 @@
+"""The equations of the methods, dense and in float64: what a module's parameters become under one adapter.
+
+`reference(base, adapter, config, training)`: see `peft_ext.testing.dense`. Written from the papers' formulas and the
+files' formats, without the layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peft_ext.sparse import decode
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def ssf(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """y = gamma * h + beta; gamma is stored as its offset from one."""
+    gamma = 1 + adapter["ssf_scale.weight"]
+    weight = base["weight"]
+    result = {"weight": weight * gamma.view(-1, *[1] * (weight.ndim - 1))}
+    if "bias" in base:
+        result["bias"] = base["bias"] * gamma
+    if "ssf_shift.weight" in adapter:
+        result["bias"] = result.get("bias", torch.zeros_like(gamma)) + adapter["ssf_shift.weight"]
+    return result
+
+
+def added(parameter: torch.Tensor, adapter: Tensors, leaf: str) -> torch.Tensor:
+    """A parameter and the sparse delta of this leaf."""
+    values = adapter[f"{leaf}.weight"]
+    indices = decode(adapter[f"{leaf}.index"], len(values), parameter.numel()).long()
+    return parameter.flatten().index_add(0, indices, values).view(parameter.shape)
+
+
+def sparse_ft(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """W + S, b + s."""
+    leaves = {"weight": "sparse_ft_delta", "bias": "sparse_ft_bias"}
+    return {key: added(base[key], adapter, leaf) for key, leaf in leaves.items() if f"{leaf}.weight" in adapter}
+
+
+def spt(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """W + S or W + scale B A, b + s."""
+    leaves = {"weight": "spt_delta", "bias": "spt_bias"}
+    result = {key: added(base[key], adapter, leaf) for key, leaf in leaves.items() if f"{leaf}.weight" in adapter}
+    if "spt_up.weight" in adapter:
+        product = adapter["spt_up.weight"] @ adapter["spt_down.weight"]
+        result["weight"] = result.get("weight", base["weight"]) + config.scale * product
+    return result
+
+
+def mask_pruning(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """(W + scale B A) diag(m), before the masks begin to learn: m is one in training, [a > 0] in evaluation."""
+    weight = base["weight"]
+    if "mask_pruning_up.weight" in adapter:
+        weight = weight + config.scale * (adapter["mask_pruning_up.weight"] @ adapter["mask_pruning_down.weight"])
+    if "mask_pruning_gate.weight" in adapter:
+        kept = adapter["mask_pruning_gate.kept"]
+        if (kept >= 0).all():
+            weight = weight * kept
+        elif not training:
+            weight = weight * (adapter["mask_pruning_gate.weight"] > 0)
+    return {"weight": weight}

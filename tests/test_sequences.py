@@ -1,0 +1,64 @@
+"""Random sequences of what users do with adapters, for every method; `make sequences` runs many more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import references
+from test_conformance import METHODS as CONFORMING
+
+from peft_ext import MaskLoraConfig, SparseFTConfig
+from peft_ext.testing import Method
+from peft_ext.testing.sequences import SequenceTests
+
+
+def of(name: str, **changes: Any) -> Method:
+    return replace(CONFORMING[name].method, **changes)
+
+
+METHODS = {
+    "ssf": of("ssf", reference=references.ssf),
+    "sparse_ft": of("sparse_ft", reference=references.sparse_ft),
+    "spt": of("spt", reference=references.spt),
+    # masks are not drawn before the warmup is over, so that forwards can be compared
+    "mask_pruning": of(
+        "mask_pruning",
+        config=partial(MaskLoraConfig, r=2, lora_alpha=4, total_steps=1000, warmup_ratio=0.5, penalty=1.0, seed=4),
+        reference=references.mask_pruning,
+    ),
+    "vqt": of("vqt"),
+    "spiel": of(
+        "sparse_ft",
+        config=partial(SparseFTConfig, selection="spiel-ag", num_tunable_weights=64, reselection_steps=2, accumulation_steps=1),
+        fields={"mlp": {"target_modules": ["fc1", "fc2"]}},
+        reference=references.sparse_ft,
+    ),
+}
+
+
+class TestSSF(SequenceTests):
+    method = METHODS["ssf"]
+
+
+class TestSparseFT(SequenceTests):
+    method = METHODS["sparse_ft"]
+
+
+class TestSPT(SequenceTests):
+    method = METHODS["spt"]
+
+
+class TestMaskPruning(SequenceTests):
+    method = METHODS["mask_pruning"]
+
+
+class TestVQT(SequenceTests):
+    method = METHODS["vqt"]
+    sequences = 40
+
+
+class TestSpiel(SequenceTests):
+    method = METHODS["spiel"]
+    sequences = 100
