@@ -31,7 +31,9 @@ METHODS = {
     "vqt": of("vqt"),
     "spiel": of(
         "sparse_ft",
-        config=partial(SparseFTConfig, selection="spiel-ag", num_tunable_weights=64, reselection_steps=2, accumulation_steps=1),
+        config=partial(
+            SparseFTConfig, selection="spiel-ag", num_tunable_weights=64, reselection_steps=2, accumulation_steps=1
+        ),
         fields={"mlp": {"target_modules": ["fc1", "fc2"]}},
         reference=references.sparse_ft,
     ),
