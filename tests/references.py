@@ -63,3 +63,10 @@ def mask_pruning(base: Tensors, adapter: Tensors, config: Any, training: bool) -
         elif not training:
             weight = weight * (adapter["mask_pruning_gate.weight"] > 0)
     return {"weight": weight}
+
+
+def gain(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """(1 + g) (W x + b)."""
+    gains = 1 + adapter["gain_vector.weight"]
+    result = {"weight": gains[:, None] * base["weight"]}
+    return result | {"bias": gains * base["bias"]} if "bias" in base else result

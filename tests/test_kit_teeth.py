@@ -15,16 +15,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from peft import PeftType
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
 from torch import nn
 
-from peft_ext.core import AdapterVector, ExtConfig, ExtLayer, ExtModel, register_method, registry
+from peft_ext.core import AdapterVector, ExtConfig, ExtLayer, ExtModel, register_method
 from peft_ext.testing import Method, MethodConformance
 
 
@@ -97,18 +90,9 @@ class Kit(MethodConformance):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def toy() -> Iterator[None]:
+def toy(own_registry: None) -> None:
     """Registers the method for these tests alone."""
     assert register_method("toy", ToyConfig, ToyModel)
-    yield
-    del registry._methods["TOY"]
-    for mapping in (
-        PEFT_TYPE_TO_CONFIG_MAPPING,
-        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-        PEFT_TYPE_TO_PREFIX_MAPPING,
-        PEFT_TYPE_TO_TUNER_MAPPING,
-    ):
-        mapping.pop(PeftType.TOY, None)
 
 
 class TestToy(Kit):

@@ -32,7 +32,12 @@ METHODS = {
     "spiel": of(
         "sparse_ft",
         config=partial(
-            SparseFTConfig, selection="spiel-ag", num_tunable_weights=64, reselection_steps=2, accumulation_steps=1
+            SparseFTConfig,
+            selection="spiel-ag",
+            num_tunable_weights=64,
+            reselection_steps=2,
+            accumulation_steps=1,
+            total_steps=100,
         ),
         fields={"mlp": {"target_modules": ["fc1", "fc2"]}},
         reference=references.sparse_ft,
@@ -63,4 +68,4 @@ class TestVQT(SequenceTests):
 
 class TestSpiel(SequenceTests):
     method = METHODS["spiel"]
-    sequences = 100
+    sequences = 40
