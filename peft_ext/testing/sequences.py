@@ -1,8 +1,8 @@
 """Random sequences of what a user does with adapters, each step followed by a comparison with a dense reference.
 
 Most faults come from two features that meet: a copy that is trained, a merge while another adapter is active, a forward
-in inference mode before the first step. `SequenceTests` draws such sequences with hypothesis, shortens one that fails,
-and prints it as a program. After each step
+in inference mode before the first step. `SequenceTests` draws such sequences with hypothesis and prints one
+that fails as a program. After each step
 
 - every adapter holds the tensors that it must, bit for bit: only training moves them, and only those of active adapters;
 - outputs and gradients are those of a float64 model whose weights are computed anew from the adapters' tensors by the
@@ -425,14 +425,15 @@ class quiet(warnings.catch_warnings):
         return entered
 
 
-def run_sequences(method: Method, number: int, steps: int = 8, seed: int | None = None) -> None:
-    """Draws sequences; the first that fails is shortened and raises, with the program that it is in its notes.
+def run_sequences(method: Method, number: int, steps: int = 8, seed: int | None = None, shorten: bool = False) -> None:
+    """Draws sequences; the first that fails raises, with the program that it is in its notes.
 
     Args:
         method: The method.
         number: How many sequences.
         steps: The most steps in one.
         seed: For other sequences than the fixed ones of the tests.
+        shorten: Whether to look for the shortest sequence that fails in the same way, which may take minutes.
     """
     machine: Any = type(f"{method.prefix.title().replace('_', '')}Machine", (AdapterMachine,), {"method": method})
     settings = hypothesis.settings(
@@ -443,6 +444,7 @@ def run_sequences(method: Method, number: int, steps: int = 8, seed: int | None 
         derandomize=seed is None,
         suppress_health_check=list(hypothesis.HealthCheck),
         print_blob=False,
+        phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shorten else [])],
     )
     run_state_machine_as_test(machine if seed is None else hypothesis.seed(seed)(machine), settings=settings)
 
