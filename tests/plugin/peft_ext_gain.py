@@ -24,6 +24,7 @@ from peft_ext.core import (
     Site,
     Vector,
     backbone_linears,
+    is_admitted,
     linear_out_features,
     register_method,
 )
@@ -36,8 +37,8 @@ class GainConfig(ExtConfig):
     METHOD = "GAIN"
 
 
-class GainLayer(ExtLayer):
-    """A Linear module with a gain for each of its outputs."""
+class GainLinear(ExtLayer):
+    """A Linear module with a gain for each of its outputs; "Linear" in the name lets PEFT's "all-linear" find it."""
 
     adapter_layer_names = ("gain_vector",)
     gain_vector: nn.ModuleDict
@@ -70,20 +71,20 @@ class GainModel(ExtModel):
     """Puts gains on the Linear modules of the backbone."""
 
     prefix = "gain_"
-    tuner_layer_cls = GainLayer
+    tuner_layer_cls = GainLinear
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
         """`TypeError` for what is not linear."""
         if linear_out_features(base_layer) is None:
             raise TypeError(f"Gains are for Linear modules, not for a {type(base_layer).__name__}.")
-        return GainLayer
+        return GainLinear
 
     @classmethod
     def default_targets(cls, config: Any, model_config: dict[str, Any], model: nn.Module) -> Any:
         """All Linear modules but the heads."""
-        if config.target_modules is None:
-            config.target_modules = backbone_linears(model)
+        if config.target_modules is None:  # full names pass PEFT's check of `layers_to_transform`, so it is asked here
+            config.target_modules = {name for name in backbone_linears(model) if is_admitted(config, name)}
         return config
 
 
