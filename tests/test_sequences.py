@@ -63,9 +63,9 @@ class TestMaskPruning(SequenceTests):
 
 class TestVQT(SequenceTests):
     method = METHODS["vqt"]
-    sequences = 25
+    sequences = 10
 
 
 class TestSpiel(SequenceTests):
     method = METHODS["spiel"]
-    sequences = 25
+    sequences = 10
