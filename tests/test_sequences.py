@@ -63,9 +63,9 @@ class TestMaskPruning(SequenceTests):
 
 class TestVQT(SequenceTests):
     method = METHODS["vqt"]
-    sequences = 10
+    sequences = 4
 
 
 class TestSpiel(SequenceTests):
     method = METHODS["spiel"]
-    sequences = 10
+    sequences = 4
