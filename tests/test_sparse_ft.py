@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import pickle
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -446,7 +448,7 @@ def test_clipping_applies_to_the_seeds() -> None:
     torch.testing.assert_close(found, mean[leaf.indices()[new]], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma", "growing"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradient_scaling_and_skipped_steps(selection: str, fused: bool) -> None:
     """Scaled and unscaled runs agree, and a step that overflows counts for nothing, fused or not."""
@@ -587,6 +589,20 @@ class OddOptimizer(torch.optim.AdamW):
                     self.state[p]["sketch"] = torch.zeros(3)
 
 
+@pytest.mark.parametrize("selection", ["spiel-ag", "growing"])
+def test_a_model_goes_with_its_last_reference(selection: str) -> None:
+    """It stops listening to other optimizers there and then, and not when garbage is collected."""
+    model, leaf = one(selection)
+    backward_of(model, scripted_gradient(0))
+    gone = weakref.ref(leaf)
+    gc.disable()
+    try:
+        del model, leaf
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_an_optimizer_whose_state_cannot_be_moved() -> None:
     model, leaf = one("spiel-ag")
     optimizer = OddOptimizer(model.parameters(), lr=1e-2)
@@ -693,12 +709,31 @@ def test_an_optimizer_around_another_one(wrapper: type[torch.optim.Optimizer], s
     assert leaf.tracker.step == 25 and [step for step, _ in leaf.tracker.reselections] == [5, 25]
 
 
+class Shard(torch.optim.Optimizer):
+    """Leaves a part of the parameters to other processes."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+        self.part = torch.optim.AdamW([self.param_groups[0]["params"][0]])
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.part.step()
+
+
+def test_a_sharded_optimizer_is_refused() -> None:
+    model, leaf = one("spiel-ag")
+    optimizer = Shard([nn.Parameter(torch.zeros(2)), leaf.weight])
+    backward_of(model, scripted_gradient(0))
+    with pytest.raises(ValueError, match="Shard keeps the state of the values in one process only"):
+        optimizer.step()
+
+
 def test_distributed_checkpoints(tmp_path: Path) -> None:
     """A training is taken up from a `torch.distributed.checkpoint`, in the middle of a phase and between phases."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    for selection in ("spiel-ag", "spiel-ma"):
+    for selection in ("spiel-ag", "spiel-ma", "growing"):
         model, leaf = one(selection, reselection_rate=0.5)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for step in range(30):
@@ -818,8 +853,6 @@ def test_copies_go_their_own_way_and_nothing_is_kept_alive() -> None:
     assert support_of(twin_leaf) == support_of(leaf)
     run_steps(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2), range(6))
     assert twin_leaf.tracker.reselections and not leaf.tracker.reselections
-    import gc
-
     del model, leaf, twin, twin_leaf
     gc.collect()
     assert not len(schedule._listeners)
@@ -1386,7 +1419,7 @@ def _train_in_parallel(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found: dict[str, torch.Tensor] = {}
-    for selection in ("spiel-ag", "spiel-ma"):
+    for selection in ("spiel-ag", "spiel-ma", "growing"):
         found |= _trained_in_parallel(rank, selection)
     save_file(found, f"{folder}/{rank}.safetensors")
     torch.distributed.barrier()
@@ -1421,7 +1454,7 @@ def _trained_in_parallel(rank: int, selection: str) -> dict[str, torch.Tensor]:
         found[f"{key} indices"], found[f"{key} index"] = leaf.indices().long(), leaf.index
         found[f"{key} values"] = leaf.weight.detach()
         found[f"{key} reselections"] = torch.tensor(leaf.tracker.reselections)
-        for vector in ("exp_avg", "exp_avg_sq") if selection == "spiel-ag" else ():
+        for vector in ("exp_avg", "exp_avg_sq") if selection != "spiel-ma" else ():
             found[f"{key} {vector}"] = optimizer.state[leaf.weight][vector]
     return {key: tensor.contiguous() for key, tensor in found.items()}
 
@@ -1456,7 +1489,8 @@ def _train_unevenly(rank: int, path: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     save_file({name: leaf.indices().long() for name, leaf in leaves.items()}, f"{path}/{rank}.safetensors")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # see `_train_in_parallel`
 
 
 def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class BelowTracker(Tracker):
         if taken and leaf.weight.grad is not None:
             self.step += 1
             if self.step == self.reselect_at:
-                weights = self.base_weight().detach().reshape(-1)[leaf.indices().long()]
+                weights = self.base_weight().reshape(-1)[leaf.indices().long()]
                 left = (weights.to(leaf.weight) + leaf.weight).abs() >= self.config.threshold
                 self.frozen = left if self.frozen is None else self.frozen | left
                 self.reselections.append((self.step, int(left.sum())))
@@ -124,7 +124,7 @@ class GrowingTracker(AgTracker):
     def _name_candidates(self, leaf: SparseDelta, gradient: Gradient) -> torch.Tensor:
         """The places outside the support of the largest scores."""
         taken = leaf.indices().long()[self._active_of(leaf)]
-        weights = self.base_weight().detach().reshape(-1)
+        weights = self.base_weight().reshape(-1)
 
         def score(magnitude: torch.Tensor, start: int, stop: int) -> torch.Tensor:
             inside = taken[torch.searchsorted(taken, start) : torch.searchsorted(taken, stop)] - start
@@ -163,7 +163,7 @@ class GrowingTracker(AgTracker):
         assert self.candidates is not None
         active, candidates = self._active_of(leaf), self.candidates
         number = self._number(len(active))
-        scores = self._score(gradients.abs(), self.base_weight().detach().reshape(-1)[candidates])
+        scores = self._score(gradients.abs(), self.base_weight().reshape(-1)[candidates])
         chosen = scores.sort(descending=True, stable=True).indices[:number].sort().values
         places, gradients = candidates[chosen], gradients[chosen]
         indices = leaf.indices().long()

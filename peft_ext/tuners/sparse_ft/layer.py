@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,11 +49,19 @@ class SparseFTLayer(DeltaLayer):
             if config.selection == "lt-sft":
                 leaf.exempt_from_decay()  # as published; a decay would pull the values to the base
             if config.selection in TRACKERS and not config.inference_mode:
-                leaf.track(TRACKERS[config.selection](config, self.op, said, self.get_base_weight))
+                leaf.track(TRACKERS[config.selection](config, self.op, said))
             elif placeholder and not config.inference_mode:
                 listen_to_steps(leaf)
             container[adapter_name] = leaf
         self.finish_update(adapter_name, config)
+
+    def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The module with W + S for the weight, S being the sum over the adapters."""
+        for name in adapters:
+            tracker = getattr(self.deltas[name], "tracker", None) if name in self.deltas else None
+            if tracker is not None and not torch.compiler.is_compiling():
+                tracker.enter(self)
+        return super().adapted_forward(adapters, *args, **kwargs)
 
     def _initial_indices(self, config: SparseFTConfig, key: str, k: int, n: int) -> tuple[torch.Tensor, bool]:
         """k places among n, and whether they only hold the shape until a saved adapter is loaded."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from .optimizer_state import STATE, from_8_bit, movable_state, to_8_bit, values_
 
 if TYPE_CHECKING:
     from ...delta import SparseDelta
+    from .layer import SparseFTLayer
 
 FOREIGN_STEPS = 8  # of an optimizer that does not own the values, before that is called an error
 HISTORY = 256  # moves of the support that a checkpoint remembers, a fixed number
@@ -34,13 +34,11 @@ def warn_once(said: set[str], key: str, message: str) -> None:
 class Tracker:
     """Where one delta stands in its schedule. The base of all variants, which fill in when and where places move."""
 
-    def __init__(
-        self, config: SparseFTConfig, op: Operation | None, said: set[str], base_weight: Callable[[], torch.Tensor]
-    ) -> None:
+    def __init__(self, config: SparseFTConfig, op: Operation | None, said: set[str]) -> None:
         self.config = config
         self._op = op
         self.said = said
-        self.base_weight = base_weight  # the weight that the delta is on
+        self._layer: weakref.ref[SparseFTLayer] | None = None  # weak, so that a model goes with its last reference
         self.step = 0  # optimizer steps that moved the values
         self.reselections: list[tuple[int, int]] = []  # (step, places that changed)
         self.backwards = 0
@@ -51,7 +49,18 @@ class Tracker:
         self._known_state = 0  # which `optimizer.state` it was; loading one makes another
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": None, "_searched": False, "_known_state": 0}
+        return {**self.__dict__, "_optimizer": None, "_searched": False, "_known_state": 0, "_layer": None}
+
+    def enter(self, layer: SparseFTLayer) -> None:
+        """A forward through the layer that the delta is on begins."""
+        if self._layer is None or self._layer() is not layer:
+            self._layer = weakref.ref(layer)
+
+    def base_weight(self) -> torch.Tensor:
+        """The weight that the delta is on."""
+        layer = self._layer() if self._layer is not None else None
+        assert layer is not None
+        return layer.get_base_weight().detach()
 
     @property
     def op(self) -> Operation:
