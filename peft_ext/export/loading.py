@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -40,19 +42,31 @@ def load_pruned(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     try:
         config = read_config(path, **{key: kwargs[key] for key in _WHERE if key in kwargs})
         model, info = class_of(config, path).from_pretrained(path, output_loading_info=True, **kwargs)
-    except RuntimeError as error:
-        raise explained(error, path) from error
-    except _NO_CONFIG as error:
+    except (RuntimeError, *_NO_CONFIG) as error:
+        if isinstance(error, RuntimeError) and (said := explained(error, path)) is not error:
+            raise said from error
         raise ValueError(
             f"The config.json in {path} is none of a model of transformers ({type(error).__name__}: {error}). Restore "
             "the one that was saved with the weights."
         ) from error
     refuse_incomplete(info, path)
+    refuse_other_kinds(model, path)
     broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not _is_finite(p)]
     if broken:
         raise ValueError(f"The weights in {path} are not finite: {', '.join(broken[:10])} ({len(broken)} in all).")
     loaded: Any = (model, info) if wants_info else model
     return loaded
+
+
+def refuse_other_kinds(model: PreTrainedModel, path: str) -> None:
+    """Raises `ValueError` if a file on this machine has whole numbers for floating-point parameters."""
+    floats = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in floats & set(tensors.keys()):
+                kind = tensors.get_slice(key).get_dtype()
+                if not kind.startswith(("F", "BF")):
+                    raise ValueError(f"{file} has {kind} for {key!r}, which is a floating-point parameter.")
 
 
 def read_config(path: str, **where: Any) -> PreTrainedConfig:

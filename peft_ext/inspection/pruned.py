@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from ..core import BadInput, Column, Fillings, Picture, Row, layer_and_type
@@ -35,12 +36,17 @@ def describe_pruned(source: str, directory: Path) -> dict[str, Any]:
         config = read_config(str(directory))
         with torch.device("meta"):
             model: PreTrainedModel = class_of(config, directory)(config)
-    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        dense = dense_model(model)
+        before, after = groups_of(dense), groups_of(model)
+        if before.keys() != after.keys():
+            raise ValueError(f"it has the groups {sorted(after)}, uncut it would have {sorted(before)}")
+    except (
+        *(ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+        StrictDataclassError,
+    ) as error:
         raise BadInput(
             f"{CONFIG} of {source} does not describe a pruned model ({error}): restore the one that `save_pruned` wrote."
         ) from error
-    dense = dense_model(model)
-    before, after = groups_of(dense), groups_of(model)
     rows = []
     for key, group in before.items():
         layer, kind = layer_and_type(key)

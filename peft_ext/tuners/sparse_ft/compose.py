@@ -6,6 +6,7 @@ Deltas add up, so a task's and a language's adapter are composed by having both 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -159,11 +160,20 @@ def import_lt_sft(
     file = os.fspath(path)
     file = os.path.join(file, "pytorch_diff.bin") if os.path.isdir(file) else file
     with torch.serialization.safe_globals([*ALLOWED, (_scalar(), "numpy.core.multiarray.scalar"), _scalar()]):
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{file} cannot be read as a file of LT-SFT ({type(error).__name__}: {error})."
+            ) from error
     parameters = dict(base_model.named_parameters())
     modules = dict(base_model.named_modules())
     tensors: dict[str, Support] = {}
-    for key, part in content["diffs"].items():
+    diffs, whole = _parts_of(content, file)
+    for key, value in whole.items() if with_abs else ():
+        if key not in parameters or parameters[key].shape != value.shape or not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{file} holds {key!r} of {tuple(value.shape)}, which does not fit the model.")
+    for key, part in diffs.items():
         if key not in parameters:
             raise ValueError(f"{file} changes {key!r}, which {type(base_model).__name__} does not have.")
         indices, values = decode_lt_sft(part, parameters[key].shape)
@@ -177,13 +187,26 @@ def import_lt_sft(
     if config.target_modules is None:
         config.target_modules = {name.removesuffix(".bias") for name in tensors}
     adapted = _with_adapter(base_model, config, tensors)
-    if with_abs and content.get("abs"):
+    if with_abs:
         with torch.no_grad():
-            for key, value in content["abs"].items():
-                if key not in parameters or parameters[key].shape != value.shape:
-                    raise ValueError(f"{file} holds {key!r} of {tuple(value.shape)}, which does not fit the model.")
+            for key, value in whole.items():
                 parameters[key].copy_(value)
     return adapted
+
+
+def _parts_of(content: Any, file: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The deltas and the whole parameters of a `pytorch_diff.bin`; `ValueError` if it is none."""
+    diffs = content.get("diffs") if isinstance(content, dict) else None
+    whole = (content.get("abs") or {}) if isinstance(content, dict) else {}
+    needed = ("size", "index_steps", "values")
+    if not isinstance(diffs, dict) or not all(isinstance(part, Mapping) for part in diffs.values()):
+        raise ValueError(f"{file} has no `diffs` by the names of parameters, so it is no file of LT-SFT.")
+    for key, part in diffs.items():
+        if lacking := [name for name in needed if name not in part]:
+            raise ValueError(f"{file} has no `{lacking[0]}` for {key!r}.")
+    if not (isinstance(whole, dict) and all(isinstance(value, torch.Tensor) for value in whole.values())):
+        raise ValueError(f"`abs` of {file} must hold parameters by their names.")
+    return diffs, whole
 
 
 def _scalar() -> Any:
@@ -199,7 +222,11 @@ def decode_lt_sft(part: Mapping[str, Any], shape: Sequence[int]) -> Support:
     if tuple(int(size) for size in part["size"]) != tuple(shape):
         raise ValueError(f"A delta of {tuple(part['size'])} does not fit a parameter of {tuple(shape)}.")
     steps, values = (torch.as_tensor(numpy.asarray(part[key])) for key in ("index_steps", "values"))
+    if steps.ndim != 1 or steps.shape != values.shape or not bool(torch.isfinite(values).all()):
+        raise ValueError(f"A delta has {tuple(steps.shape)} places and {tuple(values.shape)} finite values.")
     places = steps.long().cumsum(0)
+    if len(places) and (int(places[0]) < 0 or bool((places.diff() <= 0).any()) or int(places[-1]) >= math.prod(shape)):
+        raise ValueError(f"A delta has places that are not distinct, or outside of {tuple(shape)}.")
     indices = torch.zeros_like(places)
     stride = 1
     strides = [1] * len(shape)

@@ -159,7 +159,9 @@ class SparseFTConfig(ExtConfig):
         ):
             raise ValueError(f"`num_tunable_weights` must be a positive integer, got {self.num_tunable_weights!r}.")
         per_module = self.num_weights_per_module
-        if per_module is not None and not all(isinstance(count, int) and count >= 0 for count in per_module.values()):
+        if per_module is not None and not (
+            isinstance(per_module, dict) and all(type(count) is int and count >= 0 for count in per_module.values())
+        ):
             raise ValueError("`num_weights_per_module` must map module names to numbers of weights.")
 
     @property

@@ -135,6 +135,17 @@ class SPTConfig(ExtConfig):
             ):
                 raise ValueError(f"`{field_name}` must map names of tensors to positive integers.")
 
+    def check_consistent(self) -> None:
+        """`ValueError` if `counts` and `ranks` are not of the tensors of `kinds`."""
+        kinds = self.kinds or {}
+        counted = {name for name, kind in kinds.items() if kind in ("sparse", "whole")}
+        for field_name, names in (("counts", counted), ("ranks", kinds.keys() - counted)):
+            if wrong := names ^ (getattr(self, field_name) or {}).keys():
+                raise ValueError(
+                    f"`kinds` and `{field_name}` of this SPTConfig do not fit each other at {min(wrong)!r}: calibrate "
+                    "anew, or restore the file that was saved."
+                )
+
     def check_support(self, support: dict[str, torch.Tensor], where: str) -> None:
         """`ValueError` if these are not the places of the sparse tensors of this allocation."""
         sparse = {name for name, kind in (self.kinds or {}).items() if kind == "sparse"}

@@ -113,6 +113,7 @@ class SPTModel(ExtModel):
                 "This SPTConfig does not know yet where its budget goes; before `get_peft_model`:\n"
                 "    config = peft_ext.calibrate(model, config, dataloader)"
             )
+        config.check_consistent()
         sizes = {name: p.numel() for name, p in _parameters(dict(matched_targets(config, model))).items()}
         matrices = shapes_of_matrices(named_parameters(config, model))
         sizes |= {name: outputs * inputs for name, (outputs, inputs) in matrices.items()}

@@ -66,6 +66,8 @@ class VQTConfig(ExtConfig):
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative, got {self.group_lasso!r}.")
         if self.id2label is not None:
+            if not isinstance(self.id2label, dict):
+                raise TypeError(f"`id2label` must be names by class, got {self.id2label!r}.")
             self.id2label = {int(key): str(value) for key, value in self.id2label.items()}  # JSON has string keys
             if sorted(self.id2label) != list(range(len(self.id2label))) or not self.id2label:
                 raise ValueError(f"`id2label` must name the classes 0, 1, 2, ..., got {self.id2label!r}.")
