@@ -278,9 +278,13 @@ def test_training_after_a_first_forward_in_inference_mode(method: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"method": "sparse_ft"}, {"method": "spt"}, {"method": "spt", "structured": "dora"}]
+    ("name", "fields"),
+    [
+        ("bert", {"method": "sparse_ft"}),
+        ("llama", {"method": "spt"}),
+        ("gpt2", {"method": "spt", "structured": "dora"}),
+    ],
 )
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_compiled_and_exported_unmerged(name: str, fields: dict[str, str], tmp_path: Path) -> None:
     batch = inputs(name)
     method = fields["method"]
