@@ -2,7 +2,7 @@
 
 from .calibrate import calibrate
 from .core import ExtConfig, PeftMixedModel, load_plugins, register_method
-from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_pruned
+from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_as_lora, save_pruned
 from .loading import load
 from .tuners import mask_pruning, sparse_ft, spt, ssf, vqt
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
@@ -15,7 +15,7 @@ from .tuners.sparse_ft import (
     lt_sft,
     overlap,
 )
-from .tuners.spt import SPTConfig, SPTModel, save_as_lora
+from .tuners.spt import SPTConfig, SPTModel
 from .tuners.ssf import SSFConfig, SSFModel
 from .tuners.vqt import FrozenPassCache, VQTConfig, VQTModel, attention_maps, select_features
 from .version import __version__

@@ -261,8 +261,13 @@ def test_as_lora(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     torch.testing.assert_close(loaded(**batch).logits, adapted(**batch).logits, atol=1e-5, rtol=1e-5)
     model, config = calibrated("llama")
+    adapted = get_peft_model(model, config)
     with pytest.raises(ValueError, match="has tuned single weights or vectors, which LoRA cannot hold"):
-        peft_ext.save_as_lora(get_peft_model(model, config), tmp_path)
+        peft_ext.save_as_lora(adapted, tmp_path)
+    with pytest.raises(TypeError, match=r"no adapter named 'other' on this model, only \['default'\]"):
+        peft_ext.save_as_lora(adapted, tmp_path, "other")
+    with pytest.raises(TypeError, match=r"of the method SSF, which is not written as LoRA; adapters of .*SPT"):
+        peft_ext.save_as_lora(get_peft_model(tiny("llama"), peft_ext.SSFConfig()), tmp_path)
 
 
 def test_heads_and_tokens_follow_into_the_lora(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -15,7 +14,8 @@ from .names import layer_and_type
 from .pictures import HeatMap, Picture
 
 
-Writer = Callable[[Any, Path], Any]  # writes a PeftModel, in another form, into a directory
+# writes an adapter of a `PeftModel`, in another form, into a directory: `(model, path, adapter_name)`
+Writer = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class About:
     def exports(self) -> Mapping[str, Writer]:
         """What `peft-ext export` can make of an adapter besides a merged model, by the name of the form.
 
-        A writer takes the `PeftModel` and an output directory, and raises a ValueError where it cannot.
+        A writer takes the `PeftModel`, an output directory and the adapter's name, "default" if it is not given, and
+        raises a ValueError where it cannot. The form `"lora"` is what `peft_ext.save_as_lora` writes.
         """
         return {}

@@ -2,6 +2,7 @@
 
 from .cut import cut
 from .loading import load_pruned
+from .lora import save_as_lora
 from .prune import prune_and_unload
 from .report import card_rows, markdown, report
 from .saving import kept_shares, push_pruned_to_hub, save_pruned
@@ -16,5 +17,6 @@ __all__ = [
     "prune_and_unload",
     "push_pruned_to_hub",
     "report",
+    "save_as_lora",
     "save_pruned",
 ]

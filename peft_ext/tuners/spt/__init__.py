@@ -17,8 +17,7 @@ Parameters that are no Linear's weight, such as the experts of a mixture, are in
 from .about import ABOUT
 from .allocation import Allocation, allocate
 from .config import SPTConfig
-from .convert import save_as_lora
 from .model import SPTModel
 
 
-__all__ = ["ABOUT", "Allocation", "SPTConfig", "SPTModel", "allocate", "save_as_lora"]
+__all__ = ["ABOUT", "Allocation", "SPTConfig", "SPTModel", "allocate"]

@@ -29,7 +29,7 @@ from ...core import (
     lora_scale,
 )
 from ...sparse_files import read_deltas
-from .convert import save_as_lora
+from .convert import write_structures
 from .layer import SPTLayer
 from .model import amounts
 from .parameters import number_of, parameter_of
@@ -115,7 +115,7 @@ class SPTAbout(About):
 
     def exports(self) -> Mapping[str, Writer]:
         """An adapter that is nothing but low-rank is written as PEFT's LoRA."""
-        return {"lora": save_as_lora}
+        return {"lora": write_structures}
 
 
 def _matrices(adapter: Adapter, site: Site) -> list[str]:

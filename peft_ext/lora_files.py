@@ -1,0 +1,57 @@
+"""Writing an adapter whose updates are low-rank as a plain LoRA adapter, for servers that know only LoRA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from .core import ADAPTER_WEIGHTS, ExtConfig, tuner_of
+
+
+def write_as_lora(model: PeftModel, path: str | os.PathLike[str], adapter_name: str = "default") -> LoraConfig:
+    """Writes an adapter as the LoRA that its tuner's `as_lora` makes of it; a form of `About.exports`.
+
+    Raises:
+        ValueError: There is no such adapter, or it has no updates of low rank.
+    """
+    config: Any = model.peft_config.get(adapter_name)
+    if config is None:
+        raise ValueError(f"There is no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}.")
+    lora, updates = tuner_of(config).as_lora(model, adapter_name)
+    tensors = {}
+    for name, (down, up) in updates.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up
+    return write_lora(model, path, adapter_name, lora, tensors)
+
+
+def write_lora(
+    model: PeftModel,
+    path: str | os.PathLike[str],
+    adapter_name: str,
+    lora: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+) -> LoraConfig:
+    """Writes LoRA's tensors, by their keys in the file, with what the adapter trains besides (heads, tokens).
+
+    What all configs have, such as the base model and the task, `lora` takes over from the adapter's config.
+    """
+    config: Any = model.peft_config[adapter_name]
+    assert isinstance(config, ExtConfig)
+    for field in ("modules_to_save", "trainable_token_indices", "task_type", "base_model_name_or_path", "revision"):
+        setattr(lora, field, getattr(config, field))
+    lora.inference_mode = True
+    prefix = f".{config.METHOD.lower()}_"
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    besides = {key: tensor for key, tensor in own.items() if prefix not in key}
+    os.makedirs(path, exist_ok=True)
+    lora.save_pretrained(os.fspath(path))
+    kept = {key: tensor.detach().cpu().contiguous() for key, tensor in {**tensors, **besides}.items()}
+    save_file(kept, Path(path, ADAPTER_WEIGHTS), metadata={"format": "pt"})
+    return lora
