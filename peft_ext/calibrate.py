@@ -64,7 +64,7 @@ class Scores:
         raise NotImplementedError
 
     def top(self, k: int, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """The flat places of the k largest scores of all tensors (or of those named) together, sorted, by tensor.
+        """The flat indices of the k largest scores of all tensors (or of those named) together, sorted, by tensor.
 
         Raises:
             ValueError: Fewer than k were kept.
@@ -112,7 +112,7 @@ class ExactScores(Scores):
 
 
 class PooledScores(Scores):
-    """Sums of the largest weights only: flat places, int32, and fp32 sums of an eighth of all weights at most.
+    """Sums of the largest weights only: flat indices, int32, and fp32 sums of an eighth of all weights at most.
 
     A weight enters with a batch that gives it more than a floor. The floor is zero until the pool has been full; then
     it is the sum that as many weights exceed as fill four fifths of the pool. It rises, and what is below is thrown

@@ -211,7 +211,7 @@ class SparseDelta(ExactLeaf):
         self._decode_ahead()
 
     def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises `ValueError` if the places of a file are none."""
+        """Raises `ValueError` if the indices of a file are none."""
         decode(tensors["index"], tensors["weight"].numel(), self.size)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseDelta:

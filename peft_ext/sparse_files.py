@@ -34,7 +34,7 @@ def read_deltas(adapter: Adapter, site: Site) -> Reading:
         if len(values) and not ways:
             raise BadInput(
                 f"{ADAPTER_WEIGHTS} of {adapter.source} is damaged: the index of {site.module!r} does not name "
-                f"{len(values)} places. Restore the file that was saved."
+                f"{len(values)} indices. Restore the file that was saved."
             )
         smallest, largest = min((way[1] for way in ways), default=0), max((way[2] for way in ways), default=0)
         # the code tells the size of the weight about as exactly as there are indices in it

@@ -634,7 +634,7 @@ def damaged(case: str, path: Path) -> str:
         key = next(key for key in tensors if key.endswith(".index"))
         tensors[key] = torch.full_like(tensors[key], 255)
         save_file(tensors, file)
-        return "does not name 10 places" if len(tensors[key.replace("index", "weight")]) == 10 else "is damaged"
+        return "does not name 10 indices" if len(tensors[key.replace("index", "weight")]) == 10 else "is damaged"
     raise AssertionError(case)
 
 

@@ -120,7 +120,7 @@ def refuse_other_shapes(tuner: Any, state_dict: dict[str, torch.Tensor], prefix:
     """Before weights are loaded: of another model, they are refused, and adapters that wait for them taken off.
 
     Of a leaf some of whose tensors were left out because of their shape (`ignore_mismatched_sizes`) none is loaded:
-    values without their places would be another function.
+    values without their indices would be another function.
     """
     own = tuner.state_dict(prefix=prefix)
     waiting = {name: config for name, config in tuner.peft_config.items() if getattr(config, "awaits_weights", False)}

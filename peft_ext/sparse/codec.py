@@ -16,7 +16,7 @@ def _low_bits(k: int, n: int) -> int:
 
 
 def encoded_size(k: int, n: int) -> int:
-    """Bytes that `encode` needs for k of n places: about `log2(n / k) + 2` bits each."""
+    """Bytes that `encode` needs for k of n indices: about `log2(n / k) + 2` bits each."""
     if k == 0:
         return 0
     low = _low_bits(k, n)
@@ -29,7 +29,7 @@ def index_dtype(n: int) -> torch.dtype:
 
 
 def encode(indices: torch.Tensor, n: int) -> torch.Tensor:
-    """Sorted distinct places `(k,)` below n as `(encoded_size(k, n),)` bytes, in the code of Elias and Fano.
+    """Sorted distinct indices `(k,)` below n as `(encoded_size(k, n),)` bytes, in the code of Elias and Fano.
 
     The lower bits of each place are written out; the upper ones stand in unary, as a one at `upper + rank`.
     """
@@ -84,9 +84,9 @@ def _joined(ones: torch.Tensor, code: torch.Tensor, k: int, n: int) -> torch.Ten
 
 
 def decode_alone(code: torch.Tensor, k: int) -> list[tuple[torch.Tensor, int, int]]:
-    """The places `(k,)` in a code without n: each way to read it, with the smallest and the largest n that fit.
+    """The indices `(k,)` in a code without n: each way to read it, with the smallest and the largest n that fit.
 
-    As a rule there is one, and its bounds on n are within `8 / k` of each other; a few places can be read in
+    As a rule there is one, and its bounds on n are within `8 / k` of each other; a few indices can be read in
     several ways, a damaged code in none.
     """
     if k == 0:

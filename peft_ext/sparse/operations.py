@@ -25,7 +25,7 @@ class Gradient:
     grad: torch.Tensor
 
     def at(self, indices: torch.Tensor) -> torch.Tensor:
-        """Its entries `(k,)` at flat places."""
+        """Its entries `(k,)` at flat indices."""
         with torch.no_grad(), torch.autocast(self.grad.device.type, enabled=False):
             return self.op.grad_values(self.x, self.grad, indices)
 
@@ -81,7 +81,7 @@ class Operation:
         return lambda first, last: whole[first:last].clone()
 
     def grad_values(self, x: torch.Tensor, grad: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """The gradient of the weight at flat places; here read off the dense one."""
+        """The gradient of the weight at flat indices; here read off the dense one."""
         return self.grad_weight(x, grad).reshape(-1).index_select(0, indices)
 
     def sparse_product(self, x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -233,7 +233,7 @@ class EmbeddingOperation(Operation):
         return self._scaled(rows[place])
 
     def _of_tokens(self, tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of the places are in rows of these sorted tokens, and in the how-manieth token's row."""
+        """Which of the indices are in rows of these sorted tokens, and the position of that token among them."""
         rows = indices.long() // self.shape[1]
         own = is_in(rows, tokens).nonzero().squeeze(1)
         return own, torch.searchsorted(tokens, rows[own])

@@ -144,7 +144,7 @@ def sparse_apply(
     Args:
         module: The frozen module, dense, quantised or itself adapted.
         values: `(k,)`, fp32 as a rule, of one adapter or of several one after the other.
-        indices: `(k,)`, the flat places of the values.
+        indices: `(k,)`, the flat indices of the values.
         observers: Who looks at the gradient, with the slice of `values` that is theirs.
     """
     dtype = _compute_dtype(x) if op.takes(x) else module.weight.dtype

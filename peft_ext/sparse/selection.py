@@ -12,7 +12,7 @@ CHUNK = 1 << 20  # entries that are looked at together where a whole weight is g
 
 
 def random_indices(k: int, n: int, generator: torch.Generator) -> torch.Tensor:
-    """k distinct places below n, sorted, drawn evenly on the CPU, so that a seed gives the same on every device."""
+    """k distinct indices below n, sorted, drawn evenly on the CPU, so that a seed gives the same on every device."""
     if 4 * k > n:
         return torch.randperm(n, generator=generator)[:k].sort().values
     drawn = torch.zeros(0, dtype=torch.long)
@@ -23,14 +23,14 @@ def random_indices(k: int, n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def top_indices(scores: Callable[[int, int], torch.Tensor], n: int, k: int, smallest: bool = False) -> torch.Tensor:
-    """The flat places `(k,)` of the k largest of n scores, sorted; among equal scores the first places win.
+    """The flat indices `(k,)` of the k largest of n scores, sorted; among equal scores the first indices win.
 
     Args:
-        scores: Gives the scores of the places `start` to `stop`; a negative score takes its place out. They are
+        scores: Gives the scores of the indices `start` to `stop`; a negative score takes its place out. They are
             asked for in pieces, each once and in order, so that nothing of n entries is made here.
         smallest: Take the k smallest instead.
 
-    Returns fewer than k places if fewer are in. Scores are compared in fp32.
+    Returns fewer than k indices if fewer are in. Scores are compared in fp32.
     """
     size = min(CHUNK, max(1 << 15, n // 32))  # several tensors of this size are alive at a time
     keys: list[torch.Tensor] = []
@@ -59,7 +59,7 @@ def _keys(scores: torch.Tensor, smallest: bool) -> torch.Tensor:
 
 
 def _largest(keys: torch.Tensor, k: int) -> torch.Tensor:
-    """The places of the k largest of non-negative keys, sorted, by radix selection; of equal ones the first win."""
+    """The indices of the k largest of non-negative keys, sorted, by radix selection; of equal ones the first win."""
     if k >= len(keys):
         return torch.arange(len(keys), device=keys.device)
     if k == 0:

@@ -1,7 +1,7 @@
 """Copies of a model that average its training (EMA, SWA), while the support of the original moves.
 
 Nobody says that a copy is to be an average. It is taken for one once it is written to by others than a loader or an
-optimizer of its own; then the places of its values are those of the original, or the values mean nothing.
+optimizer of its own; then the indices of its values are those of the original, or the values mean nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def forget(leaf: SparseDelta) -> None:
 
 
 def averages_of(leaf: SparseDelta) -> list[SparseDelta]:
-    """The copies that are averages, on the same places; to be called before these move."""
+    """The copies that are averages, on the same indices; to be called before these move."""
     return [
         copied
         for copied, record in list(_copies.items())
@@ -68,10 +68,10 @@ def move_along(copied: SparseDelta, dropped: torch.Tensor, order: torch.Tensor, 
 
 
 def refuse_mixture(leaf: SparseDelta) -> bool:
-    """Whether a copy was written to behind its back, so that its places must be decoded anew.
+    """Whether a copy was written to behind its back, so that its indices must be decoded anew.
 
     Raises:
-        ValueError: It is an average of values that belonged to other places than it says.
+        ValueError: It is an average of values that belonged to other indices than it says.
     """
     record = _copies.get(leaf)
     if record is None or leaf.index.is_meta or record.is_untouched(leaf):

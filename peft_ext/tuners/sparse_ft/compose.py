@@ -215,18 +215,18 @@ def _scalar() -> Any:
 
 
 def decode_lt_sft(part: Mapping[str, Any], shape: Sequence[int]) -> Support:
-    """The sorted row-major places and values of one tensor of a `pytorch_diff.bin`.
+    """The sorted row-major indices and values of one tensor of a `pytorch_diff.bin`.
 
-    The file counts places in column-major order, the first dimension running fastest, as steps from one to the next.
+    The file counts indices in column-major order, the first dimension running fastest, as steps from one to the next.
     """
     if tuple(int(size) for size in part["size"]) != tuple(shape):
         raise ValueError(f"A delta of {tuple(part['size'])} does not fit a parameter of {tuple(shape)}.")
     steps, values = (torch.as_tensor(numpy.asarray(part[key])) for key in ("index_steps", "values"))
     if steps.ndim != 1 or steps.shape != values.shape or not bool(torch.isfinite(values).all()):
-        raise ValueError(f"A delta has {tuple(steps.shape)} places and {tuple(values.shape)} finite values.")
+        raise ValueError(f"A delta has {tuple(steps.shape)} indices and {tuple(values.shape)} finite values.")
     places = steps.long().cumsum(0)
     if len(places) and (int(places[0]) < 0 or bool((places.diff() <= 0).any()) or int(places[-1]) >= math.prod(shape)):
-        raise ValueError(f"A delta has places that are not distinct, or outside of {tuple(shape)}.")
+        raise ValueError(f"A delta has indices that are not distinct, or outside of {tuple(shape)}.")
     indices = torch.zeros_like(places)
     stride = 1
     strides = [1] * len(shape)

@@ -173,11 +173,11 @@ class SparseFTConfig(ExtConfig):
         """Sets which weights are tuned, and returns the config.
 
         Args:
-            support: By module name (`"<module>.bias"` for its bias) the flat places in the weight as it is stored,
+            support: By module name (`"<module>.bias"` for its bias) the flat indices in the weight as it is stored,
                 or the path of a safetensors file with the same content (see `save_support`).
 
         Raises:
-            ValueError: The places are not distinct non-negative integers. Whether they fit the model is checked when
+            ValueError: The indices are not distinct non-negative integers. Whether they fit the model is checked when
                 the adapter is put on it.
         """
         if not isinstance(support, Mapping):
@@ -188,7 +188,7 @@ class SparseFTConfig(ExtConfig):
                 raise ValueError(f"The support of {name!r} must be a vector of integers, got {tuple(indices.shape)}.")
             checked[name] = indices.long().sort().values
             if len(indices) and (checked[name][0] < 0 or (checked[name].diff() == 0).any()):
-                raise ValueError(f"The support of {name!r} must be distinct places from zero.")
+                raise ValueError(f"The support of {name!r} must be distinct indices from zero.")
         if self.selection not in GIVEN:
             raise ValueError(f"`use_support` needs `selection='given'`, the config says {self.selection!r}.")
         self.support = checked

@@ -25,7 +25,7 @@ def deltas(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseDel
 
 
 def best_of_all(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
-    """The flat places of the k largest scores of all tensors together, by tensor; those without any are left out."""
+    """The flat indices of the k largest scores of all tensors together, by tensor; those without any are left out."""
     starts = [0]
     for tensor in scores.values():
         starts.append(starts[-1] + tensor.numel())

@@ -5,12 +5,12 @@ the middle of the training, those that have left that range, |w + s| >= threshol
 to; the optimizer keeps its state for the others.
 
 **ID3** (Agarwal et al. 2024, arXiv:2408.14470), `selection="growing"`. The support of k weights is empty at first. Step
-t of T adds the floor(k t / T) - floor(k (t - 1) / T) places of largest |g| / (|w| + eps)^p outside it, which take part
+t of T adds the floor(k t / T) - floor(k (t - 1) / T) indices of largest |g| / (|w| + eps)^p outside it, which take part
 in that very step; none is ever dropped.
 
 **Where this differs from the published code, and why.** Weight decay pulls the deltas, not the weights, to zero, as in
 all other selections. SaRA's nuclear-norm term is left out (in the code as shipped it has no effect), and the optimizer
-keeps its state at the reselection, where the published one forgets it. ID3's places are chosen in each module by
+keeps its state at the reselection, where the published one forgets it. ID3's indices are chosen in each module by
 itself, not in all together, so that the shapes of an adapter follow from its config. With gradient accumulation the
 first micro-batch names four times as many candidates as are needed, and the sums over all of them decide; with several
 processes the first one's gradients decide.
@@ -93,7 +93,7 @@ class BelowTracker(Tracker):
 
 
 class GrowingTracker(AgTracker):
-    """Lets ever more of the values take part; those that do not are zero, and their places are still open."""
+    """Lets ever more of the values take part; those that do not are zero, and their indices are still open."""
 
     active: torch.Tensor | None = None  # (k,) of booleans
 
@@ -108,21 +108,21 @@ class GrowingTracker(AgTracker):
         self._active_of(leaf)
 
     def _number(self, k: int) -> int:
-        """How many places the step under way adds."""
+        """How many indices the step under way adds."""
         steps = self.config.steps
         if steps is None or self.active is None:
             return 0
         return max(0, k * min(self.step + 1, steps) // steps - int(self.active.sum()))
 
     def is_gathering(self, k: int) -> bool:
-        """Whether the step under way adds places."""
+        """Whether the step under way adds indices."""
         return self._number(k) > 0
 
     def _score(self, magnitude: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return magnitude / (weights.to(magnitude).abs() + self.config.growth_eps) ** self.config.growth_power
 
     def _name_candidates(self, leaf: SparseDelta, gradient: Gradient) -> torch.Tensor:
-        """The places outside the support of the largest scores."""
+        """The indices outside the support of the largest scores."""
         taken = leaf.indices().long()[self._active_of(leaf)]
         weights = self.base_weight().reshape(-1)
 
@@ -141,7 +141,7 @@ class GrowingTracker(AgTracker):
         )
 
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
-        """Adds places, with their gradients, and takes the values that have none yet out of the step."""
+        """Adds indices, with their gradients, and takes the values that have none yet out of the step."""
         if closure:
             raise ValueError(
                 "selection='growing' chooses by the gradients of a step and does not work with "
@@ -167,7 +167,7 @@ class GrowingTracker(AgTracker):
         chosen = scores.sort(descending=True, stable=True).indices[:number].sort().values
         places, gradients = candidates[chosen], gradients[chosen]
         indices = leaf.indices().long()
-        waiting = is_in(places, indices)  # open places that happen to be there already
+        waiting = is_in(places, indices)  # open indices that happen to be there already
         active = active.clone()
         active[torch.searchsorted(indices, places[waiting])] = True
         places, gradients = places[~waiting], gradients[~waiting]

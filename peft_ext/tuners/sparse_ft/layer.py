@@ -1,4 +1,4 @@
-"""The layer of sparse fine-tuning: which places a delta starts at, and who moves them."""
+"""The layer of sparse fine-tuning: which indices a delta starts at, and who moves them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .spiel import AgTracker, MaTracker
 from .tracker import Tracker
 
 
-TRACKERS: dict[str, type[Tracker]] = {  # who moves the places, or says which of them take part
+TRACKERS: dict[str, type[Tracker]] = {  # who moves the indices, or says which of them take part
     "spiel-ag": AgTracker,
     "spiel-ma": MaTracker,
     "below": BelowTracker,
@@ -38,7 +38,7 @@ class SparseFTLayer(DeltaLayer):
     sparse_ft_bias: nn.ModuleDict
 
     def update_layer(self, adapter_name: str, config: SparseFTConfig, *, name: str, said: set[str]) -> None:
-        """Chooses the places of one adapter and starts its values at zero."""
+        """Chooses the indices of one adapter and starts its values at zero."""
         per_module = config.num_weights_per_module or {}
         for container, key in ((self.sparse_ft_delta, name), (self.sparse_ft_bias, f"{name}.bias")):
             if not per_module.get(key, 0):
@@ -64,7 +64,7 @@ class SparseFTLayer(DeltaLayer):
         return super().adapted_forward(adapters, *args, **kwargs)
 
     def _initial_indices(self, config: SparseFTConfig, key: str, k: int, n: int) -> tuple[torch.Tensor, bool]:
-        """k places among n, and whether they only hold the shape until a saved adapter is loaded."""
+        """k indices among n, and whether they only hold the shape until a saved adapter is loaded."""
         if config.support is not None:
             return config.support[key], False
         if config.inference_mode or config.selection in ("given", "lt-sft", "sensitivity"):

@@ -1,9 +1,9 @@
 r"""LT-SFT, lottery-ticket sparse fine-tuning (Ansell, Ponti, Korhonen, Vulic 2022, arXiv:2110.07560), on the Trainer.
 
-Phase one trains the target weights densely from theta_0 to theta_1; the k places of largest |theta_1 - theta_0| over
+Phase one trains the target weights densely from theta_0 to theta_1; the k indices of largest |theta_1 - theta_0| over
 all targets together are the support; everything is put back to theta_0, and phase two trains the support alone, here
 as sparse values, which for optimizers that treat each weight by itself is the same as masking dense gradients. With n
-rounds each round begins where the last one has ended, and adds the k/n places outside the support that are then
+rounds each round begins where the last one has ended, and adds the k/n indices outside the support that are then
 farthest from theta_0.
 
 **Where this differs from the published code, and why.** The k largest are exactly k (a threshold takes ties too), also
@@ -218,7 +218,7 @@ def _dense_phase(
     number: int,
     phase: str,
 ) -> dict[str, torch.Tensor]:
-    """Trains all target weights, and returns the places outside the support that are then farthest from `first`."""
+    """Trains all target weights, and returns the indices outside the support that are then farthest from `first`."""
     heads = _modules_to_save(config)
     chosen = {id(parameter) for parameter in dense.values()}
     on_head = {

@@ -11,7 +11,7 @@ from ...core.schedule import steps_around
 
 
 STATE = "sparse_ft_"  # what is kept in the optimizer's state, so that a checkpoint of a training has it
-SPLIT = 4096  # places are kept there as two floats, for optimizers cast their state to the parameters' type
+SPLIT = 4096  # indices are kept there as two floats, for optimizers cast their state to the parameters' type
 PER_VALUE = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),  # Adam, AdamW, RAdam, NAdam; transformers' Adafactor
     *("momentum_buffer", "square_avg", "grad_avg", "sum", "variance"),  # SGD, RMSprop, Adagrad, torch's Adafactor

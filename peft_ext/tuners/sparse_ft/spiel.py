@@ -1,7 +1,7 @@
 r"""SpIEL: drop and regrow (Ansell et al. 2024, arXiv:2401.16405), driven by the steps of whatever optimizer is used.
 
 Reselection happens after updates A, R + A, 2R + A, ... (R `reselection_steps`, A `accumulation_steps`). It drops the
-n = int(k p) values of least magnitude and grows as many places, where p = 1 at the first one and
+n = int(k p) values of least magnitude and grows as many indices, where p = 1 at the first one and
 p = rate * (1 - t / T) at step t of T afterwards (`"linear"`), or p = rate * (1 + cos(pi t / T)) / 2 (`"cosine"`).
 
 **AG**, accumulated gradients. Gathering begins with update 1, R, 2R, ...: the first micro-batch sees the gradient of
@@ -16,7 +16,7 @@ A grown one starts at value 0 with the moments that it would have if its gradien
     nu_ij = min(r_i, c_j) + g_ij^2,           value_ij = (value_ij - lr g_ij / sqrt(nu_ij + 1e-8)) (1 - lr decay),
     r_i = max(r_i, max_j nu_ij),              c_j = max(c_j, max_i nu_ij),
 
-the maxima over the support, so that accumulators never fall, and the places outside it of largest r_i c_j grow. The
+the maxima over the support, so that accumulators never fall, and the indices outside it of largest r_i c_j grow. The
 learning rate and the weight decay are those of the optimizer that owns the values; its own update is left out.
 
 **Where this differs from the published code, and why.** Per-element ages are one step count per tensor, that of the
@@ -98,7 +98,7 @@ class AgTracker(SpielTracker):
         self._clear()
 
     def _clear(self) -> None:
-        self.candidates: torch.Tensor | None = None  # flat places, sorted
+        self.candidates: torch.Tensor | None = None  # flat indices, sorted
         self.sums: torch.Tensor | None = None  # of g over the steps of this phase
         self.square_sums: torch.Tensor | None = None
         self.count = 0  # steps in the sums
@@ -135,7 +135,7 @@ class AgTracker(SpielTracker):
         self._raw = values.clone() if self._raw is None else self._raw + values
 
     def _name_candidates(self, leaf: SparseDelta, gradient: Gradient) -> torch.Tensor:
-        """The places, sorted, whose gradients are gathered from now on."""
+        """The indices, sorted, whose gradients are gathered from now on."""
         return gradient.top_indices(leaf.weight.numel())
 
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:

@@ -65,7 +65,7 @@ def as_given(config: SparseFTConfig) -> SparseFTConfig:
 
 
 def combine(parts: Sequence[Support], weights: Sequence[float], combination_type: str = "linear") -> Support:
-    """The weighted sum of sparse deltas on one weight, on the union of their places.
+    """The weighted sum of sparse deltas on one weight, on the union of their indices.
 
     With `"ties"`, each place keeps only the values whose sign is that of the weighted sum there, and becomes their
     weighted mean: values that contradict each other no longer cancel.

@@ -1,4 +1,4 @@
-"""What moves the places of a delta: where it stands in the training, what a checkpoint holds of it, and the move itself."""
+"""What moves the indices of a delta: where it stands in the training, what a checkpoint holds of it, and the move itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def warn_once(said: set[str], key: str, message: str) -> None:
 
 
 class Tracker:
-    """Where one delta stands in its schedule. The base of all variants, which fill in when and where places move."""
+    """Where one delta stands in its schedule. The base of all variants, which fill in when and where indices move."""
 
     def __init__(self, config: SparseFTConfig, op: Operation | None, said: set[str]) -> None:
         self.config = config
@@ -40,7 +40,7 @@ class Tracker:
         self.said = said
         self._layer: weakref.ref[SparseFTLayer] | None = None  # weak, so that a model goes with its last reference
         self.step = 0  # optimizer steps that moved the values
-        self.reselections: list[tuple[int, int]] = []  # (step, places that changed)
+        self.reselections: list[tuple[int, int]] = []  # (step, indices that changed)
         self.backwards = 0
         self.fresh = True  # the values were all zero when the run began
         self._foreign = 0
@@ -188,7 +188,7 @@ class Tracker:
         grown: torch.Tensor,
         seeds: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """Puts the places `grown` where `dropped` (positions in the vector) were, and keeps the vector sorted.
+        """Puts the indices `grown` where `dropped` (positions in the vector) were, and keeps the vector sorted.
 
         `seeds` are the optimizer's state for the grown ones, by its key, and their gradient under `"gradient"`; what
         has none starts at zero. Returns where in the new vector each position of the old one has come to.

@@ -24,7 +24,7 @@ class Allocation:
         kinds: `"sparse"`, `"whole"`, or the name of a structure, by tensor; tensors that get nothing are left out.
         counts: Tuned weights of the tensors that are sparse or whole.
         ranks: Rank or width of the structured ones.
-        support: The flat places of the tuned weights of the sparse ones.
+        support: The flat indices of the tuned weights of the sparse ones.
         sensitive: How many of the most sensitive weights each tensor has.
         total: Trainable parameters in all.
     """

@@ -147,16 +147,16 @@ class SPTConfig(ExtConfig):
                 )
 
     def check_support(self, support: dict[str, torch.Tensor], where: str) -> None:
-        """`ValueError` if these are not the places of the sparse tensors of this allocation."""
+        """`ValueError` if these are not the indices of the sparse tensors of this allocation."""
         sparse = {name for name, kind in (self.kinds or {}).items() if kind == "sparse"}
         faults = [f"{name} is missing" for name in sorted(sparse - support.keys())]
         faults += [f"{name} is not sparse" for name in sorted(support.keys() - sparse)]
         for name in sorted(sparse & support.keys()):
             places, count = support[name], (self.counts or {}).get(name)
             if places.dtype not in (torch.int32, torch.int64) or places.shape != (count,):
-                faults.append(f"{name} has {tuple(places.shape)} of {places.dtype}, not {count} integers")
+                faults.append(f"{name} has {tuple(indices.shape)} of {indices.dtype}, not {count} integers")
             elif int(places[0]) < 0 or bool((places.diff() <= 0).any()):
-                faults.append(f"{name} has places that are not distinct, sorted and from zero")
+                faults.append(f"{name} has indices that are not distinct, sorted and from zero")
         if faults:
             raise ValueError(f"The calibration in {where} is damaged:\n    " + "\n    ".join(faults[:8]))
 
