@@ -1407,7 +1407,7 @@ def test_a_hostile_file_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"diffs": {}, "abs": Bomb()}, tmp_path / "pytorch_diff.bin")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="LT-SFT"):
         peft_ext.import_lt_sft(Classifier(), tmp_path)
     assert not (tmp_path / "ran").exists()
 

@@ -1042,7 +1042,7 @@ def test_bad_types() -> None:
         (lambda: tiny("convnext"), "no tokens"),
         (lambda: tiny("llama"), "generates"),
         (lambda: tiny("t5"), "generates"),
-        (lambda: tiny("deberta-v2"), "knows the classifiers of"),
+        (lambda: tiny("deberta-v2"), "depend on their positions"),
         (lambda: tiny("vit").vit, "classification head of a ViTForImageClassification.*is a ViTModel"),
         (lambda: tf.ViTForImageClassification(tf.ViTConfig(**SMALL, num_labels=0)), "num_labels"),
         (lambda: tf.BertForTokenClassification(tf.BertConfig(**SMALL, vocab_size=9)), "BertForSequenceClassification"),

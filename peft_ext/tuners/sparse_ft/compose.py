@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -162,6 +163,11 @@ def import_lt_sft(
     with torch.serialization.safe_globals([*ALLOWED, (_scalar(), "numpy.core.multiarray.scalar"), _scalar()]):
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text advises to run the file all the same
+            raise ValueError(
+                f"{file} cannot be read as a file of LT-SFT: it is damaged, or holds other objects than tensors and "
+                "numbers, and what is pickled in a file is not run."
+            ) from error
         except Exception as error:
             raise ValueError(
                 f"{file} cannot be read as a file of LT-SFT ({type(error).__name__}: {error})."
