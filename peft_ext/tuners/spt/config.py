@@ -152,10 +152,10 @@ class SPTConfig(ExtConfig):
         faults = [f"{name} is missing" for name in sorted(sparse - support.keys())]
         faults += [f"{name} is not sparse" for name in sorted(support.keys() - sparse)]
         for name in sorted(sparse & support.keys()):
-            places, count = support[name], (self.counts or {}).get(name)
-            if places.dtype not in (torch.int32, torch.int64) or places.shape != (count,):
+            indices, count = support[name], (self.counts or {}).get(name)
+            if indices.dtype not in (torch.int32, torch.int64) or indices.shape != (count,):
                 faults.append(f"{name} has {tuple(indices.shape)} of {indices.dtype}, not {count} integers")
-            elif int(places[0]) < 0 or bool((places.diff() <= 0).any()):
+            elif int(indices[0]) < 0 or bool((indices.diff() <= 0).any()):
                 faults.append(f"{name} has indices that are not distinct, sorted and from zero")
         if faults:
             raise ValueError(f"The calibration in {where} is damaged:\n    " + "\n    ".join(faults[:8]))
