@@ -30,10 +30,13 @@ from rich.table import Table
 from torch import distributed, nn
 from tqdm.auto import tqdm
 
+from .batches import batches, is_first_process, loader, world
+from .channel_norms import ChannelNorms, measure_channels
 from .core import ExtConfig, tuner_of
 from .sparse import top_indices
 
 
+ACTIVATION = "activation"  # what a pass of another sort measures, see `channel_norms.py`
 KINDS = ("sensitivity", "fisher", "magnitude", "snip")
 SAMPLE = 1 << 17  # weights on which the pool's floor is estimated
 
@@ -200,7 +203,8 @@ def calibrate(
             without `peft_config`; the batches are those that it would train on.
         budgets: Several budgets to calibrate for in one pass.
         kind: `"sensitivity"`, `"fisher"`, `"magnitude"` or `"snip"`; see the top of `calibrate.py`. `None` takes what
-            suits the method: `"magnitude"` for masks, else `"sensitivity"`.
+            suits the method and its config: `"magnitude"` for masks, `"activation"` for channels that are chosen by it
+            (see `channel_norms.py`; no loss is needed), else `"sensitivity"`.
         memory: `"exact"`, four bytes a weight on the host, or `"pool"`, one: for budgets well below an eighth of the
             weights.
         progress: Show a bar, and print a summary of what was decided.
@@ -219,25 +223,32 @@ def calibrate(
     if not isinstance(config, ExtConfig):
         raise TypeError(f"{type(config).__name__} is no config of this package, so there is nothing to calibrate.")
     tuner = tuner_of(config)
-    candidates = tuner.candidates(config, model)
-    measured = measure(
-        model,
-        candidates,
-        dataloader,
-        loss_fn,
-        num_batches,
-        trainer=trainer,
-        kind=kind or tuner.scores_kind,
-        memory=memory,
-        progress=progress,
-    )
+    needed = tuner.kind_for(config)
+    if kind is not None and (kind == ACTIVATION) != (needed == ACTIVATION):
+        raise ValueError(
+            f"`kind={kind!r}` is not what this {type(config).__name__} goes by, which is {needed!r}: leave `kind` out."
+        )
+    if needed == ACTIVATION:
+        measured: Any = _measure_channels(model, config, dataloader, loss_fn, num_batches, trainer, memory, progress)
+    else:
+        measured = measure(
+            model,
+            tuner.candidates(config, model),
+            dataloader,
+            loss_fn,
+            num_batches,
+            trainer=trainer,
+            kind=kind or needed,
+            memory=memory,
+            progress=progress,
+        )
     if budgets is not None:
         configs = {budget: tuner.with_budget(config, budget) for budget in budgets}
         for other in configs.values():
             tuner.take_scores(other, model, measured)
         return configs
     tuner.take_scores(config, model, measured)
-    if progress and _is_first_process():
+    if progress and is_first_process():
         _print(*tuner.calibration_report(config, full_report), wide=full_report)
     return config
 
@@ -291,12 +302,7 @@ def measure(
         raise ValueError(f"`memory` must be 'exact' or 'pool', got {memory!r}.")
     if memory == "pool" and kind == "snip":
         raise ValueError("`memory='pool'` keeps the largest of growing sums; those of kind='snip' change their sign.")
-    if (dataloader is None) == (trainer is None):
-        raise ValueError("Give either `dataloader` or `trainer`.")
-    if num_batches < 1:
-        raise ValueError(f"`num_batches` must be at least 1, got {num_batches}.")
-    if dataloader is None:
-        dataloader = trainer.get_train_dataloader()
+    dataloader = loader(dataloader, trainer, num_batches)
     scores = (ExactScores if memory == "exact" else PooledScores)({n: p.numel() for n, p in candidates.items()})
     seen: set[str] = set()
 
@@ -316,13 +322,13 @@ def measure(
     names = {id(parameter): name for name, parameter in candidates.items()}
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model, candidates))
-        for parameter in candidates.values() if _world() == 1 else ():
+        for parameter in candidates.values() if world() == 1 else ():
             hook = parameter.register_post_accumulate_grad_hook(release)
             stack.callback(hook.remove)
         bar = stack.enter_context(
-            tqdm(total=num_batches, desc="calibrating", disable=not (progress and _is_first_process()))
+            tqdm(total=num_batches, desc="calibrating", disable=not (progress and is_first_process()))
         )
-        for batch in _batches(dataloader, num_batches, model):
+        for batch in batches(dataloader, num_batches, model):
             for part in _samples(batch) if kind == "fisher" else (batch,):
                 loss = _loss(model, part, loss_fn)
                 if not bool(torch.isfinite(loss)):
@@ -333,7 +339,7 @@ def measure(
                         "under `no_grad`, or `target_modules` are not on its way."
                     )
                 loss.backward()
-                if _world() > 1:
+                if world() > 1:
                     _take_together(candidates, take)
             scores.batches += 1
             bar.update()
@@ -355,6 +361,25 @@ def measure(
     return scores
 
 
+def _measure_channels(
+    model: nn.Module,
+    config: ExtConfig,
+    dataloader: Iterable[Any] | None,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None,
+    num_batches: int,
+    trainer: Any,
+    memory: str,
+    progress: bool,
+) -> ChannelNorms:
+    """The pass over activations; `loss_fn` only runs the model."""
+    if memory != "exact":
+        raise ValueError(f"`memory={memory!r}` has no effect on a pass over activations, which keeps sums by channel.")
+    sites = tuner_of(config).channel_sites(config, model)
+    found = batches(loader(dataloader, trainer, num_batches), num_batches, model)
+    shown = tqdm(found, total=num_batches, desc="calibrating", disable=not (progress and is_first_process()))
+    return measure_channels(model, sites, shown, loss_fn)
+
+
 def _take_together(
     candidates: Mapping[str, nn.Parameter], take: Callable[[str, torch.Tensor, torch.Tensor], None]
 ) -> None:
@@ -371,7 +396,7 @@ def _take_together(
             grad, parameter.grad = parameter.grad, None
             grad = torch.zeros_like(parameter) if grad is None else grad
             distributed.all_reduce(grad)
-            take(name, grad / _world(), parameter)
+            take(name, grad / world(), parameter)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -420,31 +445,6 @@ def _loss(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], torc
     return loss
 
 
-def _batches(dataloader: Iterable[Any], limit: int, model: nn.Module) -> Iterator[Any]:
-    """At most `limit` batches, moved to the model; with several processes as many as all of them have."""
-    device = next(model.parameters()).device
-    iterator = iter(dataloader)
-    for _ in range(limit):
-        batch = next(iterator, None)
-        if _world() > 1:
-            has_one = torch.tensor(int(batch is not None), device=device)
-            distributed.all_reduce(has_one, distributed.ReduceOp.MIN)
-            batch = batch if bool(has_one) else None
-        if batch is None:
-            return
-        yield _moved(batch, device)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch
-
-
 def _samples(batch: Any) -> Iterator[dict[str, Any]]:
     """The samples of a batch as batches of one."""
     if not isinstance(batch, Mapping):
@@ -452,11 +452,3 @@ def _samples(batch: Any) -> Iterator[dict[str, Any]]:
     size = min(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
     for index in range(size):
         yield {k: v[index : index + 1] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
-
-
-def _world() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _is_first_process() -> bool:
-    return _world() == 1 or distributed.get_rank() == 0

@@ -20,7 +20,17 @@ ROOT = Path(peft_ext.__file__).resolve().parent
 FILES = {path.relative_to(ROOT.parent): path for path in sorted(ROOT.rglob("*.py"))}
 TUNERS = sorted(path.name for path in (ROOT / "tuners").iterdir() if (path / "__init__.py").is_file())
 ASKING = ("inspection", "cards", "plots", "export", "cli", "loading", "training")  # they reach methods by the registry
-SHARED = ("architectures", "calibrate", "delta", "groups", "sparse", "sparse_files")
+SHARED = (
+    "architectures",
+    "batches",
+    "calibrate",
+    "channel_norms",
+    "delta",
+    "groups",
+    "lora_files",
+    "sparse",
+    "sparse_files",
+)
 MAX_LINES, MAX_CORE_LINES = 500, 350
 
 

@@ -6,6 +6,7 @@ A method is a config (`ExtConfig`), a layer (`ExtLayer`) with trainable leaves (
 
 from .about import About, Writer
 from .advice import warn_of_experts
+from .calibration import CalibratedConfig
 from .config import ExtConfig, after_saving
 from .files import (
     ADAPTER_CONFIG,
@@ -25,7 +26,7 @@ from .layer import ExtLayer
 from .leaves import HALF, AdapterVector, ExactLeaf
 from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
-from .modes import is_hooked, needs_plain_operations, without_adapters
+from .modes import evaluating, is_hooked, needs_plain_operations, without_adapters
 from .names import layer_and_type
 from .packages import load_plugins
 from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
@@ -37,6 +38,7 @@ from .targets import (
     count_parameters,
     head_modules,
     is_admitted,
+    is_named,
     linear_features,
     linear_out_features,
     matched_targets,
@@ -55,6 +57,7 @@ __all__ = [
     "AdapterVector",
     "BadInput",
     "Bars",
+    "CalibratedConfig",
     "Column",
     "Curve",
     "ExactLeaf",
@@ -86,10 +89,12 @@ __all__ = [
     "backbone_modules",
     "carry_over",
     "count_parameters",
+    "evaluating",
     "exempt_from_weight_decay",
     "head_modules",
     "is_admitted",
     "is_hooked",
+    "is_named",
     "is_registered",
     "is_trained",
     "layer_and_type",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
@@ -19,6 +19,7 @@ class MethodHooks:
 
     tuner_layer_cls: Any
     prefix: str
+    scores_kind: ClassVar[str] = "sensitivity"  # what a sensitivity pass measures unless told otherwise
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
@@ -64,8 +65,18 @@ class MethodHooks:
         )
 
     @classmethod
+    def kind_for(cls, config: Any) -> str:
+        """What a calibration with this config measures unless told otherwise; `"activation"`: see `channel_sites`."""
+        return cls.scores_kind
+
+    @classmethod
+    def channel_sites(cls, config: Any, model: nn.Module) -> dict[str, Any]:
+        """Whose channels a pass over activations looks at: a `channel_norms.ChannelSite` by a name of the method's."""
+        raise NotImplementedError
+
+    @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Any) -> None:
-        """Writes what follows from the `Scores` of the candidates into the config."""
+        """Writes what follows from the `Scores` of the candidates, or the `ChannelNorms`, into the config."""
         raise NotImplementedError
 
     @classmethod

@@ -132,6 +132,21 @@ class ExtLayer(nn.Module, BaseTunerLayer):
             self.has_run = True
         return self.adapted_forward(adapters, *args, **kwargs) if adapters else self.base_layer(*args, **kwargs)
 
+    def names_of_rows(self, adapter_names: list[str], rows: int) -> list[str]:
+        """The adapter of each row of a batch; window attention folds the windows of a sample into the batch.
+
+        Raises:
+            ValueError: The module does not see the samples of the batch.
+        """
+        if rows % len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"names where a {type(self.get_base_layer()).__name__} sees {rows} rows. If the batch has as "
+                "many samples as names, the model calls the module on something that is not per sample (DeBERTa's "
+                "shared projections on its position embeddings): run the samples of each adapter as a batch."
+            )
+        return [name for name in adapter_names for _ in range(rows // len(adapter_names))]
+
     def active_inside(self) -> list[str]:
         """The adapters of other methods that act between this layer and its base layer."""
         inner: Any = self.base_layer

@@ -44,7 +44,6 @@ class ExtModel(MethodHooks, BaseTuner):
 
     tuner_layer_cls: type[ExtLayer]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT declares it without ClassVar
-    scores_kind: ClassVar[str] = "sensitivity"  # what a sensitivity pass measures unless told otherwise
     misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
     trains_own_head: ClassVar[bool] = False
     cuts: ClassVar[bool] = False  # whether `kept_units` says what can be cut out of the base

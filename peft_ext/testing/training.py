@@ -160,7 +160,7 @@ class TrainingTests(ConformanceTests):
         assert sites(target_modules=r".*\.1\..*q_proj") == {"model.layers.1.self_attn.q_proj"}
         assert sites(target_modules=["q_proj"], exclude_modules=r".*\.0\..*") == {"model.layers.1.self_attn.q_proj"}
         model = self.adapted(name, target_modules="all-linear")
-        model.add_adapter("second", self.method.config(target_modules="all-linear"))
+        model.add_adapter("second", self.config_for(name, target_modules="all-linear"))
         assert set(model.peft_config["second"].target_modules) == linears
 
     @shows("`generate`")

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from ...core import ExtConfig
+from ...core import CalibratedConfig
 from .structures import STRUCTURES
 
 
 DEFAULT_BUDGET = 0.004  # the 0.4 % of the paper
-CALIBRATION = "calibration.safetensors"
 
 
 @dataclass
-class SPTConfig(ExtConfig):
+class SPTConfig(CalibratedConfig):
     """Configuration of SPT; see also the common fields of [`ExtConfig`].
 
     A new one knows nothing of the data: `peft_ext.calibrate(model, config, dataloader)` fills in the last four fields,
@@ -82,7 +78,6 @@ class SPTConfig(ExtConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.support: dict[str, torch.Tensor] | None = None  # not a field: too bulky for JSON
         if self.kinds is None and self.budget is None:
             self.budget = DEFAULT_BUDGET
         if self.budget is not None and not self.budget > 0:
@@ -166,26 +161,3 @@ class SPTConfig(ExtConfig):
         if self.lora_alpha is None:
             return 1.0
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json`, and which weights are tuned beside it.
-
-        With a trained adapter PEFT calls this too; then they are in the adapter's own file.
-        """
-        super().save_pretrained(save_directory, **kwargs)
-        if self.support is not None and not self.inference_mode:
-            save_file(self.support, os.path.join(save_directory, CALIBRATION))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
-        """Reads `adapter_config.json`, and which weights are tuned if that is written beside it."""
-        config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        file = os.path.join(pretrained_model_name_or_path, CALIBRATION)
-        if os.path.exists(file):
-            try:
-                support = load_file(file)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"The calibration in {file} cannot be read: {error}") from None
-            config.check_support(support, file)
-            config.support = support
-        return config

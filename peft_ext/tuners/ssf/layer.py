@@ -117,21 +117,13 @@ class SSFLayer(ExtLayer):
 
     def mixed_batch_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         features = self._features(*args, **kwargs)
-        if len(features) % len(adapter_names):
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"names where a {type(self.get_base_layer()).__name__} sees {len(features)} rows. If the batch has as "
-                "many samples as names, the model calls the module on something that is not per sample (DeBERTa's "
-                "shared projections on its position embeddings): run the samples of each adapter as a batch."
-            )
-        # window attention folds the windows of a sample, one after the other, into the batch dimension
-        repeats = len(features) // len(adapter_names)
         one, zero = self._identity(features)
         scales, shifts = [], []
-        for name in adapter_names:
-            scale, shift = self.vectors([name]) if self.present([name]) else (one, None)
-            scales += [scale] * repeats
-            shifts += [zero if shift is None else shift] * repeats
+        vectors = {name: self.vectors([name]) if self.present([name]) else (one, None) for name in adapter_names}
+        for name in self.names_of_rows(adapter_names, len(features)):
+            scale, shift = vectors[name]
+            scales.append(scale)
+            shifts.append(zero if shift is None else shift)
         shape = [len(features)] + [1] * (features.ndim - 1)
         shape[self.site.dim] = self.site.channels
         return (features * torch.stack(scales).view(shape) + torch.stack(shifts).view(shape)).to(features.dtype)
