@@ -1,6 +1,6 @@
 """Damages the files that the package reads, and looks at what becomes of them.
 
-    python tests/fuzz.py --inputs 50000 --seconds 3600 --seed 0
+    python tests/fuzz.py --inputs 50000 --seconds 3600 --seed 0 --results tests/fuzz_results.json
 
 Every input is one damage of one file, drawn from the seed and the input's number alone, so that `--only NUMBER` runs it
 again. What may become of it:
@@ -29,7 +29,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,10 +285,22 @@ def hang(*_: Any) -> None:
     raise Hang
 
 
-def run(inputs: int, seconds: float, seed: int, only: int | None = None) -> tuple[dict[str, Counter[str]], list[str]]:
-    """Up to so many inputs in so many seconds; the outcomes by kind, and what is to be looked at."""
+Table = dict[str, Counter[str]]
+
+
+def run(
+    numbers: Iterable[int],
+    seconds: float,
+    seed: int,
+    show: bool = False,
+    progress: Callable[[Table, list[str]], None] | None = None,
+) -> tuple[Table, list[str]]:
+    """The inputs of these numbers, as far as the seconds go; the outcomes by kind, and what is to be looked at.
+
+    `progress` is told the table and the faults after every 500 inputs; `show` prints what was raised.
+    """
     signal.signal(signal.SIGALRM, hang)
-    table: dict[str, Counter[str]] = {}
+    table: Table = {}
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -297,7 +309,7 @@ def run(inputs: int, seconds: float, seed: int, only: int | None = None) -> tupl
         kinds = made(place / "whole")
         expected: dict[str, torch.Tensor | None] = {}
         end = time.monotonic() + seconds
-        for number in range(inputs) if only is None else (only,):
+        for done, number in enumerate(numbers):
             if time.monotonic() > end:
                 break
             kind = kinds[number % len(kinds)]
@@ -306,14 +318,16 @@ def run(inputs: int, seconds: float, seed: int, only: int | None = None) -> tupl
                 shutil.copytree(kind.folder, folder)
             if kind.name not in expected:
                 expected[kind.name] = kind.read(folder)
-            result = outcome(kind, expected[kind.name], folder, number, seed, only is not None)
+            result = outcome(kind, expected[kind.name], folder, number, seed, show)
             table.setdefault(kind.name, Counter())[result] += 1
             if result.isupper():
                 wrong.append(f"{result} at --seed {seed} --only {number}: {kind.name}")
+            if progress is not None and done % 500 == 499:
+                progress(table, wrong)
     return table, wrong
 
 
-def rows(table: dict[str, Counter[str]]) -> Iterator[str]:
+def rows(table: Table) -> Iterator[str]:
     """As a table in Markdown."""
     yield "| what is damaged | " + " | ".join(("inputs", *OUTCOMES)) + " |"
     yield "|---" * (len(OUTCOMES) + 2) + "|"
@@ -321,15 +335,30 @@ def rows(table: dict[str, Counter[str]]) -> Iterator[str]:
         yield f"| {name} | {counts.total():,} | " + " | ".join(f"{counts[one]:,}" for one in OUTCOMES) + " |"
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=50_000)
+    parser.add_argument("--start", type=int, default=0, help="number of the first input")
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int)
+    parser.add_argument("--only", type=int, help="one input, with what it raises")
+    parser.add_argument("--results", type=Path, help="a JSON file for the table, written every 500 inputs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found, wrong = run(options.inputs, options.seconds, options.seed, options.only)
+    numbers = range(options.start, options.start + options.inputs) if options.only is None else (options.only,)
+
+    def write(table: Table, wrong: list[str]) -> None:
+        content = {"seed": options.seed, "start": options.start, "inputs": sum(map(Counter.total, table.values()))}
+        options.results.write_text(json.dumps({**content, "table": table, "wrong": wrong}, indent=1) + "\n")
+
+    progress = write if options.results else None
+    found, wrong = run(numbers, options.seconds, options.seed, options.only is not None, progress)
+    if progress is not None:
+        progress(found, wrong)
     print("\n".join(rows(found)))
     print("\n".join(wrong))
     sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

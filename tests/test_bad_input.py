@@ -18,7 +18,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
 import peft_ext
-from peft_ext import PeftMixedModel, SSFConfig
+from peft_ext import MaskLoraConfig, PeftMixedModel, SSFConfig
 from peft_ext.core import layer as core_layer
 from peft_ext.core import targets as core_targets
 from peft_ext.tuners.ssf import SSFLayer
@@ -167,12 +167,19 @@ def test_model_that_is_not_of_transformers() -> None:
         ({"shift": "all"}, ValueError, "`shift` must be None, True or False, got 'all'"),
         ({"recover": "no"}, ValueError, "`recover` must be True or False, got 'no'"),
         ({"task_type": "IMAGE_CLS"}, ValueError, "IMAGE_CLS.*SEQ_CLS"),
+        ({"layers_to_transform": 10**40}, ValueError, "`layers_to_transform` must be a finite number"),
         ({"peft_ext_version": "latest"}, ValueError, "`peft_ext_version` is not a version: 'latest'"),
     ],
 )
 def test_config_fields(config: dict[str, Any], error: type[Exception], pattern: str) -> None:
     with pytest.raises(error, match=pattern):
         SSFConfig(**config)
+
+
+@pytest.mark.parametrize("value", [1e308, float("inf"), float("nan")])
+def test_numbers_that_no_tensor_holds(value: float) -> None:
+    with pytest.raises(ValueError, match="`initial_logit` must be a finite number that float32 can hold"):
+        MaskLoraConfig(initial_logit=value)
 
 
 # ---------------------------------------------------------------- loading
@@ -235,6 +242,11 @@ def test_adapter_of_another_method(saved: Path, tmp_path: Path) -> None:
     with refused(model, "different peft types", "SSF", "LORA"):
         model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
     assert list(model.peft_config) == ["default"]
+
+
+def test_config_of_an_unknown_method(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"of the method True, which neither .*pip install -U"):
+        SSFConfig.from_pretrained(_edited(saved, tmp_path, peft_type=True))
 
 
 def test_adapter_of_a_newer_version(saved: Path, tmp_path: Path) -> None:

@@ -655,6 +655,8 @@ def test_files_that_do_not_fit_their_config(adapters: dict[str, Saved], refused:
     assert "of which adapter_config.json says nothing" in refused("inspect", spt)
     edit(spt, kinds=dict.fromkeys(adapters["spt"].model.peft_config["default"].kinds, "lora"))
     assert "does not fit its adapter_config.json" in refused("inspect", spt)
+    edit(spt, kinds=adapters["spt"].model.peft_config["default"].kinds, lora_alpha=1.0, r=0)
+    assert "does not fit its adapter_config.json" in refused("inspect", spt)
     vqt = shutil.copytree(adapters["vqt"].path, tmp_path / "vqt")
     tensors = load_file(vqt / "adapter_model.safetensors")
     tensors.pop("base_model.model.vqt.vqt_head.columns")

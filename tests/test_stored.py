@@ -98,12 +98,18 @@ def fill_first(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
+def whole_head(tensors: Tensors) -> None:
+    key = next(key for key in tensors if key.endswith("classifier.bias"))
+    tensors[key] = tensors[key].int()
+
+
 CASES: list[tuple[str, Callable[[Tensors], None], str]] = [
     *((name, without(""), "is missing") for name in MAKE.CASES),
     *((name, surplus, "belongs to nothing in the model") for name in MAKE.CASES),
     *((name, changed("weight", fill_first(float("nan"))), "not finite") for name in MAKE.CASES),
     *((name, changed("weight", fill_first(float("inf"))), "not finite") for name in ("ssf", "vqt")),
     *((name, changed("weight", lambda x: (x * 9).int()), "is of type torch.int32") for name in ("ssf", "spt")),
+    ("sparse-spiel", whole_head, "classifier.modules_to_save.default.bias is of type torch.int32"),
     ("sparse-fixed", without("index"), "is missing"),
     ("spt", without("index"), "is missing"),
     ("sparse-spiel", changed("index", lambda x: x * 0), "damaged"),

@@ -382,6 +382,41 @@ def test_checkpointing_repeats_the_dropout_of_the_queries() -> None:
         torch.testing.assert_close(found[1][name], grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_dropout_of_the_embeddings(name: str, checkpointing: bool) -> None:
+    """Loss and gradients are those on a backbone whose embeddings were dropped by hand, with the same elements."""
+    batch, fields = batch_of(name, torch.float64), {"embedding_dropout": 0.25}
+    model, plain = vqt(name, torch.float64, **fields), vqt(name, torch.float64)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(model, batch), logits(plain, batch), rtol=0, atol=0)  # none outside of training
+    model.train()
+    if checkpointing:
+        with _quiet():
+            model.base_model.model.gradient_checkpointing_enable()
+    torch.manual_seed(3)
+    found = model(**batch).loss
+    found.backward()
+
+    seen: list[float] = []
+
+    def drop(module: nn.Module, args: Any, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        torch.manual_seed(3)
+        kept = (torch.rand(states.shape) >= 0.25).double()
+        seen.append(kept.mean().item())
+        return (states * kept / 0.75, *output[1:]) if isinstance(output, tuple) else states * kept / 0.75
+
+    layer_of(plain).backbone.get_submodule("embeddings").register_forward_hook(drop)
+    expected = plain.train()(**batch).loss
+    expected.backward()
+    assert len(seen) == 1 and 0.6 < seen[0] < 0.9
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    ours, theirs = gradients(model), gradients(plain)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key], grad, rtol=0, atol=1e-10) for key, grad in theirs.items())
+
+
 def test_an_interrupted_forward_leaves_nothing_behind() -> None:
     model, batch = vqt("vit"), batch_of("vit")
     expected = model(**batch).logits
@@ -933,6 +968,15 @@ def test_trainer_on_a_cache(tmp_path: Path) -> None:
     torch.testing.assert_close(*found)
 
 
+def test_a_cache_holds_no_dropout_of_the_embeddings(tmp_path: Path) -> None:
+    model, batch = vqt("vit", embedding_dropout=0.1), batch_of("vit")
+    cache = FrozenPassCache.write(model, [batch], tmp_path)
+    with cache.use(model):
+        model.eval()(**batch)
+        with pytest.raises(ValueError, match="`embedding_dropout` draws another frozen pass at each step"):
+            model.train()(**batch)
+
+
 def test_cache_refuses(tmp_path: Path) -> None:
     model, samples = vqt("vit"), Samples("vit")
     cache = FrozenPassCache.write(model, DataLoader(samples, 4), tmp_path / "cache")
@@ -1012,6 +1056,7 @@ def test_autocast(checkpointing: bool) -> None:
         ({"num_queries": -1}, "num_queries"),
         ({"pooling": "max"}, "pooling"),
         ({"dropout": 1.0}, "dropout"),
+        ({"embedding_dropout": 1.0}, "`embedding_dropout` must be at least 0 and below 1"),
         ({"group_lasso": -1.0}, "group_lasso"),
         ({"init_weights": "zeros"}, "init_weights"),
         ({"num_selected_features": 0}, "num_selected_features"),

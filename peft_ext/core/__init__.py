@@ -11,6 +11,7 @@ from .config import ExtConfig, after_saving
 from .files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    STUMBLES,
     Adapter,
     BadInput,
     Column,
@@ -52,6 +53,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "HALF",
+    "STUMBLES",
     "About",
     "Adapter",
     "AdapterVector",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .files import Adapter, Column, Figures, Reading, Row, Site, is_trained
+from .files import STUMBLES, Adapter, BadInput, Column, Figures, Reading, Row, Site, is_trained
 from .names import layer_and_type
 from .pictures import HeatMap, Picture
 
@@ -65,8 +65,7 @@ class About:
         """What the tensors of one site say: figures for its row, and the updates by the tensor of the base.
 
         Raises:
-            BadInput: They cannot be what the method saved. A KeyError, IndexError, TypeError, AttributeError or
-                RuntimeError is reported as such too.
+            BadInput: They cannot be what the method saved. Whatever else goes wrong is reported as such too.
         """
         return {}, {}
 
@@ -93,7 +92,9 @@ class About:
         """`read`, with whatever it stumbles over said as a `BadInput`."""
         try:
             return self.read(adapter, site)
-        except (KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
+        except BadInput:
+            raise
+        except STUMBLES as error:
             raise adapter.misfit(f"{site.module!r}: {type(error).__name__} {error}") from error
 
     def figures(self, adapter: Adapter, rows: Sequence[Row]) -> Figures:

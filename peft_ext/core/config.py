@@ -20,6 +20,8 @@ from ..version import __version__
 from .registry import is_registered
 
 
+LARGEST = torch.finfo(torch.float32).max
+
 _after_saving: list[Callable[[str], None]] = []
 
 
@@ -97,6 +99,7 @@ class ExtConfig(PeftConfig):
                 "method of that name itself. Use PEFT's method, or install an older peft."
             )
         self.peft_type = PeftType(self.METHOD)
+        self._check_numbers()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -140,6 +143,13 @@ class ExtConfig(PeftConfig):
                 f"{self.init_weights!r}."
             )
         self._check_version()
+
+    def _check_numbers(self) -> None:
+        """Refuses what no tensor of a model can hold, which would otherwise end in torch's words, or in infinities."""
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+                raise ValueError(f"`{part.name}` must be a finite number that float32 can hold, got {value!r}.")
 
     def _check_version(self) -> None:
         if self.peft_ext_version is None:
@@ -194,8 +204,18 @@ class ExtConfig(PeftConfig):
         """Reads `adapter_config.json`; as in PEFT, the config is of the class of the method that the file names.
 
         Where that is another method than this class's, a warning says so.
+
+        Raises:
+            ValueError: No method of that name is known, or a field has a value that the method cannot use.
         """
-        config = super().from_pretrained(*args, **kwargs)
+        directory = str(args[0] if args else kwargs["pretrained_model_name_or_path"])
+        try:
+            config = super().from_pretrained(*args, **kwargs)
+        except KeyError as error:
+            raise ValueError(
+                f"The adapter_config.json in {directory!r} is of the method {error.args[0]!r}, which neither the "
+                f"installed peft nor peft_ext {__version__} has; run `pip install -U peft peft-ext`."
+            ) from None
         if not isinstance(config, cls):
             warnings.warn(
                 f"This is the config of an adapter of the method {config.peft_type.value}, not {cls.METHOD}: it is "
@@ -205,7 +225,6 @@ class ExtConfig(PeftConfig):
             )
         if isinstance(config, ExtConfig):
             config.awaits_weights = True
-            directory = str(args[0] if args else kwargs["pretrained_model_name_or_path"])
             config.check_sizes(directory, kwargs.get("subfolder"))
         return config
 

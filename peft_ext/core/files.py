@@ -12,6 +12,8 @@ import torch
 from .updates import LowRank, Update
 
 
+# what reading numbers of a damaged file may end in
+STUMBLES = (KeyError, IndexError, RuntimeError, AttributeError, TypeError, ValueError, ArithmeticError)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 Row = dict[str, Any]  # of a table: `module`, `layer`, `type`, `parameters`, and what the method tells

@@ -71,7 +71,7 @@ class Stored:
             if len(own) > 1:
                 self.groups.append({in_model + part for part in own})
             self._check(in_file, leaf, own, parts)
-        known = set(model.state_dict())
+        known = model.state_dict()
         for key, tensor in rest.items():
             self._check_rest(key, tensor, known)
         self.tensors |= rest
@@ -97,13 +97,17 @@ class Stored:
             except ValueError as error:
                 self.faults.append(f"{name.removesuffix('.')}: {error}")
 
-    def _check_rest(self, key: str, tensor: torch.Tensor, known: set[str]) -> None:
+    def _check_rest(self, key: str, tensor: torch.Tensor, known: Mapping[str, torch.Tensor]) -> None:
         owner, _, part = key.rpartition(".")
         names = (key, f"{owner}{INNER}.{part}")
-        if not any(name in known or name.removeprefix(PEFT_PREFIX) in known for name in names):
+        found = (known.get(name, known.get(name.removeprefix(PEFT_PREFIX))) for name in names)
+        own = next((tensor for tensor in found if tensor is not None), None)
+        if own is None:
             self.faults.append(f"{key} belongs to nothing in the model")
         elif tensor.is_floating_point():
             self._check_finite(key, tensor)
+        elif own.is_floating_point():
+            self.faults.append(f"{key} is of type {tensor.dtype}, not {own.dtype}")
 
     def _check_finite(self, key: str, tensor: torch.Tensor) -> None:
         if not bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()):

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from ..core import ADAPTER_WEIGHTS, Adapter, Row, about_of, is_trained
+from ..core import ADAPTER_WEIGHTS, STUMBLES, Adapter, BadInput, Row, about_of, is_trained
 from .pruned import describe_pruned
 from .reading import directory_of, is_pruned, read_adapter
 from .tables import grouped, totals, with_ratios
@@ -29,7 +29,9 @@ def rows_of(adapter: Adapter) -> list[Row]:
     about = about_of(adapter.method)
     try:
         rows = about.rows(adapter)
-    except (KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
+    except BadInput:
+        raise
+    except STUMBLES as error:
         raise adapter.misfit(f"{type(error).__name__} {error}") from error
     return [with_ratios(row, about.columns) for row in rows]
 

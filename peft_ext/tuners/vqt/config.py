@@ -26,6 +26,8 @@ class VQTConfig(ExtConfig):
         pooling: How the T outputs of a layer become features: `"concatenate"` (T * D features, as published),
             `"mean"` (D) or `"weighted"` (D, a learnt weighted sum that starts as the plain sum).
         dropout: Probability with which an element of a query is dropped during training.
+        embedding_dropout: Probability with which an element of the backbone's embeddings is dropped during training.
+            The published training keeps the dropout of ViT's embeddings on, which is 0.1 there.
         group_lasso: Weight of the sum of the L2 norms of the head's columns (one per feature), which is added to the
             loss during training; [`select_features`] sets it.
         num_selected_features: How many feature columns the head reads; `None`: all. Written by [`select_features`].
@@ -43,6 +45,7 @@ class VQTConfig(ExtConfig):
     num_queries: int = field(default=10, metadata={"help": "Number of learnt queries per layer."})
     pooling: str = field(default="concatenate", metadata={"help": f"How a layer's outputs are pooled: {POOLINGS}."})
     dropout: float = field(default=0.1, metadata={"help": "Dropout of the queries."})
+    embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout of the backbone's embeddings."})
     group_lasso: float = field(default=0.0, metadata={"help": "Weight of the group lasso over feature columns."})
     num_selected_features: int | None = field(
         default=None, metadata={"help": "How many feature columns the head reads; written by select_features."}
@@ -61,8 +64,9 @@ class VQTConfig(ExtConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.pooling not in POOLINGS:
             raise ValueError(f"`pooling` must be one of {', '.join(map(repr, POOLINGS))}, got {self.pooling!r}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be at least 0 and below 1, got {self.dropout!r}.")
+        for name in ("dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)!r}.")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative, got {self.group_lasso!r}.")
         if self.id2label is not None:

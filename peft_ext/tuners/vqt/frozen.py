@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .families import Family
+
+
+EMBEDDINGS = "embeddings"  # the submodule of a backbone, under one name in all families
 
 
 @dataclass
@@ -48,6 +52,25 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = own
+
+
+def run_without_compiler(model: nn.Module) -> None:
+    """Lets `torch.compile` end its graph at the forward of `model`, inside of which hooks and forwards come and go."""
+    own = model.__dict__.get("forward")  # accelerate puts one here
+    # a bound method, so that a copy of the model runs itself and not `model`
+    eager = (
+        MethodType(torch.compiler.disable(type(model).forward), model) if own is None else torch.compiler.disable(own)
+    )
+    model.forward = eager  # type: ignore[method-assign]
+
+
+def run_as_before(model: nn.Module) -> None:
+    """Undoes `run_without_compiler`."""
+    eager: Any = model.__dict__.get("forward")
+    if isinstance(eager, MethodType):
+        del model.forward
+    elif hasattr(eager, "_torchdynamo_orig_callable"):
+        model.forward = eager._torchdynamo_orig_callable
 
 
 @contextmanager
@@ -133,6 +156,35 @@ def run_block(
     return output[0] if isinstance(output, tuple) else output
 
 
+class EmbeddingDropout:
+    """While open, elements of the backbone's embeddings `(B, N, D)` are dropped with a probability.
+
+    Attributes:
+        dropped: Which ones. They are drawn in the first pass; given, they are dropped again.
+    """
+
+    def __init__(self, backbone: nn.Module, probability: float, dropped: torch.Tensor | None = None) -> None:
+        self.backbone = backbone
+        self.probability = probability
+        self.dropped = dropped
+
+    def __enter__(self) -> Self:
+        self.handle = self.backbone.get_submodule(EMBEDDINGS).register_forward_hook(self._drop)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.handle.remove()
+
+    def _drop(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.probability == 0:
+            return output
+        states, *rest = output if isinstance(output, tuple) else (output,)
+        if self.dropped is None:
+            self.dropped = torch.rand(states.shape, device=states.device) < self.probability
+        states = states.masked_fill(self.dropped, 0.0) / (1 - self.probability)
+        return (states, *rest) if isinstance(output, tuple) else states
+
+
 class AllFound(Exception):
     """The keys and values of the last block are known, so the rest of the frozen pass would be for nothing."""
 
@@ -216,22 +268,3 @@ class Capture:
             self.on_block(self.index, Frozen(**found))
         finally:
             self.is_reading = False
-
-
-class Rerun(torch.autograd.Function):
-    """Gives the query outputs, which were computed without autograd, a backward that runs the frozen pass again."""
-
-    @staticmethod
-    def forward(ctx: Any, replay: Callable[..., Any], layers: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """tensors: the query rows of each layer, their outputs, and whatever else `replay` needs."""
-        ctx.replay, ctx.layers = replay, layers
-        rows, outputs, inputs = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
-        ctx.save_for_backward(*rows, *inputs)
-        return tuple(output.view_as(output) for output in outputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        row_grads = ctx.replay(saved[: ctx.layers], grads, saved[ctx.layers :])
-        return (None, None, *row_grads, *[None] * (len(ctx.needs_input_grad) - 2 - ctx.layers))

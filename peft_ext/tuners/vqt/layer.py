@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,16 +17,18 @@ from ...core import ExtLayer
 from .config import VQTConfig
 from .families import Family
 from .frozen import (
-    AllFound,
     Capture,
+    EmbeddingDropout,
     Frozen,
-    Rerun,
     attend,
     attention_weights,
     replaced_forward,
+    run_as_before,
     run_block,
+    run_without_compiler,
 )
 from .queries import PoolingWeights, QueryHead, QueryRows, QueryTokens
+from .rerun import rerunnable
 
 
 CHILD = "vqt"  # the name of the layer in the model; PEFT skips names that contain the prefix `vqt_`
@@ -69,6 +71,7 @@ class VQTLayer(ExtLayer):
         super().__init__(nn.Identity())
         self.family = family
         self._model = (model,)  # in a tuple, which hides it from nn.Module
+        run_without_compiler(model)
         self.configs: dict[str, VQTConfig] = {}
         self.cache: FrozenPass | None = None
         self.penalised_steps = 0  # how often a group lasso was added to the loss
@@ -192,6 +195,7 @@ class VQTLayer(ExtLayer):
             handle.remove()
         self.enable_adapters(False)
         delattr(model, CHILD)
+        run_as_before(model)
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         raise ValueError(
@@ -231,6 +235,7 @@ class VQTLayer(ExtLayer):
 
     # One forward
 
+    @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._close()  # a forward that was interrupted from the keyboard has left its own behind
         active = self.active_names()
@@ -253,7 +258,13 @@ class VQTLayer(ExtLayer):
     def _run_backbone(self, reading: _Reading, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         family, backbone, blocks = self.family, self.backbone, self.blocks(reading.adapter)
         reading.grad = torch.is_grad_enabled()
+        embedding_dropout = self.configs[reading.adapter].embedding_dropout if self.training else 0.0
         if self.cache is not None:
+            if embedding_dropout > 0:
+                raise ValueError(
+                    "`embedding_dropout` draws another frozen pass at each step, which no cache holds: train without "
+                    "the cache, or with `embedding_dropout=0`."
+                )
             hit = self.cache.look_up(self, reading.adapter, args, kwargs)
             if hit is not None:
                 frozen, reading.class_token, stub = hit
@@ -280,65 +291,19 @@ class VQTLayer(ExtLayer):
 
         # a block that is run on queries while transformers records hidden states would be recorded too
         on_block = (lambda *found: later.append(found)) if _records_outputs(backbone, kwargs) else read
-        with torch.set_grad_enabled(reading.grad and trains_backbone), Capture(family, blocks, on_block):
+        dropout = EmbeddingDropout(backbone, embedding_dropout)
+        with torch.set_grad_enabled(reading.grad and trains_backbone), dropout, Capture(family, blocks, on_block):
             output = forward(*args, **kwargs)
         for found in later:
             read(*found)
         if rerun:
-            self._make_rerunnable(reading, blocks, args, kwargs)
+            reading.outputs = rerunnable(
+                family, backbone, blocks, reading.rows, reading.outputs, dropout, args, kwargs
+            )
         return output
 
     def _rows(self, adapter: str, batch: int) -> list[QueryRows]:
         return self.vqt_queries[adapter](batch)
-
-    def _make_rerunnable(
-        self, reading: _Reading, blocks: dict[int, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Replaces the query outputs by ones whose backward runs the frozen pass again."""
-        call = [*args, *kwargs.values()]
-        at = [index for index, value in enumerate(call) if isinstance(value, torch.Tensor)]
-        inputs = [call[index] for index in at]
-        rest = [None if isinstance(value, torch.Tensor) else value for value in call]  # the tensors autograd keeps
-        device = reading.rows[0].rows.device.type
-        autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        family, backbone = self.family, self.backbone
-        places = {index: place for place, index in enumerate(blocks)}
-        masks = [one.dropped for one in reading.rows if one.dropped is not None]
-        probability = reading.rows[0].probability
-
-        def replay(
-            rows: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
-        ) -> list[torch.Tensor]:
-            again = list(rest)
-            dropped = tensors[len(at) :]
-            for index, tensor in zip(at, tensors, strict=False):
-                again[index] = tensor
-            row_grads: dict[int, torch.Tensor] = {}
-
-            def read(index: int, frozen: Frozen) -> None:
-                place = places[index]
-                with torch.enable_grad():
-                    leaf = rows[place].detach().requires_grad_()
-                    queries = QueryRows(leaf, dropped[place] if dropped else None, probability)
-                    output = run_block(family, blocks[index], frozen, queries())
-                (row_grads[place],) = torch.autograd.grad(output, leaf, grads[place])
-
-            if backbone.training:
-                backbone.eval()
-            named = dict(zip(kwargs, again[len(args) :], strict=True))
-            with (
-                torch.no_grad(),
-                torch.autocast(device, enabled=autocast[0], dtype=autocast[1]),
-                Capture(family, blocks, read, cut_short=_may_be_cut_short(backbone)) as capture,
-            ):
-                try:
-                    backbone(*again[: len(args)], **named)
-                except AllFound:
-                    capture.finish()
-            return [row_grads[place] for place in range(len(rows))]
-
-        tensors = [*(one.rows for one in reading.rows), *reading.outputs.values(), *inputs, *masks]
-        reading.outputs = dict(zip(blocks, Rerun.apply(replay, len(reading.rows), *tensors), strict=True))
 
     def _take_class_token(self, reading: _Reading, module: nn.Module, args: tuple[Any, ...]) -> None:
         if reading.class_token is None:
@@ -360,6 +325,7 @@ class VQTLayer(ExtLayer):
             pooled = [z.flatten(1) for z in outputs]
         return torch.cat([F.normalize(part, dim=-1) for part in (class_token, *pooled)], dim=-1)
 
+    @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         reading = self._close()
         if output is None or reading is None:
@@ -441,15 +407,6 @@ class VQTLayer(ExtLayer):
             rows = queries.weight[place].expand(len(frozen.keys), -1, -1)
             run_block(self.family, block, frozen, rows, look)
         return maps
-
-
-def _may_be_cut_short(backbone: nn.Module) -> bool:
-    """Whether nothing has to be tidied up after each module: FSDP frees the shards then, accelerate offloads."""
-    return not any(
-        hasattr(module, "_hf_hook")
-        or any(cls.__name__.startswith(("FSDP", "FullySharded")) for cls in type(module).__mro__)
-        for module in backbone.modules()
-    )
 
 
 def _records_outputs(backbone: nn.Module, kwargs: Mapping[str, Any]) -> bool:
