@@ -4,6 +4,7 @@ from .calibrate import calibrate
 from .core import ExtConfig, PeftMixedModel, load_plugins, register_method
 from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_as_lora, save_pruned
 from .loading import load
+from .training import layer_sampling
 from .tuners import mask_pruning, sparse_ft, spt, ssf, vqt
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.sparse_ft import (
@@ -47,6 +48,7 @@ __all__ = [
     "graft",
     "import_lt_sft",
     "keep_ratios",
+    "layer_sampling",
     "load",
     "load_pruned",
     "lt_sft",

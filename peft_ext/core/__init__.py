@@ -32,7 +32,7 @@ from .names import layer_and_type
 from .packages import load_plugins
 from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
 from .registry import Method, about_of, is_registered, method_of, methods, register_method
-from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps
+from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps, owners_of, stop_listening
 from .targets import (
     backbone_linears,
     backbone_modules,
@@ -110,8 +110,10 @@ __all__ = [
     "methods",
     "needs_plain_operations",
     "overlap_of",
+    "owners_of",
     "register_method",
     "spread",
+    "stop_listening",
     "tuner_of",
     "unadapted_modules",
     "warn_of_experts",

@@ -14,7 +14,7 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSet, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -79,6 +79,25 @@ def listen_to_steps(listener: StepListener) -> None:
     """From now on `listener` is told of every optimizer step, for as long as it lives; it is held weakly."""
     _listeners.add(listener)
     _install_hooks(listener)
+
+
+def stop_listening(listener: StepListener) -> None:
+    """From now on `listener` is told of nothing more."""
+    _listeners.discard(listener)
+    _remove_hooks_if_unused()
+
+
+def owners_of(parameters: Sequence[torch.Tensor]) -> list[Optimizer | None]:
+    """The optimizer that owns each, `None` where there is none yet. Looks through all live objects, as `optimizer_of`."""
+    _found.update(candidate for candidate in gc.get_objects() if issubclass(type(candidate), Optimizer))
+    owners = {
+        id(parameter): optimizer
+        for optimizer in _found
+        if not _leaves_steps_to_others(optimizer)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return [owners.get(id(parameter)) for parameter in parameters]
 
 
 def optimizer_of(parameter: torch.Tensor) -> Optimizer | None:
@@ -207,12 +226,14 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _owned_listeners(optimizer: Optimizer) -> list[tuple[Any, dict[str, Any]]]:
-    by_weight = {id(listener.weight): listener for listener in _listeners}
+    by_weight: dict[int, list[Any]] = {}
+    for listener in _listeners:
+        by_weight.setdefault(id(listener.weight), []).append(listener)
     return [
-        (by_weight[id(parameter)], group)
+        (listener, group)
         for group in optimizer.param_groups
         for parameter in group["params"]
-        if id(parameter) in by_weight
+        for listener in by_weight.get(id(parameter), ())
     ]
 
 
