@@ -34,6 +34,7 @@ from peft_ext import (
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
+    WeGeFTConfig,
     plots,
 )
 
@@ -47,6 +48,7 @@ FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
         [SparseFTCallback()],
     ),
     "spt": (SPTConfig(budget=0.05, r=4, modules_to_save=["classifier"]), 5e-3, []),
+    "wegeft": (WeGeFTConfig(r=16, modules_to_save=["classifier"]), 5e-3, []),
     "mask_pruning": (
         MaskLoraConfig(target_sparsity=0.25, modules_to_save=["classifier"]),
         5e-3,

@@ -5,7 +5,7 @@ from .core import ExtConfig, PeftMixedModel, load_plugins, register_method
 from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_as_lora, save_pruned
 from .loading import load
 from .training import layer_sampling
-from .tuners import mask_pruning, sparse_ft, spt, ssf, vqt
+from .tuners import mask_pruning, sparse_ft, spt, ssf, vqt, wegeft
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.sparse_ft import (
     SparseFTCallback,
@@ -19,10 +19,18 @@ from .tuners.sparse_ft import (
 from .tuners.spt import SPTConfig, SPTModel
 from .tuners.ssf import SSFConfig, SSFModel
 from .tuners.vqt import FrozenPassCache, VQTConfig, VQTModel, attention_maps, select_features
+from .tuners.wegeft import WeGeFTConfig, WeGeFTModel
 from .version import __version__
 
 
-METHODS = ("SSF", "VQT", "SPARSE_FT", "SPT", "MASK_PRUNING")  # the peft types that importing this package adds
+METHODS = (
+    "SSF",
+    "VQT",
+    "SPARSE_FT",
+    "SPT",
+    "MASK_PRUNING",
+    "WEGEFT",
+)  # the peft types that importing this package adds
 
 __all__ = [
     "METHODS",
@@ -41,6 +49,8 @@ __all__ = [
     "SparseFTModel",
     "VQTConfig",
     "VQTModel",
+    "WeGeFTConfig",
+    "WeGeFTModel",
     "__version__",
     "attention_maps",
     "calibrate",
@@ -65,4 +75,5 @@ register_method("vqt", VQTConfig, VQTModel, about=vqt.ABOUT)
 register_method("sparse_ft", SparseFTConfig, SparseFTModel, about=sparse_ft.ABOUT)
 register_method("spt", SPTConfig, SPTModel, about=spt.ABOUT)
 register_method("mask_pruning", MaskLoraConfig, MaskLoraModel, about=mask_pruning.ABOUT)
+register_method("wegeft", WeGeFTConfig, WeGeFTModel, about=wegeft.ABOUT)
 load_plugins()

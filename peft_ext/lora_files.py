@@ -52,6 +52,10 @@ def write_lora(
     besides = {key: tensor for key, tensor in own.items() if prefix not in key}
     os.makedirs(path, exist_ok=True)
     lora.save_pretrained(os.fspath(path))
-    kept = {key: tensor.detach().cpu().contiguous() for key, tensor in {**tensors, **besides}.items()}
+    # cloned, since modules may share a factor, and safetensors takes no tensors that share memory
+    kept = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in {**tensors, **besides}.items()
+    }
     save_file(kept, Path(path, ADAPTER_WEIGHTS), metadata={"format": "pt"})
     return lora

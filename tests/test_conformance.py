@@ -11,7 +11,7 @@ from models import tiny
 from peft import PeftModel
 
 import peft_ext
-from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig
+from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig, WeGeFTConfig
 from peft_ext.testing import Method, MethodConformance
 
 
@@ -87,7 +87,20 @@ class TestVQT(MethodConformance):
     )
 
 
-METHODS = {case.method.prefix.rstrip("_"): case for case in (TestSSF, TestSparseFT, TestSPT, TestMaskPruning, TestVQT)}
+class TestWeGeFT(MethodConformance):
+    method = Method(
+        prefix="wegeft_",
+        config=partial(WeGeFTConfig, r=2),
+        models=("mlp", "llama", "gpt2", "bert", "vit"),
+        fields={"mlp": {"target_modules": ["fc1", "fc2"]}},
+        mixes_batches=True,
+    )
+
+
+METHODS = {
+    case.method.prefix.rstrip("_"): case
+    for case in (TestSSF, TestSparseFT, TestSPT, TestMaskPruning, TestVQT, TestWeGeFT)
+}
 
 
 def test_loading_with_mismatched_shapes_names_the_module(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def _load() -> ModuleType:
 
 cost = _load()
 VQT = cost.COST_NAMES["vqt"]
-COMPARED = ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt")
+COMPARED = ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", "wegeft")
 SETTINGS = cost.Settings(rounds=2, warmup=1, threads=1)
 ONE_ROUND = cost.Settings(rounds=1, warmup=0, threads=1)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -49,6 +49,7 @@ METHOD_PAGES = {
     "sparse": peft_ext.SparseFTConfig,
     "spt": peft_ext.SPTConfig,
     "mask_pruning": peft_ext.MaskLoraConfig,
+    "wegeft": peft_ext.WeGeFTConfig,
 }
 # what the rows of a reader's data are
 IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"

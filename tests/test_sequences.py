@@ -29,6 +29,7 @@ METHODS = {
         reference=references.mask_pruning,
     ),
     "vqt": of("vqt"),
+    "wegeft": of("wegeft"),
     "spiel": of(
         "sparse_ft",
         config=partial(
@@ -68,4 +69,9 @@ class TestVQT(SequenceTests):
 
 class TestSpiel(SequenceTests):
     method = METHODS["spiel"]
+    sequences = 4
+
+
+class TestWeGeFT(SequenceTests):
+    method = METHODS["wegeft"]
     sequences = 4

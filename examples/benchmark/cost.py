@@ -295,7 +295,7 @@ ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
     ),
     **{
         COST_NAMES[name]: _compared(name)
-        for name in ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt")
+        for name in ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", "wegeft")
     },
 }
 METHODS = (*REFERENCES, *ADAPTERS)

@@ -6,6 +6,7 @@ the methods that cannot choose. The classification head is trained with each and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 import peft_ext
-from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig, fix_masks
+from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig, WeGeFTConfig, fix_masks
 from peft_ext.calibrate import ExactScores
 from peft_ext.core import tuner_of
 from peft_ext.tuners.mask_pruning import MaskLoraLayer
@@ -178,6 +179,19 @@ def _vqt(setting: Setting) -> PeftConfig:
     return VQTConfig(task_type=setting.task_type if hasattr(setting.model, "bert") else None, num_queries=4)
 
 
+def _wegeft(setting: Setting, share: str) -> PeftConfig:
+    """On all Linears; maps that all layers share have a higher rank at the same size.
+
+    Raises:
+        ValueError: The budget is below rank 1.
+    """
+    widths = [(re.sub(r"\d+", "", name), linear.in_features) for name, linear in setting.linears.items()]
+    rank = setting.budget // (2 * sum(width for _, width in (set(widths) if share == "target" else widths)))
+    if rank < 1:
+        raise ValueError(f"a budget of {setting.budget} weights is below rank 1 on all Linear modules")
+    return WeGeFTConfig(r=rank, share=share, **setting.common)
+
+
 def _pruning(setting: Setting, how: str, sparsity: float) -> PeftConfig:
     # the controls train LoRA alone until `SetMasks` decides
     phases = {"fix_ratio": FIX_RATIO} if how == "mask" else {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0}
@@ -241,6 +255,8 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "sensitivity": lambda setting: _calibrated(setting, _sparse(setting, "sensitivity")),
     "spt": partial(_spt, at_random=False),
     "spt-random": partial(_spt, at_random=True),
+    "wegeft": partial(_wegeft, share="target"),
+    "wegeft-apart": partial(_wegeft, share="none"),
     **{
         f"{how}-{percent}": partial(_pruning, how=how, sparsity=percent / 100)
         for percent in (20, 25, 50)
@@ -262,6 +278,7 @@ COST_NAMES = {  # as `cost.py` calls them
     "vqt": "VQT, 4 queries",
     "spiel-ag": "SpIEL-AG",
     "spt-random": "SPT, at random",
+    "wegeft": "WeGeFT",
     "mask-25": "mask-pruning LoRA r=8",
 }
 TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by its key
@@ -277,6 +294,7 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "smallest": "sparse, smallest weights",
     "sensitivity": "sparse, by sensitivity",
     "spt": "SPT",
+    "wegeft-apart": "WeGeFT, maps not shared",
     **{f"mask-{percent}": f"mask-pruning LoRA, {percent} %" for percent in (20, 25, 50)},
     **{f"magnitude-{percent}": f"LoRA, {percent} % cut by magnitude" for percent in (20, 25, 50)},
     **{f"random-{percent}": f"LoRA, {percent} % cut at random" for percent in (20, 25, 50)},

@@ -24,7 +24,7 @@ from .files import (
 )
 from .hooks import MethodHooks
 from .layer import ExtLayer
-from .leaves import HALF, AdapterVector, ExactLeaf
+from .leaves import HALF, AdapterVector, ExactLeaf, SharedLeaf
 from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
 from .modes import evaluating, is_hooked, needs_plain_operations, without_adapters
@@ -78,6 +78,7 @@ __all__ = [
     "Picture",
     "Reading",
     "Row",
+    "SharedLeaf",
     "Site",
     "Sparse",
     "StepListener",

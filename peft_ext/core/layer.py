@@ -13,6 +13,7 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 
 from .config import ExtConfig
+from .leaves import SharedLeaf
 from .targets import features_of
 
 
@@ -165,7 +166,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
             name
             for container in self.adapter_layer_names
             for name, leaf in getattr(self, container).items()
-            if name in self.merged_adapters and any(p.requires_grad for p in leaf.parameters())
+            if name in self.merged_adapters and any(p.requires_grad for p in SharedLeaf.owned(leaf).parameters())
         ]
         if trainable:
             raise ValueError(
@@ -299,12 +300,22 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         self._unmerged.setdefault(key, parameter.data)
         parameter.data = value.to(parameter.dtype)
 
+    def unmerged_weight(self) -> torch.Tensor:
+        """The base layer's weight as it was before any adapter of this layer was merged, dequantised."""
+        if "weight" not in self._unmerged:
+            return self.get_base_weight()
+        kept: Any = self._unmerged["weight"]
+        if not self._keeps_quantized():
+            return kept
+        base: Any = self.get_base_layer()
+        current, base.weight = base.weight, kept
+        weight = self.get_base_weight()
+        base.weight = current
+        return weight
+
     def _keeps_quantized(self) -> bool:
         """Whether a merge replaces the quantised weight as one object, which can then be put back as it was."""
-        return self.quantization_backend is not None and self.quantization_backend.backend_name in (
-            "bnb 4bit",
-            "torchao",
-        )
+        return getattr(self.quantization_backend, "backend_name", None) in ("bnb 4bit", "torchao")
 
     def unmerge(self) -> None:
         """Puts the base layer's own tensors back, bit for bit (8-bit and HQQ weights: requantised)."""

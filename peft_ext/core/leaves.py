@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from .schedule import exempt_from_weight_decay
 
@@ -40,6 +41,37 @@ class AdapterVector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, offset={self.offset}"
+
+
+class SharedLeaf(nn.Module):
+    """Stands in a layer for a linear leaf that another module of the model owns and several layers use.
+
+    It has no parameters of its own, so that these are saved, sharded and counted once, at their owner's.
+
+    Args:
+        container: The owner's leaves.
+        key: Which of them: the adapter's name.
+    """
+
+    def __init__(self, container: nn.ModuleDict, key: str) -> None:
+        super().__init__()
+        self._owner = (container, key)  # in a tuple, so that it is no submodule; FSDP may exchange the leaf in there
+
+    @staticmethod
+    def owned(leaf: nn.Module) -> Any:
+        """The leaf that has the parameters: that which `leaf` stands for, or `leaf` itself."""
+        if not isinstance(leaf, SharedLeaf):
+            return leaf
+        container, key = leaf._owner
+        return container[key]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `(..., in)`, on any device: a layer may be on another one than the leaf."""
+        leaf = self.owned(self)
+        if leaf.weight.device == x.device:
+            output: torch.Tensor = leaf(x)
+            return output
+        return functional_call(leaf, {"weight": leaf.weight.to(x.device)}, (x,))
 
 
 def copy_state(source: nn.Module, target: nn.Module) -> bool:

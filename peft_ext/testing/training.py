@@ -141,9 +141,8 @@ class TrainingTests(ConformanceTests):
         model = self.adapted(name, layers_to_transform=layers)
         wanted = {layers} if isinstance(layers, int) else set(layers)
         found = {
-            int(match.group(1)) if (match := re.search(r"\.layers\.(\d+)\.", key)) else None
-            for key in trained_parameters(model)
-            if self.method.prefix in key
+            int(match.group(1)) if (match := re.search(r"\.layers\.(\d+)\.", f".{key}")) else None
+            for key in model.base_model.targeted_module_names
         }
         assert found == wanted
 

@@ -18,12 +18,13 @@ from peft_ext.tuners.spt import SPTModel
 
 Fields = dict[str, Any]
 
-SSF, SPARSE, SPT, MASKS, VQT = (
+SSF, SPARSE, SPT, MASKS, VQT, WEGEFT = (
     peft_ext.SSFConfig,
     peft_ext.SparseFTConfig,
     peft_ext.SPTConfig,
     peft_ext.MaskLoraConfig,
     peft_ext.VQTConfig,
+    peft_ext.WeGeFTConfig,
 )
 # The published start of SSF, gamma ~ N(1, 0.02), is not quite the base model, which some of the tests ask for.
 _IDENTITY: Fields = {"init_weights": "identity"}
@@ -67,6 +68,9 @@ CUSTOM_CASES = [
     _custom("MLP SpIEL 2", "MLP", SPARSE, ["lin0", "lin1"], **_SPIEL),
     _custom("MLP SPT", "MLP", SPT, ["lin0"], **_LOW_RANK),
     _custom("MLP SPT 3", "MLP", SPT, ["lin0"], modules_to_save=["lin1"], **_LOW_RANK),
+    *_on_common_models("WeGeFT", WEGEFT, {})[:3],
+    _custom("MLP WeGeFT 4", "MLP", WEGEFT, ["lin0", "lin1"], share="none"),
+    _custom("EmbConv1D WeGeFT", "EmbConv1D", WEGEFT, ["conv1d"]),
     _custom("MLP MaskLora 1", "MLP", MASKS, "lin0", **_MASKED),
     _custom("MLP MaskLora 2", "MLP", MASKS, ["lin0", "lin1"], **_MASKED),
 ]
@@ -76,15 +80,17 @@ MULTI_ADAPTER_CASES = [
         ("SSF", SSF, {"init_weights": False}),
         ("SparseFT", SPARSE, {**_RANDOM, "init_weights": False}),
         ("SpIEL", SPARSE, {**_SPIEL, "init_weights": False}),
+        ("WeGeFT", WEGEFT, {"r": 4, "init_weights": False}),
     )
     for kind, targets in (("same", ("lin0", "lin0")), ("different", ("lin0", "lin1")))
 ] + [("SPT same", "ours", SPT, {**_LOW_RANK, "init_weights": False}, {**_LOW_RANK, "init_weights": False})]
 MIXED_BATCH_CASES = [
     (
-        f"SSF {kind}",
-        SSF(target_modules=["lin0"], init_weights=False),
-        SSF(target_modules=[other], init_weights=False),
+        f"{name} {kind}",
+        config(target_modules=["lin0"], init_weights=False),
+        config(target_modules=[other], init_weights=False),
     )
+    for name, config in (("SSF", SSF), ("WeGeFT", WEGEFT))
     for kind, other in (("same", "lin0"), ("different", "lin1"))
 ]
 TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
@@ -93,13 +99,14 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
     (SPT, {"target_modules": None, "budget": 500, "dropout": 0.0, "drop_path": 0.0, **_BACKBONE}),
     (MASKS, {"target_modules": None, "prune": ["ffn"], **_SCHEDULE, **_BACKBONE}),
     (VQT, {"target_modules": None}),
+    (WEGEFT, {"target_modules": None, "r": 4, **_BACKBONE}),
 ]
 _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}
 TASKS = {VQT: ("SEQ_CLS",)}  # of methods that do not take part in all
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_weights": 2000})]
 
-SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS)
-SUPPORTS_MIXED_BATCHES = (SSF,)
+SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, WEGEFT)
+SUPPORTS_MIXED_BATCHES = (SSF, WEGEFT)
 CANNOT_MERGE = (VQT,)
 
 NOT_APPLICABLE = [
@@ -141,6 +148,10 @@ EXPECTED_FAILURES = [
         "VQT classifies; its config refuses other tasks at once, where methods of PEFT fail when the model is made",
     ),
     (
+        r"test_training_(encoder_)?decoders_layer_indexing\[WeGeFTConfig",
+        "it counts the trained tensors of each layer, and maps that layers share belong to the model",
+    ),
+    (
         r"test_config_layers_to_transform_index_zero\[VQTConfig",
         "VQT knows the layers of the architectures it takes: `layers_pattern` would have no effect, so it is refused",
     ),
@@ -155,7 +166,7 @@ def _skip_unknown_architectures() -> None:
         vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8, rotary_dim=4, bos_token_id=1, eos_token_id=2
     )
     for name, model_class, config in (("DebertaModel", tf.DebertaModel, deberta), ("GPTJ", tf.GPTJModel, gptj)):
-        for method in (SSF(), MASKS(prune=["ffn"])):
+        for method in (SSF(), MASKS(prune=["ffn"]), WEGEFT()):
             try:
                 get_peft_model(model_class(config), method)
             except ValueError as error:
