@@ -1,6 +1,6 @@
-"""Writes the parameter tables of the method pages from the configs: their fields, defaults and docstrings.
+"""Writes the parameter tables of the method pages from the configs, and the list of methods from the registry.
 
-python docs/parameters.py            # every table between <!-- parameters:CONFIG --> and <!-- /parameters -->
+python docs/parameters.py            # between <!-- parameters:CONFIG --> and <!-- /parameters -->, <!-- methods --> and so on
 python docs/parameters.py --check    # exit status 1 if a page is not up to date
 """
 
@@ -17,9 +17,11 @@ from peft import PeftConfig
 
 import peft_ext
 from peft_ext import ExtConfig
+from peft_ext.core import methods
 
 
 DOCS = Path(__file__).resolve().parent
+INDEX = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- parameters:(\w+) -->\n).*?(<!-- /parameters -->)", re.DOTALL)
 
 
@@ -61,8 +63,19 @@ def table(config: type[ExtConfig]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def index() -> str:
+    """The registered methods with their pages, as a Markdown table."""
+    lines = ["| page | method | |", "|---|---|---|"]
+    for method in methods().values():
+        page = method.about.page.removeprefix("docs/")
+        if method.package == "peft_ext":
+            lines.append(f"| [{page}]({page}) | {method.about.name} | {method.about.idea} |")
+    return "\n".join(lines) + "\n"
+
+
 def updated(text: str) -> str:
     """The page with its tables made anew."""
+    text = INDEX.sub(lambda match: match[1] + index() + match[2], text)
     return BLOCK.sub(lambda match: match[1] + table(getattr(peft_ext, match[2])) + match[3], text)
 
 

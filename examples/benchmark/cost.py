@@ -62,7 +62,7 @@ from peft_ext import MaskLoraConfig, SSFConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from methods import CONFIGS, COST_NAMES, Setting
+from methods import CONFIGS, COST_NAMES, REGISTERED, Setting
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -281,7 +281,7 @@ def _ssf_targets(model: nn.Module) -> dict[str, Any]:
     return {"target_modules": "all-linear"} if isinstance(model, Stack) else {}
 
 
-# a method more is a line more; `common` holds the task type
+# `common` holds the task type; registered methods that have no line here come with their defaults
 ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
     LORA: lambda model, common: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **common),
     "IA3": lambda model, common: IA3Config(**_ia3_targets(model), **common),
@@ -295,7 +295,7 @@ ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
     ),
     **{
         COST_NAMES[name]: _compared(name)
-        for name in ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", "wegeft")
+        for name in ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", *REGISTERED)
     },
 }
 METHODS = (*REFERENCES, *ADAPTERS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers import TrainerCallback
 import peft_ext
 from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig, WeGeFTConfig, fix_masks
 from peft_ext.calibrate import ExactScores
-from peft_ext.core import tuner_of
+from peft_ext.core import about_of, methods, tuner_of
 from peft_ext.tuners.mask_pruning import MaskLoraLayer
 
 
@@ -238,7 +239,25 @@ class Reallocate(TrainerCallback):
 
 # All of them
 
+WRITTEN_OUT = (SSFConfig, VQTConfig, SparseFTConfig, SPTConfig, MaskLoraConfig)  # those with a budget, below
+
+
+def _default(setting: Setting, config: type[PeftConfig]) -> PeftConfig:
+    """A method of which nothing is said here: its default config, calibrated if it looks at data first."""
+    made = config(task_type=setting.task_type)
+    if setting.batches is not None:
+        with suppress(TypeError):  # which says that the method looks at no data
+            return _calibrated(setting, made)
+    return made
+
+
+REGISTERED = {
+    name.lower(): partial(_default, config=method.config)
+    for name, method in methods().items()
+    if method.config not in WRITTEN_OUT
+}
 CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
+    **REGISTERED,  # an entry of their own below gives them a budget
     LORA: lambda setting: LoraConfig(**setting.ranked()),
     "dora": lambda setting: LoraConfig(use_dora=True, **setting.ranked()),
     "adalora": _adalora,
@@ -265,6 +284,7 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
 }
 METHODS = (PROBE, FULL, *CONFIGS)
 COST_NAMES = {  # as `cost.py` calls them
+    **{name: about_of(name.upper()).name for name in REGISTERED},
     PROBE: "linear probe",
     FULL: "full fine-tuning",
     LORA: "LoRA r=8",
@@ -299,7 +319,7 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     **{f"magnitude-{percent}": f"LoRA, {percent} % cut by magnitude" for percent in (20, 25, 50)},
     **{f"random-{percent}": f"LoRA, {percent} % cut at random" for percent in (20, 25, 50)},
 }
-OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt")
+OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt", *REGISTERED)
 
 
 def is_experiment(method: str) -> bool:
