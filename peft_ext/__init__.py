@@ -4,7 +4,7 @@ from .calibrate import calibrate
 from .core import ExtConfig, PeftMixedModel, load_plugins, register_method
 from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_as_lora, save_pruned
 from .loading import load
-from .training import layer_sampling
+from .training import SparseActivationsCallback, activation_report, layer_sampling, sparse_activations
 from .tuners import mask_pruning, sparse_ft, spt, ssf, vqt, wegeft
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.sparse_ft import (
@@ -44,6 +44,7 @@ __all__ = [
     "SPTModel",
     "SSFConfig",
     "SSFModel",
+    "SparseActivationsCallback",
     "SparseFTCallback",
     "SparseFTConfig",
     "SparseFTModel",
@@ -52,6 +53,7 @@ __all__ = [
     "WeGeFTConfig",
     "WeGeFTModel",
     "__version__",
+    "activation_report",
     "attention_maps",
     "calibrate",
     "fix_masks",
@@ -68,6 +70,7 @@ __all__ = [
     "save_as_lora",
     "save_pruned",
     "select_features",
+    "sparse_activations",
 ]
 
 register_method("ssf", SSFConfig, SSFModel, about=ssf.ABOUT)
