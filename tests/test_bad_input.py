@@ -167,6 +167,8 @@ def test_model_that_is_not_of_transformers() -> None:
         ({"shift": "all"}, ValueError, "`shift` must be None, True or False, got 'all'"),
         ({"recover": "no"}, ValueError, "`recover` must be True or False, got 'no'"),
         ({"task_type": "IMAGE_CLS"}, ValueError, "IMAGE_CLS.*SEQ_CLS"),
+        ({"layers_to_transform": {"a": 1}}, TypeError, "`layers_to_transform` must be an index or a list"),
+        ({"layers_to_transform": [1, "2"]}, TypeError, "`layers_to_transform` must be an index or a list"),
         ({"layers_to_transform": 10**40}, ValueError, "`layers_to_transform` must be a finite number"),
         ({"peft_ext_version": "latest"}, ValueError, "`peft_ext_version` is not a version: 'latest'"),
     ],
@@ -180,6 +182,16 @@ def test_config_fields(config: dict[str, Any], error: type[Exception], pattern: 
 def test_numbers_that_no_tensor_holds(value: float) -> None:
     with pytest.raises(ValueError, match="`initial_logit` must be a finite number that float32 can hold"):
         MaskLoraConfig(initial_logit=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "indices", "message"),
+    [("vit", [1], r"no embedding of tokens \(ViT.*Leave it out"), ("bert", [3, 500], r"names the tokens \[500\]")],
+)
+def test_tokens_that_the_model_does_not_have(name: str, indices: list[int], message: str) -> None:
+    model = tiny(name)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, SSFConfig(task_type="SEQ_CLS", trainable_token_indices=indices))
 
 
 # ---------------------------------------------------------------- loading

@@ -117,6 +117,10 @@ class ExtConfig(PeftConfig):
             raise TypeError(
                 f"`trainable_token_indices` must be a list of token ids, or lists by name, got {indices!r}."
             )
+        layers = self.layers_to_transform
+        numbers = layers if isinstance(layers, (list, tuple, set)) else () if layers is None else (layers,)
+        if not all(type(index) is int for index in numbers):
+            raise TypeError(f"`layers_to_transform` must be an index or a list of indices, got {layers!r}.")
         if isinstance(self.modules_to_save, str):
             raise TypeError(
                 f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}; "

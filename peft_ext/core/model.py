@@ -26,7 +26,14 @@ from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
 from .stored import Stored, refuse_other_shapes, without_inner
-from .targets import is_admitted, is_named, matched_targets, refuse_unknown_targets, unadapted_modules
+from .targets import (
+    is_admitted,
+    is_named,
+    matched_targets,
+    refuse_unknown_targets,
+    refuse_unknown_tokens,
+    unadapted_modules,
+)
 from .uncalled import uncalled_modules
 from .upkeep import prepare, restore
 
@@ -184,6 +191,7 @@ class ExtModel(MethodHooks, BaseTuner):
         return dict(matched_targets(config, model))
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        refuse_unknown_tokens(peft_config, model)
         self.check_targets(peft_config, model)
 
     @classmethod

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from difflib import get_close_matches
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_target_module_exists
 from peft.utils import resolve_quantization_backend
@@ -155,3 +157,25 @@ def refuse_unknown_targets(targets: Iterable[str], model: nn.Module) -> None:
             f"Target modules {unknown} not found in the base model, a {type(model).__name__}. Please check the target "
             f"modules and try again; it has modules called {', '.join(similar[:20])}."
         )
+
+
+def refuse_unknown_tokens(config: ExtConfig, model: nn.Module) -> None:
+    """Raises `ValueError` if the model has no embedding of tokens, or none of one in `trainable_token_indices`."""
+    indices = config.trainable_token_indices
+    if not isinstance(indices, list) or not isinstance(model, PreTrainedModel):
+        return
+    with suppress(NotImplementedError):
+        embeddings: Any = model.get_input_embeddings()
+        embeddings = getattr(embeddings, "original_module", embeddings)  # of an adapter that is there already
+        if not hasattr(embeddings, "weight"):
+            raise ValueError(
+                f"`trainable_token_indices` is {indices!r}, but what this {type(model).__name__} reads is no embedding "
+                f"of tokens ({type(embeddings).__name__}). Leave it out."
+            )
+        number = getattr(embeddings, "num_embeddings", len(embeddings.weight))
+        unknown = [index for index in indices if not 0 <= index < number]
+        if unknown:
+            raise ValueError(
+                f"`trainable_token_indices` names the tokens {unknown}; the model has {number}, "
+                "counted from 0. Call `resize_token_embeddings` first if they are new."
+            )

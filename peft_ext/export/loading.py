@@ -19,6 +19,7 @@ from .modeling_pruned import explained, pruned_class, refuse_incomplete
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 # by which classes of transformers say that a config is none, or not theirs
 _NO_CONFIG = (ArithmeticError, AttributeError, LookupError, TypeError, StrictDataclassError)
+MOST_LAYERS = 10_000
 
 
 def load_pruned(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -71,6 +72,13 @@ def refuse_other_kinds(model: PreTrainedModel, path: str) -> None:
 
 def read_config(path: str, **where: Any) -> PreTrainedConfig:
     """The config in a directory or repository, by a class of transformers: no code from there is run, or offered."""
+    fields, _ = PreTrainedConfig.get_config_dict(path, **where)
+    for name, value in fields.items():
+        if "layer" in name and isinstance(value, int) and value > MOST_LAYERS:  # transformers walks over all of them
+            raise ValueError(
+                f"`{name}` of the config.json in {path} is {value}, more than any model has. Restore the one that was "
+                "saved with the weights."
+            )
     return AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
 
 
