@@ -28,6 +28,8 @@ from image_classification import digits, make_trainer, pretrained_on_digits, wit
 
 import peft_ext
 from peft_ext import (
+    BinaryAdapterConfig,
+    BinaryLoraConfig,
     MaskLoraCallback,
     MaskLoraConfig,
     SparseFTCallback,
@@ -41,6 +43,8 @@ from peft_ext import (
 
 # name of the file: config, learning rate, callbacks
 FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
+    "binary_lora": (BinaryLoraConfig(r=8, modules_to_save=["classifier"]), 5e-3, []),
+    "binary_adapter": (BinaryAdapterConfig(r=8, modules_to_save=["classifier"]), 5e-3, []),
     "ssf": (SSFConfig(modules_to_save=["classifier"]), 1e-2, []),
     "sparse": (
         SparseFTConfig(density=0.02, modules_to_save=["classifier"]),

@@ -5,7 +5,9 @@ from .core import ExtConfig, PeftMixedModel, load_plugins, register_method
 from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_as_lora, save_pruned
 from .loading import load
 from .training import SparseActivationsCallback, activation_report, layer_sampling, sparse_activations
-from .tuners import mask_pruning, sparse_ft, spt, ssf, vqt, wegeft
+from .tuners import binary_adapter, binary_lora, mask_pruning, sparse_ft, spt, ssf, vqt, wegeft
+from .tuners.binary_adapter import BinaryAdapterConfig, BinaryAdapterModel
+from .tuners.binary_lora import BinaryLoraConfig, BinaryLoraModel
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.sparse_ft import (
     SparseFTCallback,
@@ -30,10 +32,16 @@ METHODS = (
     "SPT",
     "MASK_PRUNING",
     "WEGEFT",
+    "BINARY_LOW_RANK",
+    "BINARY_ADAPTER",
 )  # the peft types that importing this package adds
 
 __all__ = [
     "METHODS",
+    "BinaryAdapterConfig",
+    "BinaryAdapterModel",
+    "BinaryLoraConfig",
+    "BinaryLoraModel",
     "ExtConfig",
     "FrozenPassCache",
     "MaskLoraCallback",
@@ -79,4 +87,6 @@ register_method("sparse_ft", SparseFTConfig, SparseFTModel, about=sparse_ft.ABOU
 register_method("spt", SPTConfig, SPTModel, about=spt.ABOUT)
 register_method("mask_pruning", MaskLoraConfig, MaskLoraModel, about=mask_pruning.ABOUT)
 register_method("wegeft", WeGeFTConfig, WeGeFTModel, about=wegeft.ABOUT)
+register_method("binary_low_rank", BinaryLoraConfig, BinaryLoraModel, about=binary_lora.ABOUT)
+register_method("binary_adapter", BinaryAdapterConfig, BinaryAdapterModel, about=binary_adapter.ABOUT)
 load_plugins()

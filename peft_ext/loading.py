@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -15,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from .core import methods
+from .core import ADAPTER_CONFIG, methods
+from .packed_files import PACKED, is_packed, unpacked
 from .version import __version__
 
 
@@ -28,7 +30,7 @@ FOR_BOTH = ("token", "cache_dir", "local_files_only")
 
 
 def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, **kwargs: Any) -> PeftModel:
-    """Loads an adapter of this package from a directory or the Hub.
+    """Loads an adapter of this package, or a packed one of any method, from a directory or the Hub.
 
     `PeftModel.from_pretrained` does the same, but ends in `KeyError: 'SSF'` where `peft_ext` was not imported before.
 
@@ -54,6 +56,11 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
             f"The adapter {path!r} is of the method {error.args[0]!r}, which neither the installed peft nor peft_ext "
             f"{__version__} has; run `pip install -U peft peft-ext`."
         ) from None
+    packed = packed_directory(path, where, both)
+    if packed is not None:
+        own = {key: value for key, value in ours.items() if key not in where}
+        with unpacked(packed) as folder:
+            return load(folder, base_model, **own, **both, **kwargs)
     if base_model is None:
         model_cls = base_class(config, path)
         base = str(config.base_model_name_or_path)
@@ -111,6 +118,19 @@ def adapter_file(path: str, where: dict[str, Any], both: dict[str, Any]) -> str 
         return None
     with suppress(EntryNotFoundError):
         return hf_hub_download(path, SAFETENSORS_WEIGHTS_NAME, **where, **both)
+    return None
+
+
+def packed_directory(path: str, where: dict[str, Any], both: dict[str, Any]) -> Path | None:
+    """Where an adapter lies that `compress` or `binarize` has packed, `None` if it is an ordinary one."""
+    local = Path(path, where.get("subfolder") or "")
+    if Path(path).is_dir():
+        return local if is_packed(local) else None
+    if adapter_file(path, where, both) is not None:
+        return None
+    with suppress(EntryNotFoundError):
+        hf_hub_download(path, ADAPTER_CONFIG, **where, **both)
+        return Path(hf_hub_download(path, PACKED, **where, **both)).parent
     return None
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from peft_ext.low_bit import Coded, codebook
+from peft_ext.low_bit import decode as decode_levels
 from peft_ext.sparse import decode
 
 
@@ -70,3 +72,24 @@ def gain(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensor
     gains = 1 + adapter["gain_vector.weight"]
     result = {"weight": gains[:, None] * base["weight"]}
     return result | {"bias": gains * base["bias"]} if "bias" in base else result
+
+
+def binary_low_rank(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """W + scale U D; each has the values of its file, or those that its latents are quantised to."""
+
+    def used(leaf: str, shape: tuple[int, ...]) -> torch.Tensor:
+        weight, stats = (adapter[f"binary_low_rank_{leaf}.{part}"] for part in ("weight", "stats"))
+        levels, thresholds = (torch.tensor(table, dtype=torch.float64) for table in codebook(config.bits))
+        mu, sd = weight.mean(), weight.std()
+        z = (weight - mu) / (sd + 1e-5)
+        level = levels[(z.detach()[..., None] > thresholds).sum(-1)]
+        value = sd * (level + z - z.detach()) + mu
+        if stats[1] < 0:
+            return value
+        stored = decode_levels(Coded(adapter[f"binary_low_rank_{leaf}.codes"], stats), config.bits, shape)
+        return value - value.detach() + stored
+
+    weight = base["weight"]
+    down = used("down", adapter["binary_low_rank_down.weight"].shape)
+    update = config.scale * used("up", adapter["binary_low_rank_up.weight"].shape) @ down
+    return {"weight": weight + (update if update.shape == weight.shape else update.T)}

@@ -11,7 +11,16 @@ from models import tiny
 from peft import PeftModel
 
 import peft_ext
-from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig, WeGeFTConfig
+from peft_ext import (
+    BinaryAdapterConfig,
+    BinaryLoraConfig,
+    MaskLoraConfig,
+    SparseFTConfig,
+    SPTConfig,
+    SSFConfig,
+    VQTConfig,
+    WeGeFTConfig,
+)
 from peft_ext.testing import Method, MethodConformance
 
 
@@ -97,9 +106,43 @@ class TestWeGeFT(MethodConformance):
     )
 
 
+class TestBinaryLora(MethodConformance):
+    method = Method(
+        prefix="binary_low_rank_",
+        config=partial(BinaryLoraConfig, r=4, dropout=0.0),
+        models=("mlp", "llama", "gpt2", "bert", "vit"),
+        fields={"mlp": {"target_modules": ["fc1", "fc2"]}},
+        mixes_batches=True,
+        keeps_fp32=r".*",
+        estimated=r".*",
+    )
+
+
+class TestBinaryAdapter(MethodConformance):
+    method = Method(
+        prefix="binary_adapter_",
+        config=partial(BinaryAdapterConfig, r=4, bits=2, dropout=0.0),
+        models=("mlp", "llama", "gpt2", "bert", "vit"),
+        fields={"mlp": {"target_modules": ["fc1", "fc2"]}},
+        merges=False,
+        mixes_batches=True,
+        keeps_fp32=r".*",
+        estimated=r".*",
+    )
+
+
 METHODS = {
     case.method.prefix.rstrip("_"): case
-    for case in (TestSSF, TestSparseFT, TestSPT, TestMaskPruning, TestVQT, TestWeGeFT)
+    for case in (
+        TestSSF,
+        TestSparseFT,
+        TestSPT,
+        TestMaskPruning,
+        TestVQT,
+        TestWeGeFT,
+        TestBinaryLora,
+        TestBinaryAdapter,
+    )
 }
 
 

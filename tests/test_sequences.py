@@ -30,6 +30,7 @@ METHODS = {
     ),
     "vqt": of("vqt"),
     "wegeft": of("wegeft"),
+    "binary_low_rank": of("binary_low_rank", reference=references.binary_low_rank),
     "spiel": of(
         "sparse_ft",
         config=partial(
@@ -65,6 +66,11 @@ class TestMaskPruning(SequenceTests):
 class TestVQT(SequenceTests):
     method = METHODS["vqt"]
     sequences = 4
+
+
+class TestBinaryLora(SequenceTests):
+    method = METHODS["binary_low_rank"]
+    sequences = 8
 
 
 class TestSpiel(SequenceTests):

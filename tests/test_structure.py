@@ -28,6 +28,8 @@ SHARED = (
     "delta",
     "groups",
     "lora_files",
+    "low_bit",
+    "packed_files",
     "sparse",
     "sparse_files",
 )

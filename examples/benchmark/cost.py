@@ -58,7 +58,7 @@ from transformers import (
 )
 
 import peft_ext
-from peft_ext import MaskLoraConfig, SSFConfig
+from peft_ext import BinaryLoraConfig, MaskLoraConfig, SSFConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -289,6 +289,7 @@ ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
     "LN-tuning": lambda model, common: LNTuningConfig(target_modules=_norms(model), **common),
     "SSF": lambda model, common: SSFConfig(**_ssf_targets(model), **common),
     "SSF, recover=False": lambda model, common: SSFConfig(recover=False, **_ssf_targets(model), **common),
+    "Bi-LoRA r=8": lambda model, common: BinaryLoraConfig(r=8, target_modules="all-linear", **common),
     # in the phase in which it costs most: the masks are drawn and learn
     "mask-pruning LoRA r=8": lambda model, common: MaskLoraConfig(
         target_sparsity=0.25, total_steps=1_000_000, warmup_ratio=0.0, **common

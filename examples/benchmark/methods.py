@@ -30,7 +30,18 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 import peft_ext
-from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig, WeGeFTConfig, fix_masks
+from peft_ext import (
+    BinaryAdapterConfig,
+    BinaryLoraConfig,
+    MaskLoraConfig,
+    SparseFTConfig,
+    SPTConfig,
+    SSFConfig,
+    VQTConfig,
+    WeGeFTConfig,
+    fix_masks,
+)
+from peft_ext.architectures import describe
 from peft_ext.calibrate import ExactScores
 from peft_ext.core import about_of, methods, tuner_of
 from peft_ext.tuners.mask_pruning import MaskLoraLayer
@@ -237,6 +248,24 @@ class Reallocate(TrainerCallback):
         kwargs["model"].base_model.update_and_allocate(state.global_step + 1)
 
 
+def _binary_lora(setting: Setting, bits: int) -> PeftConfig:
+    """LoRA's rank and scale, so that trained weights are those of LoRA."""
+    options = setting.ranked()
+    return BinaryLoraConfig(bits=bits, scale=options.pop("lora_alpha") / options["r"], **options)
+
+
+def _binary_adapter(setting: Setting, bits: int) -> PeftConfig:
+    """As wide a bottleneck as the budget has room for, beside the feed-forward part of each block."""
+    parts = [part for block in describe(setting.model).blocks for part in block.ffn]
+    ends = [
+        setting.linears[part.gate or part.up].in_features + setting.linears[part.down].out_features for part in parts
+    ]
+    width = setting.budget // max(1, sum(ends))
+    if width < 1:
+        raise ValueError(f"a budget of {setting.budget} weights is below a bottleneck of width 1")
+    return BinaryAdapterConfig(r=width, bits=bits, task_type=setting.task_type)
+
+
 # All of them
 
 WRITTEN_OUT = (SSFConfig, VQTConfig, SparseFTConfig, SPTConfig, MaskLoraConfig)  # those with a budget, below
@@ -267,6 +296,9 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "super-tuning": _supertuning,
     "ssf": lambda setting: SSFConfig(task_type=setting.task_type),
     "vqt": _vqt,
+    "bi-lora": partial(_binary_lora, bits=1),
+    "bi-adaptformer": partial(_binary_adapter, bits=1),
+    "adapter": partial(_binary_adapter, bits=32),
     **{name: partial(_sparse, selection=name) for name in ("spiel-ag", "spiel-ma", "lt-sft", "random", "smallest")},
     # not replacing the whole support at first
     "spiel-ag-cosine": partial(_sparse, selection="spiel-ag", reselection_policy="cosine"),
@@ -306,6 +338,9 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "dora": "DoRA",
     "shira": "SHiRA",
     "vqt": "VQT",
+    "bi-lora": "Bi-LoRA, 1 bit",
+    "bi-adaptformer": "Bi-AdaptFormer, 1 bit",
+    "adapter": "bottleneck adapter",
     "spiel-ma": "SpIEL-MA",
     "spiel-ag-cosine": "SpIEL-AG, cosine policy",
     "spiel-ag-100": "SpIEL-AG, every 100 steps",

@@ -32,11 +32,12 @@ class BlockAttention:
 
 @dataclass(frozen=True)
 class BlockFeedForward:
-    """One feed-forward part of a block, with full names; without a gate, `gate` is `None`."""
+    """One feed-forward part of a block, with full names; `None` stands for a gate or norm that it has not."""
 
     up: str
     down: str
     gate: str | None
+    norm: str | None = None
 
 
 @dataclass
@@ -185,7 +186,8 @@ def _blocks(architecture: Architecture, modules: Mapping[str, nn.Module]) -> dic
     for name, number in variants(architecture.ffn, modules):
         part = architecture.ffn[number]
         gate = f"{name}.{part.gate}" if part.gate else None
-        block_at(name).ffn.append(BlockFeedForward(f"{name}.{part.up}", f"{name}.{part.down}", gate))
+        norm = f"{name}.{part.norm}" if part.norm and f"{name}.{part.norm}" in modules else None
+        block_at(name).ffn.append(BlockFeedForward(f"{name}.{part.up}", f"{name}.{part.down}", gate, norm))
     for stack, module in modules.items():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and _ends(stack, architecture.blocks):
             for index in range(len(module)):

@@ -51,11 +51,13 @@ class FeedForward:
         up: The module, or modules, that make its channels.
         down: The module that reads them.
         gate: The module that makes the gate. The same name as `up` stands for one module that makes both.
+        norm: The norm whose output it reads, where the residual stream runs past that norm; given for models of images.
     """
 
     up: str
     down: str
     gate: str | None = None
+    norm: str | None = None
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -136,6 +138,6 @@ def attention(inside: str, names: str, o: str | None = None, **further: object) 
     return Attention(*parts, **further)  # type: ignore[arg-type]
 
 
-def ffn(up: str, down: str, gate: str | None = None) -> FeedForward:
+def ffn(up: str, down: str, gate: str | None = None, norm: str | None = None) -> FeedForward:
     """`ffn("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")`."""
-    return FeedForward(up, down, gate)
+    return FeedForward(up, down, gate, norm)

@@ -305,7 +305,7 @@ _VIT = Architecture(
         attention("attention", _PROJECTIONS),
         attention("attention.attention", "query key value", "attention.output.dense", head_size="attention_head_size"),
     ),
-    ffn=(_MLP, ffn("intermediate.dense", "output.dense")),
+    ffn=(replace(_MLP, norm="layernorm_after"), ffn("intermediate.dense", "output.dense", norm="layernorm_after")),
     embeddings=("patch_embeddings.projection",),
     classifier=Classifier("ViTForImageClassification", "vit", _VIT_BLOCKS),
     unread=r"(.*\.)?pooler\.dense",
@@ -327,12 +327,12 @@ _BEIT = replace(
 )
 _DINOV2 = replace(
     _VIT,
-    ffn=(*_VIT.ffn, _GATED, ffn("mlp.weights_in", "mlp.weights_out", "mlp.weights_in")),
+    ffn=(replace(_MLP, norm="norm2"), _GATED, ffn("mlp.weights_in", "mlp.weights_out", "mlp.weights_in", "norm2")),
     classifier=Classifier("Dinov2ForImageClassification", "dinov2", ("encoder.layer",), class_tokens=2),
 )
 _CLIP = Architecture(
     attention=(attention("self_attn", "q_proj k_proj v_proj out_proj", scale="scale"),),
-    ffn=(_MLP,),
+    ffn=(replace(_MLP, norm="layer_norm2"),),
     embeddings=("token_embedding", "patch_embedding"),
     classifier=Classifier("CLIPForImageClassification", "vision_model", ("encoder.layers",)),
     unread=r"(visual|text)_projection",
@@ -347,7 +347,7 @@ _SIGLIP = replace(
 )
 _SWIN = Architecture(
     attention=(attention("attention", _PROJECTIONS, tables=(_WINDOW_BIAS,)),),
-    ffn=(_MLP,),
+    ffn=(replace(_MLP, norm="layernorm_after"),),
     embeddings=("patch_embeddings.projection",),
     position="bias",
     unread=r".*\.downsample\.reduction",  # has no norm of its own to follow it, and is left out as published

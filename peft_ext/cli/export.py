@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..cards import AUTO_CLASSES, CardInfo, update_card
 from ..core import ADAPTER_CONFIG, Adapter, BadInput, Writer, about_of, method_of, methods
-from ..export import load_pruned, prune_and_unload, save_pruned
+from ..export import FORMS, load_pruned, prune_and_unload, save_pruned
 from ..export.loading import read_config
 from ..inspection import by_site, read_adapter
 from .running import explained
@@ -35,17 +35,21 @@ PROCESSOR_FILES = (
 
 def main(arguments: argparse.Namespace) -> None:
     adapter = read_adapter(arguments.adapter, PROCESSOR_FILES)
+    output: Path = arguments.output
+    if arguments.to in FORMS:
+        check_output(arguments, [adapter.directory])
+        with explained(f"{adapter.source} cannot be made {arguments.to}"):
+            packed = FORMS[arguments.to](adapter.directory)
+            packed.save_pretrained(output)
+        print(
+            f"Wrote {output}: {packed.original_nbytes:,} bytes of tensors as {packed.nbytes:,}; `peft_ext.load` reads it"
+        )
+        return
     base: str | None = arguments.base or adapter.config.get("base_model_name_or_path")
     if not base:
         raise BadInput(f"{adapter.source} does not name its base model: give it with `--base`.")
     write = _writer(adapter, arguments.to)
-    output: Path = arguments.output
-    if output.is_file():
-        raise BadInput(f"{output} is a file: give a directory.")
-    if output.exists() and any(output.samefile(path) for path in (adapter.directory, Path(base)) if path.exists()):
-        raise BadInput(f"{output} is what is read from: give another directory.")
-    if output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
-        raise BadInput(f"{output} is not empty: give another directory, or `--overwrite` to write into it.")
+    check_output(arguments, [adapter.directory, Path(base)])
     with explained(f"The base model {base} does not load"):
         model = _base_model(adapter, base, arguments)
     with explained(f"The adapter {adapter.source} does not fit {base}"), warnings.catch_warnings():
@@ -57,6 +61,17 @@ def main(arguments: argparse.Namespace) -> None:
     with explained(f"{adapter.source} cannot be made {arguments.to}"):
         write(adapter, adapted.eval(), base, output)
     print(f"Wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+def check_output(arguments: argparse.Namespace, sources: list[Path]) -> None:
+    """Raises `BadInput` unless the output can be written without harm to what is read or was there."""
+    output: Path = arguments.output
+    if output.is_file():
+        raise BadInput(f"{output} is a file: give a directory.")
+    if output.exists() and any(output.samefile(path) for path in sources if path.exists()):
+        raise BadInput(f"{output} is what is read from: give another directory.")
+    if output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
+        raise BadInput(f"{output} is not empty: give another directory, or `--overwrite` to write into it.")
 
 
 def _base_model(adapter: Adapter, base: str, arguments: argparse.Namespace) -> PreTrainedModel:

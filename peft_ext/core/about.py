@@ -35,6 +35,9 @@ class About:
         headline: The fields of the config that say most about an adapter.
         page: The address of the method's page: under `docs/` for ours.
         instead: What to do where `peft-ext export` refuses, by form: the rest of a sentence.
+        offsets: A regular expression of the trained leaves, by their names behind the prefix (`down.weight`), that may be
+            thinned out and rounded (`peft_ext.export.compress`, `binarize`), since zero changes little or nothing
+            there. Empty: it is not known.
     """
 
     name: str
@@ -46,6 +49,7 @@ class About:
     headline: tuple[str, ...] = ()
     page: str = ""
     instead: Mapping[str, str] = field(default_factory=dict)
+    offsets: str = ""
 
     columns: ClassVar[tuple[Column, ...]] = ()
     """The columns of the keys that `read` and `rows` put into a row, in order."""

@@ -30,4 +30,7 @@ class LoraAbout(About):
         return {"rank": len(first)}, {"weight": update} if is_plain and update is not None else {}
 
 
-LORA = LoraAbout("LoRA", headline=("r", "lora_alpha"), instead={"lora": "it is a LoRA adapter already"})
+OFFSETS = r"[AB]\.weight|embedding_[AB]"  # not the magnitudes of DoRA
+LORA = LoraAbout(
+    "LoRA", headline=("r", "lora_alpha"), instead={"lora": "it is a LoRA adapter already"}, offsets=OFFSETS
+)

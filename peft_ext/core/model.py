@@ -25,7 +25,7 @@ from .hooks import MethodHooks
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
-from .stored import Stored, refuse_other_shapes, without_inner
+from .stored import Stored, packed, refuse_other_shapes, without_inner
 from .targets import (
     is_admitted,
     is_named,
@@ -249,6 +249,7 @@ class ExtModel(MethodHooks, BaseTuner):
     ) -> dict[str, torch.Tensor]:
         warn_of_idle_layers(model, [adapter_name])
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
+        tensors = packed(model, adapter_name, cls.prefix, tensors)
         tensors = {without_inner(key): tensor for key, tensor in tensors.items()}
         return cls.stored_tensors(model, config, adapter_name, tensors)
 

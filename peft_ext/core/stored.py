@@ -18,6 +18,23 @@ PEFT_PREFIX = "base_model.model."  # of the keys in a file, also where the model
 INNER = ".base_layer"
 
 
+def packed(
+    model: nn.Module, adapter_name: str, prefix: str, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by their keys in the model, with those of leaves that a file holds in another form so."""
+    result = dict(tensors)
+    for in_file, in_model, leaf in leaves_of(model, adapter_name, prefix):
+        stored_parts: Any = getattr(leaf, "stored_parts", None)
+        if stored_parts is None:
+            continue
+        start = next((start for start in spellings(in_model) if any(key.startswith(start) for key in result)), None)
+        if start is None:
+            raise KeyError(f"The state dict has no tensors of {in_file}")
+        own = {key.removeprefix(start): result.pop(key) for key in list(result) if key.startswith(start)}
+        result |= {start + part: tensor for part, tensor in stored_parts(own).items()}
+    return result
+
+
 def leaves_of(model: nn.Module, adapter_name: str, prefix: str) -> Iterator[tuple[str, str, nn.Module]]:
     """Of each leaf of an adapter: the beginning of its keys in a file, that in the model, and the leaf."""
     for name, layer in model.named_modules():
@@ -61,9 +78,12 @@ class Stored:
         for in_file, in_model, leaf in leaves_of(model, adapter_name, prefix):
             parts = {}
             own = leaf.state_dict()
-            for part in own:
+            optional = getattr(leaf, "training_only", ())
+            for part in list(own):
                 key = next((key for key in spellings(in_file + part) if key in rest), None)
-                if key is None:
+                if key is None and part in optional:
+                    del own[part]
+                elif key is None:
                     self.faults.append(f"{in_file}{part} is missing")
                 else:
                     parts[part] = rest.pop(key)

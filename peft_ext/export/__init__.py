@@ -3,13 +3,18 @@
 from .cut import cut
 from .loading import load_pruned
 from .lora import save_as_lora
+from .packing import FORMS, PackedAdapter, binarize, compress
 from .prune import prune_and_unload
 from .report import card_rows, markdown, report
 from .saving import kept_shares, push_pruned_to_hub, save_pruned
 
 
 __all__ = [
+    "FORMS",
+    "PackedAdapter",
+    "binarize",
     "card_rows",
+    "compress",
     "cut",
     "kept_shares",
     "load_pruned",

@@ -17,10 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..core import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, BadInput, Site, about_of, method_of
+from ..packed_files import PACKED, is_packed, read_packed
 
 
 CONFIG = "config.json"
-ADAPTER_FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, "README.md"]  # what is fetched from the Hub to be read
+ADAPTER_FILES = [
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PACKED,
+    CONFIG,
+    "README.md",
+]  # what is fetched from the Hub to be read
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -71,6 +78,9 @@ def read_adapter(source: str, besides: Sequence[str] = ()) -> Adapter:
             "`pip install -U peft peft-ext`, or import the package that it comes from in Python."
         )
     file = directory / ADAPTER_WEIGHTS
+    if is_packed(directory):
+        sites, others = by_site(read_packed(directory / PACKED).unpacked(), method)
+        return Adapter(source, directory, config, sites, others)
     if not file.is_file():
         found = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
         has = f"has {', '.join(found)}, which is not read" if found else f"has no {ADAPTER_WEIGHTS}"

@@ -17,7 +17,7 @@ quantised, offloaded) the base runs as it is and the product with S is added in 
 are slow, the dense product of one layer, which lives only until its entries are read, gives the gradient.
 """
 
-from .codec import decode, decode_alone, decode_unchecked, encode, encoded_size, index_dtype
+from .codec import decode, decode_alone, decode_unchecked, encode, encoded_size, index_dtype, pack_bits, unpack_bits
 from .operations import (
     Conv2dOperation,
     EmbeddingOperation,
@@ -51,7 +51,9 @@ __all__ = [
     "index_dtype",
     "is_in",
     "operation_of",
+    "pack_bits",
     "random_indices",
     "sparse_apply",
     "top_indices",
+    "unpack_bits",
 ]

@@ -38,7 +38,7 @@ def encode(indices: torch.Tensor, n: int) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.uint8, device=indices.device)
     low = _low_bits(k, n)
     indices = indices.long()
-    lower = _pack(indices & ((1 << low) - 1), low)
+    lower = pack_bits(indices & ((1 << low) - 1), low)
     positions = (indices >> low) + torch.arange(k, device=indices.device)
     upper = torch.zeros(encoded_size(k, n) - len(lower), dtype=torch.int32, device=indices.device)
     upper.index_add_(0, positions >> 3, (1 << (positions & 7)).int())  # each bit is set once, so a sum is an "or"
@@ -80,7 +80,7 @@ def _joined(ones: torch.Tensor, code: torch.Tensor, k: int, n: int) -> torch.Ten
     """The indices, from the positions `(k,)` of the ones among the upper bits, and from the lower bits."""
     low = _low_bits(k, n)
     upper = ones - torch.arange(k, device=code.device)
-    return (upper << low) + _unpack(code[: -(-k * low // 8)], low, k)
+    return (upper << low) + unpack_bits(code[: -(-k * low // 8)], low, k)
 
 
 def decode_alone(code: torch.Tensor, k: int) -> list[tuple[torch.Tensor, int, int]]:
@@ -107,8 +107,8 @@ def decode_alone(code: torch.Tensor, k: int) -> list[tuple[torch.Tensor, int, in
     return found
 
 
-def _pack(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """`numbers` `(k,)` of so many bits each, one after the other, as bytes."""
+def pack_bits(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """`numbers` `(k,)` of so many bits each, one after the other, as bytes; the first is in the lowest bits."""
     pieces = [torch.zeros(0, dtype=torch.uint8, device=numbers.device)]
     weights = 1 << torch.arange(8, device=numbers.device)
     places = torch.arange(bits, device=numbers.device)
@@ -119,7 +119,8 @@ def _pack(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(pieces)
 
 
-def _unpack(code: torch.Tensor, bits: int, k: int) -> torch.Tensor:
+def unpack_bits(code: torch.Tensor, bits: int, k: int) -> torch.Tensor:
+    """The numbers `(k,)` that `pack_bits` wrote, as int64."""
     if bits == 0:
         return torch.zeros(k, dtype=torch.long, device=code.device)
     pieces = []

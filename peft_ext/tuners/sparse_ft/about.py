@@ -61,4 +61,5 @@ ABOUT = SparseFTAbout(
     limits=("It is not merged into a quantised base model, whose grid would swallow the small changes.",),
     headline=("selection", "density", "num_tunable_weights"),
     page="docs/sparse.md",
+    offsets=r"(delta|bias)\.weight",
 )

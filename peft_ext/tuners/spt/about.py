@@ -159,4 +159,5 @@ ABOUT = SPTAbout(
     limits=("With `structured='adapter'` it cannot be merged.",),
     headline=("budget", "structured", "r"),
     page="docs/spt.md",
+    offsets=r"(delta|bias|down|up)\.weight",
 )

@@ -98,4 +98,5 @@ ABOUT = SSFAbout(
     merges=True,
     limits=("A shift on a module that cannot have a bias, such as an RMSNorm, works only while not merged.",),
     page="docs/ssf.md",
+    offsets=r"(scale|shift)\.weight",
 )

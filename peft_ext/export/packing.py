@@ -1,0 +1,209 @@
+"""Small files of trained adapters: ComPEFT (Yadav, Choshen, Raffel, Bansal 2023, arXiv:2311.13171), and codes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors.torch import load_file
+
+from ..core import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BadInput, about_of
+from ..low_bit import BITS
+from ..packed_files import Packed, coded, ternary
+
+
+SCALES = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # that `scale="tune"` tries
+Evaluate = Callable[[PeftModel], float]
+
+
+@dataclass
+class PackedAdapter:
+    """What `compress` and `binarize` give.
+
+    Attributes:
+        packed: The tensors.
+        config: The text of `adapter_config.json`.
+        nbytes: Of the packed file's tensors.
+        original_nbytes: Of those of the adapter.
+        scale: The magnitude of the kept values over the standard deviation of all; of codes `None`.
+    """
+
+    packed: Packed
+    config: str
+    original_nbytes: int
+    scale: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors on disk."""
+        return self.packed.nbytes
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors, unpacked, as its method saves them."""
+        return self.packed.unpacked()
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the packed file and the config; `peft_ext.load` reads them.
+
+        Raises:
+            ValueError: An adapter lies there already.
+        """
+        path = Path(directory)
+        if (path / ADAPTER_WEIGHTS).exists():
+            raise ValueError(f"There is an adapter in {path} already: give another directory.")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ADAPTER_CONFIG).write_text(self.config, encoding="utf-8")
+        self.packed.save(path)
+
+
+def compress(
+    adapter: PeftModel | str | os.PathLike[str],
+    keep: float = 0.1,
+    scale: float | str = "std",
+    *,
+    evaluate: Evaluate | None = None,
+    adapter_name: str = "default",
+) -> PackedAdapter:
+    """Thins an adapter out to the signs of its largest values, all of one magnitude (ComPEFT).
+
+    Of all trained values together the share `keep` that is largest by absolute value stays. Each becomes `scale` times
+    the standard deviation of all, with its sign; the others become zero. Heads and indices stay as they are.
+
+    Args:
+        adapter: A directory, a repository of the Hub, or a model with the adapter.
+        keep: The share that stays.
+        scale: `"std"` is 1; `"tune"` tries `SCALES` and takes the one with the largest value of `evaluate`.
+        evaluate: Given the model with the compressed adapter on it, returns what is to be large. The model is left as it
+            was.
+        adapter_name: Which adapter of a model.
+
+    Raises:
+        ValueError: A value cannot be used, or the adapter's method does not say that its values may be thinned out.
+    """
+    if isinstance(keep, bool) or not (isinstance(keep, (int, float)) and 0 < keep <= 1):
+        raise ValueError(f"`keep` is a share above 0 and up to 1, got {keep!r}.")
+    number = 1.0 if isinstance(scale, str) else scale
+    if scale not in ("std", "tune") and (isinstance(scale, (str, bool)) or not (number > 0 and math.isfinite(number))):
+        raise ValueError(f"`scale` must be 'std', 'tune' or a number above 0, got {scale!r}.")
+    if (scale == "tune") != (evaluate is not None):
+        raise ValueError("`scale='tune'` and `evaluate` go together: a function of the model that returns a number.")
+    if scale == "tune" and not isinstance(adapter, PeftModel):
+        raise ValueError("`scale='tune'` needs the model with the adapter, not its directory: `peft_ext.load(...)`.")
+    config, tensors, names = _read(adapter, adapter_name)
+    std = torch.cat([tensors[key].double().flatten() for key in names]).std().item()
+    if not std > 0:
+        raise ValueError("All values of the adapter are equal, so there is nothing to keep: was it trained?")
+
+    def at(number: float) -> PackedAdapter:
+        return PackedAdapter(ternary(tensors, names, keep, number * std), config, _bytes(tensors), number)
+
+    if evaluate is None:
+        return at(number)
+    assert isinstance(adapter, PeftModel)
+    results = {}
+    try:
+        for candidate in SCALES:
+            set_peft_model_state_dict(adapter, at(candidate).tensors(), adapter_name)
+            results[candidate] = evaluate(adapter)
+    finally:
+        set_peft_model_state_dict(adapter, tensors, adapter_name)
+    return at(max(results, key=lambda candidate: results[candidate]))
+
+
+def binarize(
+    adapter: PeftModel | str | os.PathLike[str], bits: int = 1, *, adapter_name: str = "default"
+) -> PackedAdapter:
+    """Rounds each trained tensor of an adapter to `2**bits` levels around its mean, as `BinaryLoraConfig` trains them.
+
+    Rounding after the training loses more than training in few bits does. Tensors so small that codes would not be
+    smaller, heads and indices stay as they are.
+
+    Args:
+        adapter: A directory, a repository of the Hub, or a model with the adapter.
+        bits: 1 to 8.
+        adapter_name: Which adapter of a model.
+
+    Raises:
+        ValueError: `bits` is out of range, or the adapter's method does not say that its values may be rounded.
+    """
+    if type(bits) is not int or bits not in BITS:
+        raise ValueError(f"`bits` must be {BITS[0]} to {BITS[-1]}, got {bits!r}.")
+    config, tensors, names = _read(adapter, adapter_name)
+    large = [key for key in names if tensors[key].numel() * bits / 8 + 9 < _bytes({key: tensors[key]})]
+    return PackedAdapter(coded(tensors, large, bits), config, _bytes(tensors))
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _read(
+    adapter: PeftModel | str | os.PathLike[str], adapter_name: str
+) -> tuple[str, dict[str, torch.Tensor], list[str]]:
+    """The text of the config, the tensors, and the keys of those that may be changed."""
+    if isinstance(adapter, PeftModel):
+        if adapter_name not in adapter.peft_config:
+            raise ValueError(
+                f"There is no adapter {adapter_name!r} on this model, only {sorted(adapter.peft_config)}."
+            )
+        with tempfile.TemporaryDirectory(prefix="peft_ext_") as folder:
+            adapter.save_pretrained(folder, selected_adapters=[adapter_name])
+            return _read(Path(folder) if adapter_name == "default" else Path(folder, adapter_name), adapter_name)
+    directory = Path(adapter).expanduser()
+    if not directory.is_dir():
+        directory = Path(snapshot_download(os.fspath(adapter), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (directory / name).is_file():
+            raise BadInput(f"{adapter} has no {name}: give the directory of a saved adapter.")
+    config = (directory / ADAPTER_CONFIG).read_text(encoding="utf-8")
+    tensors = load_file(directory / ADAPTER_WEIGHTS)
+    return config, tensors, _packable(config, tensors, str(adapter))
+
+
+def _packable(config: str, tensors: dict[str, torch.Tensor], source: str) -> list[str]:
+    """The keys of the method's trained tensors.
+
+    Raises:
+        ValueError: The method does not say that they may be changed, or there is one that may not be.
+    """
+    method = json.loads(config).get("peft_type", "")
+    about = about_of(method)
+    if not about.offsets:
+        able = ", ".join(
+            known.value
+            for known in PEFT_TYPE_TO_CONFIG_MAPPING
+            if about_of(known.value).offsets  # type: ignore[attr-defined]
+        )
+        reason = about.instead.get("compressed", "a value of zero may not mean that nothing is changed")
+        raise BadInput(f"{source} is of the method {method}, which is not packed: {reason}. Adapters of {able} are.")
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[method]  # type: ignore[index]
+    found = []
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        at = next((i for i, part in enumerate(parts) if part.startswith(prefix)), None)
+        if at is None or not tensor.is_floating_point():
+            continue
+        leaf = ".".join(parts[at:]).removeprefix(prefix)
+        if not re.fullmatch(about.offsets, leaf):
+            raise BadInput(
+                f"{source} is not packed, since its {key!r} may not be thinned out or rounded: of {method} only "
+                f"{about.offsets} may."
+            )
+        found.append(key)
+    if not found:
+        raise BadInput(f"{source} has no tensors of the method {method} that could be packed.")
+    return found
+
+
+# The forms of `peft-ext export`, which need no base model
+FORMS: dict[str, Callable[[Path], PackedAdapter]] = {"compressed": compress, "binarized": binarize}

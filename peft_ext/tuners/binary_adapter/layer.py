@@ -1,0 +1,95 @@
+"""A module with a bottleneck beside or behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...core import linear_features
+from ...low_bit import LowBitLayer
+from .config import BinaryAdapterConfig
+
+
+class Listener:
+    """A forward pre-hook that keeps what its module reads, until the adapter takes it."""
+
+    value: torch.Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.value = args[0] if args else next(iter(kwargs.values()))
+
+
+class BinaryAdapterLinear(LowBitLayer):
+    """`y = base(h) + scale * U dropout(act(D x))`; what x is depends on the adapter."""
+
+    adapter_layer_names = ("binary_adapter_down", "binary_adapter_up")
+    other_param_names: tuple[str, ...] = ("scale", "dropout", "activation", "reads")
+    binary_adapter_down: nn.ModuleDict
+    binary_adapter_up: nn.ModuleDict
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, **quantization_kwargs)
+        self.activation: dict[str, str] = {}
+        self.reads: dict[str, str] = {}  # "output", "input", or the name of the module whose input it is
+        self.listeners: dict[str, Listener] = {}  # by that name
+
+    def update_layer(
+        self, adapter_name: str, config: BinaryAdapterConfig, *, reads: str, width: int, module: nn.Module | None
+    ) -> None:
+        """Creates the matrices of one adapter; it reads `width` features: what `module` reads, if that is one."""
+        self.activation[adapter_name] = config.activation
+        self.reads[adapter_name] = reads
+        if module is not None and reads not in self.listeners:
+            self.listeners[reads] = Listener()
+            module.register_forward_pre_hook(self.listeners[reads], with_kwargs=True)
+        features = linear_features(self.get_base_layer())
+        assert features is not None
+        self.add_matrices(adapter_name, config, width, features[1])
+
+    def leave(self, model: nn.Module) -> None:
+        """Takes the hooks away."""
+        for module in model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, Listener) and any(hook is own for own in self.listeners.values()):
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The module's output with what its active adapters add."""
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for listener in self.listeners.values():
+                listener.value = None
+
+    def activate(self, adapter_name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """The activation between the two matrices."""
+        activation = self.activation[adapter_name]
+        return torch.tanh(hidden) if activation == "tanh" else getattr(F, activation)(hidden)
+
+    def input_of(self, adapter_name: str, output: torch.Tensor, args: Any) -> torch.Tensor:
+        """The module's output, its input, or what another module of the block has read.
+
+        Raises:
+            ValueError: That other module was not called before this one.
+        """
+        reads = self.reads[adapter_name]
+        if reads in ("output", "input"):
+            return output if reads == "output" else args[0]
+        value = self.listeners[reads].value
+        if value is None:
+            raise ValueError(
+                f"The adapter {adapter_name!r} reads what {reads!r} reads, which was not called before the module that it "
+                "is on. Use `site='sequential'` on this model."
+            )
+        return value
+
+    def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Raises `ValueError`: there is a nonlinearity in it."""
+        raise ValueError(
+            f"Cannot merge adapter {adapter_name!r}: a bottleneck with a nonlinearity is no change of a weight. Keep it "
+            "unmerged, or train a `BinaryLoraConfig`, which merges."
+        )

@@ -1,0 +1,211 @@
+"""`compress` and `binarize`: what is kept, what is on disk, how it loads."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import inputs, logits, tiny
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import peft_ext
+from peft_ext import BinaryLoraConfig, MaskLoraConfig, SparseFTConfig, SSFConfig
+from peft_ext.core import BadInput
+from peft_ext.export import binarize, compress
+from peft_ext.inspection import read_adapter
+from peft_ext.low_bit import used_values
+from peft_ext.packed_files import PACKED, read_packed
+
+
+def trained(config: Any, name: str = "llama") -> PeftModel:
+    model = get_peft_model(tiny(name), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "default" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def lora(**fields: Any) -> PeftModel:
+    return trained(LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], **fields))
+
+
+def vector(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[key].double().flatten() for key in sorted(tensors)])
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("scale", ["std", 2.5])
+def test_what_is_kept(keep: float, scale: Any) -> None:
+    """The largest values of all tensors together, as signs times alpha std, against a sort of all of them."""
+    model = lora()
+    before = vector(get_peft_model_state_dict(model))
+    after = vector(compress(model, keep, scale).tensors())
+    k = round(keep * len(before))
+    kept = before.abs().argsort(descending=True, stable=True)[:k]
+    expected = torch.zeros_like(before)
+    expected[kept] = before[kept].sign() * before.std() * (1.0 if scale == "std" else scale)
+    assert (after - expected).abs().max() < 1e-7
+    assert len(after.unique()) == (3 if keep < 1 else 2)
+
+
+def test_the_size_on_disk(tmp_path: Path) -> None:
+    """Indices in the code of Elias and Fano and a bit for each sign: within half a bit an index of the entropy."""
+    model = lora()
+    packed = compress(model, 0.1)
+    n = len(vector(get_peft_model_state_dict(model)))
+    entropy = n * -(0.1 * math.log2(0.1) + 0.9 * math.log2(0.9)) + 0.1 * n
+    assert entropy < 8 * packed.nbytes < entropy + 0.1 * n + 8 * 64
+    assert packed.original_nbytes == 4 * n > 15 * packed.nbytes
+    packed.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert sum(t.numel() * t.element_size() for t in load_file(tmp_path / PACKED).values()) == packed.nbytes
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (LoraConfig(r=8, target_modules="all-linear"), "llama"),
+        (LoraConfig(r=2, target_modules=["wte"], task_type="CAUSAL_LM"), "gpt2"),
+        (SSFConfig(task_type="SEQ_CLS"), "bert"),
+        (SparseFTConfig(selection="random", num_tunable_weights=500), "llama"),
+    ],
+)
+def test_it_loads_as_an_adapter_of_its_method(config: Any, name: str, tmp_path: Path) -> None:
+    model = trained(config, name)
+    for form, make in (("compressed", compress), ("binarized", binarize)):
+        packed = make(model)
+        packed.save_pretrained(tmp_path / form)
+        loaded = peft_ext.load(tmp_path / form, tiny(name)).eval()
+        assert type(loaded.peft_config["default"]) is type(config)
+        again, unpacked = get_peft_model_state_dict(loaded), packed.tensors()
+        assert again.keys() == unpacked.keys() and all(torch.equal(again[key], t) for key, t in unpacked.items())
+        heads = [key for key in unpacked if "classifier" in key]
+        own = get_peft_model_state_dict(model)
+        assert all(torch.equal(unpacked[key], own[key]) for key in heads) and bool(heads) == (name == "bert")
+        adapter = read_adapter(str(tmp_path / form))
+        assert adapter.sites.keys() == {s for s in adapter.sites if adapter.sites[s].leaves}
+    loaded.save_pretrained(str(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"There is an adapter in .* already"):
+        packed.save_pretrained(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_codes_are_those_of_training_in_few_bits(bits: int, tmp_path: Path) -> None:
+    """Each tensor as a trained low-bit matrix with these latents would act; 8 bits are nearly exact."""
+    model = lora()
+    packed = binarize(model, bits)
+    own = get_peft_model_state_dict(model)
+    for key, tensor in packed.tensors().items():
+        assert torch.equal(tensor, used_values(own[key], bits))
+        error = (tensor - own[key]).square().mean().sqrt() / own[key].std()
+        assert error < {1: 0.7, 2: 0.4, 4: 0.25, 8: 0.1}[bits]
+    assert packed.nbytes == sum(-(-t.numel() * bits // 8) + 8 for t in own.values())
+
+
+def test_compressing_again_changes_nothing(tmp_path: Path) -> None:
+    first = compress(lora(), 0.1, 3.0)
+    tensors = first.tensors()
+    std = vector(tensors).std().item()
+    magnitude = vector(tensors).abs().max().item()
+    model = lora()
+    set_peft_model_state_dict(model, tensors)
+    again = compress(model, 0.1, magnitude / std).tensors()
+    assert all(torch.allclose(again[key], tensor, atol=1e-7) for key, tensor in tensors.items())
+
+
+def test_the_scale_is_tuned() -> None:
+    """The one whose output is nearest to the whole adapter's; the model is left as it was."""
+    model = lora()
+    expected, before = logits(model, inputs("llama")), get_peft_model_state_dict(model)
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    seen: list[float] = []
+
+    def evaluate(candidate: PeftModel) -> float:
+        seen.append(-(logits(candidate, inputs("llama")) - expected).square().sum().item())
+        return seen[-1]
+
+    packed = compress(model, 0.3, "tune", evaluate=evaluate)
+    assert len(seen) == 9 and packed.scale == (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)[seen.index(max(seen))]
+    assert all(torch.equal(get_peft_model_state_dict(model)[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: compress(model, 0.0), "`keep` is a share above 0 and up to 1, got 0.0"),
+        (lambda model: compress(model, 10), "`keep` is a share above 0 and up to 1, got 10"),
+        (lambda model: compress(model, 0.1, "best"), "`scale` must be 'std', 'tune' or a number above 0, got 'best'"),
+        (lambda model: compress(model, 0.1, -1.0), "`scale` must be 'std', 'tune' or a number above 0"),
+        (lambda model: compress(model, 0.1, "tune"), "`scale='tune'` and `evaluate` go together"),
+        (lambda model: compress("somewhere", 0.1, "tune", evaluate=lambda _: 0.0), "needs the model with the adapter"),
+        (lambda model: compress(model, adapter_name="other"), "no adapter 'other' on this model, only"),
+        (lambda model: binarize(model, 16), "`bits` must be 1 to 8, got 16"),
+    ],
+)
+def test_bad_values(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(lora())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            BinaryLoraConfig(r=2),
+            "BINARY_LOW_RANK, which is not packed: its weights are packed already. Adapters of .*LORA",
+        ),
+        (MaskLoraConfig(r=2), "MASK_PRUNING, which is not packed: a value of zero may not mean"),
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3, which is not packed"),
+        (LoraConfig(target_modules=["q_proj"], use_dora=True), "lora_magnitude_vector.* may not be thinned out"),
+    ],
+)
+def test_methods_that_are_not_packed(config: Any, message: str) -> None:
+    model = get_peft_model(tiny("llama"), config)
+    for make in (compress, binarize):
+        with pytest.raises(BadInput, match=message):
+            make(model)
+
+
+def test_an_untrained_adapter(tmp_path: Path) -> None:
+    model = lora()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.zero_()
+    with pytest.raises(ValueError, match="All values of the adapter are equal"):
+        compress(model)
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    compress(lora()).save_pretrained(tmp_path)
+    file = tmp_path / PACKED
+    good = load_file(file)
+    header = read_packed(file)
+
+    def write(tensors: dict[str, torch.Tensor], **changes: Any) -> None:
+        fields = {"version": 1, "kind": "ternary", "bits": 0, "shapes": header.shapes, "dtypes": header.dtypes}
+        save_file(tensors, file, metadata={"peft_ext_packed": json.dumps({**fields, **changes})})
+
+    first = next(iter(header.shapes))
+    for tensors, changes, message in (
+        ({**good, "packed.index": good["packed.index"][:-1].clone()}, {}, "parts do not fit together"),
+        ({**good, "packed.signs": good["packed.signs"][:-1].clone()}, {}, "parts do not fit together"),
+        ({key: t for key, t in good.items() if key != "packed.magnitude"}, {}, "parts do not fit together"),
+        (good, {"shapes": {**header.shapes, first: [1 << 30, 1 << 20]}}, "parts do not fit together"),
+        (good, {"shapes": {**header.shapes, first: [-1]}}, "metadata of .* are damaged"),
+        (good, {"kind": "codes", "bits": 9}, "metadata of .* are damaged"),
+        (good, {"version": 2}, "was packed in version 2 of the format: `pip install -U peft-ext`"),
+    ):
+        write(tensors, **changes)
+        with pytest.raises(BadInput, match=message):
+            read_packed(file).unpacked()
+    file.write_bytes(b"nothing")
+    with pytest.raises(BadInput, match="is no packed adapter, or is damaged"):
+        peft_ext.load(tmp_path, tiny("llama"))
