@@ -32,6 +32,7 @@ from peft_ext import (
     BinaryLoraConfig,
     MaskLoraCallback,
     MaskLoraConfig,
+    PASTAConfig,
     SparseFTCallback,
     SparseFTConfig,
     SPTConfig,
@@ -58,6 +59,7 @@ FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
         5e-3,
         [MaskLoraCallback()],
     ),
+    "pasta": (PASTAConfig(modules_to_save=["classifier"]), 1e-2, []),
 }
 
 

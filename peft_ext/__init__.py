@@ -5,10 +5,11 @@ from .core import ExtConfig, PeftMixedModel, load_plugins, register_method
 from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_as_lora, save_pruned
 from .loading import load
 from .training import SparseActivationsCallback, activation_report, layer_sampling, sparse_activations
-from .tuners import binary_adapter, binary_lora, mask_pruning, sparse_ft, spt, ssf, vqt, wegeft
+from .tuners import binary_adapter, binary_lora, mask_pruning, pasta, sparse_ft, spt, ssf, vqt, wegeft
 from .tuners.binary_adapter import BinaryAdapterConfig, BinaryAdapterModel
 from .tuners.binary_lora import BinaryLoraConfig, BinaryLoraModel
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
+from .tuners.pasta import PASTAConfig, PASTAModel
 from .tuners.sparse_ft import (
     SparseFTCallback,
     SparseFTConfig,
@@ -34,6 +35,7 @@ METHODS = (
     "WEGEFT",
     "BINARY_LOW_RANK",
     "BINARY_ADAPTER",
+    "PASTA",
 )  # the peft types that importing this package adds
 
 __all__ = [
@@ -47,6 +49,8 @@ __all__ = [
     "MaskLoraCallback",
     "MaskLoraConfig",
     "MaskLoraModel",
+    "PASTAConfig",
+    "PASTAModel",
     "PeftMixedModel",
     "SPTConfig",
     "SPTModel",
@@ -89,4 +93,5 @@ register_method("mask_pruning", MaskLoraConfig, MaskLoraModel, about=mask_prunin
 register_method("wegeft", WeGeFTConfig, WeGeFTModel, about=wegeft.ABOUT)
 register_method("binary_low_rank", BinaryLoraConfig, BinaryLoraModel, about=binary_lora.ABOUT)
 register_method("binary_adapter", BinaryAdapterConfig, BinaryAdapterModel, about=binary_adapter.ABOUT)
+register_method("pasta", PASTAConfig, PASTAModel, about=pasta.ABOUT)
 load_plugins()

@@ -15,6 +15,7 @@ from peft_ext import (
     BinaryAdapterConfig,
     BinaryLoraConfig,
     MaskLoraConfig,
+    PASTAConfig,
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
@@ -22,6 +23,7 @@ from peft_ext import (
     WeGeFTConfig,
 )
 from peft_ext.testing import Method, MethodConformance
+from peft_ext.testing.models import VOCABULARY
 
 
 TEXT = ("llama", "gemma2", "gpt2", "opt", "t5", "bart", "bert", "roberta", "deberta-v2")
@@ -131,9 +133,25 @@ class TestBinaryAdapter(MethodConformance):
     )
 
 
+class TestPASTA(MethodConformance):
+    method = Method(
+        prefix="pasta_",
+        # every token that the kit draws is special
+        config=partial(PASTAConfig, dropout=0.0, by_token=True, special_tokens=list(range(3, VOCABULARY))),
+        models=("bert", "llama", "vit"),
+        fields={"vit": {"by_token": None, "special_tokens": None}},
+        merges=False,
+        mixes_batches=True,
+    )
+
+    @pytest.mark.skip("its one target is the list of blocks")
+    def test_targets(self) -> None: ...
+
+
 METHODS = {
     case.method.prefix.rstrip("_"): case
     for case in (
+        TestPASTA,
         TestSSF,
         TestSparseFT,
         TestSPT,

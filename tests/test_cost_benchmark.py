@@ -35,7 +35,7 @@ def _load() -> ModuleType:
 
 
 cost = _load()
-VQT = cost.COST_NAMES["vqt"]
+VQT, PASTA = cost.COST_NAMES["vqt"], cost.COST_NAMES["pasta"]
 COMPARED = ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", "wegeft")
 SETTINGS = cost.Settings(rounds=2, warmup=1, threads=1)
 ONE_ROUND = cost.Settings(rounds=1, warmup=0, threads=1)
@@ -78,7 +78,7 @@ def test_every_method_has_a_row_with_one_time_a_round(vit: dict[str, Any]) -> No
     assert len(vit["base_seconds"]) == SETTINGS.rounds
     for method, row in vit["rows"].items():
         forwards = {"unmerged", "merged"} if method in cost.ADAPTERS else set()
-        forwards -= {"merged"} if method == VQT else set()
+        forwards -= {"merged"} if method in (VQT, PASTA) else set()
         assert set(row["seconds"]) == {"step", "forward", "backward", "optimizer"} | forwards
         assert all(len(times) == SETTINGS.rounds for times in row["seconds"].values())
         assert all(time > 0 for times in row["seconds"].values() for time in times)
@@ -130,7 +130,7 @@ def test_other_kinds_of_model(workload: Any) -> None:
     results = cost.measure(workload, settings=ONE_ROUND, quiet=True)
     without = {
         "tiny-llama": {"linear probe", VQT},
-        "stack": {"linear probe", "LN-tuning", MASKS, *(cost.COST_NAMES[name] for name in COMPARED)},
+        "stack": {"linear probe", "LN-tuning", MASKS, PASTA, *(cost.COST_NAMES[name] for name in COMPARED)},
     }.get(workload.name, set())
     assert set(results["skipped"]) == without
     assert set(results["rows"]) == set(cost.METHODS) - without

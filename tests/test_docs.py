@@ -52,6 +52,7 @@ METHOD_PAGES = {
     "wegeft": peft_ext.WeGeFTConfig,
     "binary_lora": peft_ext.BinaryLoraConfig,
     "binary_adapter": peft_ext.BinaryAdapterConfig,
+    "pasta": peft_ext.PASTAConfig,
 }
 # what the rows of a reader's data are
 IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"
@@ -94,6 +95,9 @@ def prepare(data: str) -> dict[str, Any]:
     set_seed(0)
     # so large that the budgets on SPT's page, shares of the model, hold a low-rank update
     tiny("bert", hidden_size=256, intermediate_size=512).save_pretrained(BERT)
+    of_bert = tokenizer()
+    of_bert.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
+    of_bert.save_pretrained(BERT)
     vit = tiny("vit")
     backbone = ViTModel(vit.config, add_pooling_layer=False)  # the published checkpoint has no head either
     backbone.load_state_dict(vit.vit.state_dict())

@@ -58,7 +58,8 @@ from transformers import (
 )
 
 import peft_ext
-from peft_ext import BinaryLoraConfig, MaskLoraConfig, SSFConfig
+from peft_ext import BinaryLoraConfig, MaskLoraConfig, PASTAConfig, SSFConfig
+from peft_ext.core import about_of
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -281,6 +282,12 @@ def _ssf_targets(model: nn.Module) -> dict[str, Any]:
     return {"target_modules": "all-linear"} if isinstance(model, Stack) else {}
 
 
+def _pasta(model: nn.Module, common: dict[str, Any]) -> PeftConfig:
+    """The inputs are drawn at random, so that a sample of a text may have any number of special tokens."""
+    text = {"special_tokens": [1, 2], "by_token": True} if hasattr(model, "bert") else {}
+    return PASTAConfig(**text, **common)
+
+
 # `common` holds the task type; registered methods that have no line here come with their defaults
 ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
     LORA: lambda model, common: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **common),
@@ -298,6 +305,7 @@ ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
         COST_NAMES[name]: _compared(name)
         for name in ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", *REGISTERED)
     },
+    COST_NAMES["pasta"]: _pasta,
 }
 METHODS = (*REFERENCES, *ADAPTERS)
 
@@ -407,7 +415,7 @@ class Job:
 
     def merged(self) -> nn.Module | None:
         """A merged copy; `None` for what is no adapter or cannot be merged."""
-        if not isinstance(self.model, PeftModel) or self.model.peft_type == "VQT":
+        if not isinstance(self.model, PeftModel) or not about_of(self.model.peft_type).merges:
             return None
         return copy.deepcopy(self.model).merge_and_unload()
 

@@ -27,13 +27,14 @@ from peft import (
 )
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 import peft_ext
 from peft_ext import (
     BinaryAdapterConfig,
     BinaryLoraConfig,
     MaskLoraConfig,
+    PASTAConfig,
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
@@ -204,6 +205,15 @@ def _wegeft(setting: Setting, share: str) -> PeftConfig:
     return WeGeFTConfig(r=rank, share=share, **setting.common)
 
 
+def _pasta(setting: Setting) -> PeftConfig:
+    """With the special tokens of the tokenizer where there is text; those of language models are in their config."""
+    if not hasattr(setting.model, "bert"):
+        return PASTAConfig(task_type=setting.task_type)
+    tokenizer = AutoTokenizer.from_pretrained(setting.model.name_or_path)
+    special = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    return PASTAConfig(task_type=setting.task_type, special_tokens=special)
+
+
 def _pruning(setting: Setting, how: str, sparsity: float) -> PeftConfig:
     # the controls train LoRA alone until `SetMasks` decides
     phases = {"fix_ratio": FIX_RATIO} if how == "mask" else {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0}
@@ -299,6 +309,7 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "bi-lora": partial(_binary_lora, bits=1),
     "bi-adaptformer": partial(_binary_adapter, bits=1),
     "adapter": partial(_binary_adapter, bits=32),
+    "pasta": _pasta,
     **{name: partial(_sparse, selection=name) for name in ("spiel-ag", "spiel-ma", "lt-sft", "random", "smallest")},
     # not replacing the whole support at first
     "spiel-ag-cosine": partial(_sparse, selection="spiel-ag", reselection_policy="cosine"),
@@ -328,6 +339,7 @@ COST_NAMES = {  # as `cost.py` calls them
     "super-tuning": "Super-Tuning",
     "ssf": "SSF",
     "vqt": "VQT, 4 queries",
+    "pasta": "PASTA",
     "spiel-ag": "SpIEL-AG",
     "spt-random": "SPT, at random",
     "wegeft": "WeGeFT",

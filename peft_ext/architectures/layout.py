@@ -110,6 +110,8 @@ class Architecture:
         is_convolutional: Whether it has no tokens that attend to one another.
         has_windows: Whether tokens attend inside windows only.
         shares_layers: Whether one block is run several times.
+        leading_rows: Of vision models, how many rows that stand for the whole image (class and distillation token) come
+            before the patches; registers, whose number the config tells, stand between the two.
     """
 
     attention: tuple[Attention, ...] = ()
@@ -126,6 +128,7 @@ class Architecture:
     is_convolutional: bool = False
     has_windows: bool = False
     shares_layers: bool = False
+    leading_rows: int = 0
 
 
 def attention(inside: str, names: str, o: str | None = None, **further: object) -> Attention:

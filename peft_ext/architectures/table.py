@@ -309,6 +309,7 @@ _VIT = Architecture(
     embeddings=("patch_embeddings.projection",),
     classifier=Classifier("ViTForImageClassification", "vit", _VIT_BLOCKS),
     unread=r"(.*\.)?pooler\.dense",
+    leading_rows=1,
 )
 _WINDOW_BIAS = "attention.relative_position_bias.relative_position_bias_table"
 _BEIT = replace(
@@ -338,12 +339,14 @@ _CLIP = Architecture(
     unread=r"(visual|text)_projection",
     # of the class token, while this head reads the patches
     unread_by={"CLIPForImageClassification": r"(visual|text)_projection|.*post_layernorm"},
+    leading_rows=1,
 )
 _SIGLIP = replace(
     _CLIP,
     classifier=Classifier("SiglipForImageClassification", "vision_model", ("encoder.layers",)),
     unread=r"(.*\.)?head(\..*)?",  # the pooling head, which classification and captioning do not use
     unread_by={},
+    leading_rows=0,
 )
 _SWIN = Architecture(
     attention=(attention("attention", _PROJECTIONS, tables=(_WINDOW_BIAS,)),),
@@ -370,6 +373,7 @@ _VISION_MODELS = {
         _VIT,
         classifier=Classifier("ASTForAudioClassification", "audio_spectrogram_transformer", _VIT_BLOCKS),
         unread=r"classifier\..*",
+        leading_rows=2,
     ),
     "beit": _BEIT,
     "clip": _CLIP,
@@ -380,7 +384,7 @@ _VISION_MODELS = {
         fixed={"ffn": "its response norm divides by the mean over all channels", "heads": "it has no attention"},
     ),
     "data2vec-vision": replace(_BEIT, classifier=None),
-    "deit": replace(_VIT, classifier=Classifier("DeiTForImageClassification", "deit", _VIT_BLOCKS)),
+    "deit": replace(_VIT, classifier=Classifier("DeiTForImageClassification", "deit", _VIT_BLOCKS), leading_rows=2),
     "dinov2": _DINOV2,
     "dinov2_with_registers": replace(
         _DINOV2,
@@ -395,9 +399,10 @@ _VISION_MODELS = {
         ffn=(ffn("mlp.up_proj", "mlp.down_proj"), _GATED),
         embeddings=("patch_embeddings",),
         position="rotary",
+        leading_rows=1,
     ),
     "efficientnet": replace(_CONVOLUTIONS, blocks=("encoder.blocks",), embeddings=("embeddings.convolution",)),
-    "ijepa": replace(_VIT, classifier=None),
+    "ijepa": replace(_VIT, classifier=None, leading_rows=0),
     "mobilenet_v1": replace(_CONVOLUTIONS, blocks=("layer",), embeddings=("conv_stem.convolution",)),
     "mobilenet_v2": replace(_CONVOLUTIONS, blocks=("layer",), embeddings=("conv_stem.first_conv.convolution",)),
     "regnet": replace(_CONVOLUTIONS, blocks=("layers",), embeddings=("embedder.embedder.convolution",)),

@@ -53,6 +53,9 @@ class ExtModel(MethodHooks, BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT declares it without ClassVar
     misfit_advice: ClassVar[str] = "Load it on the base model that its adapter_config.json names."
     trains_own_head: ClassVar[bool] = False
+    stands_beside: ClassVar[bool] = (
+        False  # its layers are children of what they act on: no tensor is named after a target
+    )
     cuts: ClassVar[bool] = False  # whether `kept_units` says what can be cut out of the base
 
     # Injection
@@ -99,6 +102,8 @@ class ExtModel(MethodHooks, BaseTuner):
         It gets a config of its own. If it is given the config of another adapter on the model, as TRL does to make a
         reference, it also gets what that one holds besides parameters.
         """
+        if self.stands_beside:
+            kwargs.pop("state_dict", None)  # in whose keys PEFT would look for the targets, and find none
         with own_config(self.peft_config, model, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             prepare(model)

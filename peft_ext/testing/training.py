@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from ..core import ExtLayer
 from .method import (
     ConformanceTests,
     Method,
@@ -141,8 +142,9 @@ class TrainingTests(ConformanceTests):
         model = self.adapted(name, layers_to_transform=layers)
         wanted = {layers} if isinstance(layers, int) else set(layers)
         found = {
-            int(match.group(1)) if (match := re.search(r"\.layers\.(\d+)\.", f".{key}")) else None
-            for key in model.base_model.targeted_module_names
+            int(match.group(1))
+            for key, module in model.named_modules()
+            if isinstance(module, ExtLayer) and (match := re.search(r"\.layers\.(\d+)\.", key))
         }
         assert found == wanted
 

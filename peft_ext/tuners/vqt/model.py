@@ -48,6 +48,7 @@ class VQTModel(ExtModel):
     prefix = "vqt_"
     tuner_layer_cls = VQTLayer
     trains_own_head = True
+    stands_beside = True
 
     @classmethod
     def default_targets(cls, config: Any, model_config: dict[str, Any], *_: Any) -> Any:

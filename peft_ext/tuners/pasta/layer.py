@@ -1,0 +1,99 @@
+"""What PASTA adds to the input of a block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...core import ExtLayer
+from .config import PASTAConfig
+from .rows import LeadingRows, SpecialTokens
+
+
+CHILD = "special_tokens"  # the name of the layer in its block; not the prefix, which may be an adapter's name
+INIT_STD = 0.02  # as published
+
+
+class SpecialVectors(nn.Module):
+    """The vectors of one layer, `weight` `(m, D)`."""
+
+    def __init__(self, vectors: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(vectors, width))
+        self.dropout = dropout
+
+    def forward(self, batch: int) -> torch.Tensor:
+        """`(m, D)`, or, where elements are dropped, `(batch, m, D)`."""
+        if not (self.training and self.dropout > 0):
+            return self.weight.clone()  # under FSDP the weight is freed when this returns
+        return F.dropout(self.weight.expand(batch, *self.weight.shape), self.dropout)
+
+    def extra_repr(self) -> str:
+        return f"{', '.join(map(str, self.weight.shape))}, dropout={self.dropout}"
+
+
+class PASTALayer(ExtLayer):
+    """An adapter on the input of a block, a child of the block named `special_tokens`; `pasta_vectors` holds E_l.
+
+    It stands inside the block and not around it, so that the names of the block's modules, and with them the keys of
+    other adapters, stay what they are. A hook before the block's forward hands it the hidden states.
+    """
+
+    adapter_layer_names = ("pasta_vectors",)
+    other_param_names = ("configs",)
+    supports_mixed_batches = True
+    pasta_vectors: nn.ModuleDict
+
+    def __init__(self, block: nn.Module, rows: SpecialTokens | LeadingRows) -> None:
+        super().__init__(nn.Identity())
+        self.training = block.training
+        self.rows = rows
+        self.configs: dict[str, PASTAConfig] = {}
+        self._block = (block,)  # in a tuple, which hides it from nn.Module
+        self._handle = block.register_forward_pre_hook(self._before_block, with_kwargs=True)
+
+    def update_layer(self, adapter_name: str, config: PASTAConfig, width: int = 0, **kwargs: Any) -> None:
+        assert config.num_vectors is not None
+        self.configs[adapter_name] = config
+        vectors = SpecialVectors(config.num_vectors, width, config.dropout)
+        if config.init_weights == "normal":
+            nn.init.normal_(vectors.weight, std=INIT_STD)
+        self.pasta_vectors[adapter_name] = vectors
+        self.finish_update(adapter_name, config)
+
+    def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
+
+    def adapted_forward(self, adapters: list[str], hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """hidden_states: `(B, N, D)`."""
+        result = hidden_states
+        for name in adapters:
+            shares = self.rows.shares(name, self.configs[name], hidden_states)
+            vectors = self.pasta_vectors[name](len(hidden_states))
+            result = result + (shares.to(vectors.dtype) @ vectors).to(result.dtype)
+        return result
+
+    def mixed_batch_forward(self, adapter_names: list[str], hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Sample i gets the vectors of `adapter_names[i]` alone."""
+        result = hidden_states
+        for name in self.present(dict.fromkeys(adapter_names)):
+            added = self.adapted_forward([name], hidden_states) - hidden_states
+            chosen = torch.tensor([name == other for other in adapter_names], device=hidden_states.device)
+            result = torch.where(chosen[:, None, None], result + added, result)
+        return result
+
+    def leave(self, model: nn.Module) -> None:
+        self._handle.remove()
+        self.rows.close()
+        delattr(self._block[0], CHILD)
+
+    def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        raise ValueError(
+            f"Cannot merge adapter {adapter_name!r}: PASTA adds its vectors to special tokens only, which no weight of "
+            "the model can tell from others. Keep the adapter: a few hundred kilobytes that load on the base model."
+        )

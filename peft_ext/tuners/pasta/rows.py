@@ -1,0 +1,103 @@
+"""Which rows of the hidden states belong to special tokens, and which vector each of them gets."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import PASTAConfig
+
+
+class LeadingRows:
+    """Rows that stand first in every sample: class token, distillation token, registers."""
+
+    def shares(self, adapter: str, config: PASTAConfig, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(N, m)`: one where row i gets vector p, else zero. The hidden states are `(B, N, D)`."""
+        assert config.num_vectors is not None
+        return torch.eye(
+            hidden_states.shape[1], config.num_vectors, device=hidden_states.device, dtype=hidden_states.dtype
+        )
+
+    def close(self) -> None:
+        """Nothing to take away."""
+
+
+class SpecialTokens:
+    """Tokens that `input_ids` shows to be special: hooks on the model that is called with them.
+
+    They are looked up once for each adapter and forward, and forgotten at its end.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._inputs: dict[str, Any] | None = None
+        self._found: dict[str, torch.Tensor] = {}
+        self._handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def close(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._found = {}
+        self._inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._found, self._inputs = {}, None
+
+    def shares(self, adapter: str, config: PASTAConfig, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, N, m)`: one where token i of a sample gets vector p, else zero. The hidden states are `(B, N, D)`.
+
+        Raises:
+            ValueError: There are no `input_ids`, they do not fit the hidden states, or a sample has more special tokens
+                than there are vectors.
+        """
+        if adapter not in self._found:
+            self._found[adapter] = self._look_up(config, hidden_states.shape[:2]).to(hidden_states.dtype)
+        return self._found[adapter].to(hidden_states.device)
+
+    def _look_up(self, config: PASTAConfig, shape: torch.Size) -> torch.Tensor:
+        if self._inputs is None:
+            raise ValueError(
+                "A block was run outside its model's forward, so PASTA does not know which tokens it got. Call the "
+                "model; for checkpointing use `gradient_checkpointing_enable()` of transformers 5.17 or later."
+            )
+        ids, mask = self._inputs.get("input_ids"), self._inputs.get("attention_mask")
+        if ids is None:
+            raise ValueError(
+                "PASTA finds special tokens by their ids, and the model was called with `inputs_embeds` and no "
+                "`input_ids`. Pass `input_ids`, or switch the adapter off (`disable_adapter()`)."
+            )
+        if ids.shape != shape:
+            raise ValueError(
+                f"`input_ids` are {tuple(ids.shape)} and the hidden states {tuple(shape)}: PASTA does not know which "
+                "token is where. Call the model without prompts of another method, and with inputs that are not packed."
+            )
+        kinds = ids.unsqueeze(-1) == torch.tensor(config.special_tokens, device=ids.device)  # (B, N, ids)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # padding may have the id of the end of a text
+            kinds &= mask[:, -shape[1] :, None].to(ids.device).bool()
+        if config.by_token:
+            return kinds
+        is_special = kinds.any(-1)
+        rank = is_special.cumsum(1) - 1
+        assert config.num_vectors is not None
+        _refuse_surplus(rank, config.num_vectors)
+        return is_special.unsqueeze(-1) & (rank.unsqueeze(-1) == torch.arange(config.num_vectors, device=ids.device))
+
+
+def _refuse_surplus(rank: torch.Tensor, vectors: int) -> None:
+    advice = "(pairs of sentences have one more than single ones), or `by_token=True`"
+    if torch.compiler.is_compiling():  # a look at the values would break the graph
+        message = f"A sample has more special tokens than `num_vectors`, {vectors}. Set that higher {advice}."
+        torch._assert_async((rank < vectors).all(), message)
+    elif (most := int(rank.max()) + 1) > vectors:
+        raise ValueError(
+            f"A sample has {most} special tokens, and `num_vectors` is {vectors}. Set `num_vectors={most}` {advice}."
+        )
