@@ -541,6 +541,7 @@ def test_loading_runs_no_code_and_offers_none(saved: Path, tmp_path: Path, monke
         ({"architectures": ["LlamaForCausalLM"]}, "is no class for the Phi3Config"),
         ({"architectures": ["os"]}, "should be a model class"),
         ({"architectures": [1]}, "should be a model class"),
+        ({"num_attention_heads": -1}, "`num_attention_heads` of the config.json .* is -1"),
         ({"num_hidden_layers": 10**9}, "`num_hidden_layers` of the config.json .* more than any model has"),
         ({"architectures": None}, "should be a model class"),
         ({"pruned": {}}, "must have `shapes` and `attributes`"),

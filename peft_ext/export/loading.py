@@ -79,6 +79,10 @@ def read_config(path: str, **where: Any) -> PreTrainedConfig:
                 f"`{name}` of the config.json in {path} is {value}, more than any model has. Restore the one that was "
                 "saved with the weights."
             )
+        if name.startswith("num_") and isinstance(value, int) and value < 0:
+            raise ValueError(
+                f"`{name}` of the config.json in {path} is {value}. Restore the one that was saved with the weights."
+            )
     return AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
 
 
