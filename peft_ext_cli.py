@@ -78,6 +78,20 @@ def _parser() -> argparse.ArgumentParser:
         help="results: fields of `EvalResult`, one or a list, or plain numbers as Trainer writes them",
     )
 
+    sub = command("plan", "Show what a training step of each method needs on a model, before it is loaded.")
+    sub.add_argument("model", help="a model: a directory, or a name on the Hub")
+    sub.add_argument("--batch", type=int, default=1, help="samples")
+    sub.add_argument("--length", type=int, default=512, help="tokens of a text")
+    sub.add_argument("--memory", metavar="SIZE", help="the most that a step may need, such as 24GB")
+    sub.add_argument(
+        "--goal", choices=("memory", "parameters", "latency", "speed"), default="memory", help="best first"
+    )
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; as saved if left out"
+    )
+    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="peft types; all that are registered if left out")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
     sub = command("methods", "List the methods that are registered: peft_ext's own, and those of other packages.")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser

@@ -4,7 +4,16 @@ from .calibrate import calibrate
 from .core import ExtConfig, PeftMixedModel, load_plugins, register_method
 from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_as_lora, save_pruned
 from .loading import load
-from .training import SparseActivationsCallback, activation_report, layer_sampling, sparse_activations
+from .training import (
+    Plan,
+    Probe,
+    SparseActivationsCallback,
+    activation_report,
+    layer_sampling,
+    linear_probe,
+    recommend,
+    sparse_activations,
+)
 from .tuners import binary_adapter, binary_lora, mask_pruning, pasta, sparse_ft, spt, ssf, vqt, wegeft
 from .tuners.binary_adapter import BinaryAdapterConfig, BinaryAdapterModel
 from .tuners.binary_lora import BinaryLoraConfig, BinaryLoraModel
@@ -52,6 +61,8 @@ __all__ = [
     "PASTAConfig",
     "PASTAModel",
     "PeftMixedModel",
+    "Plan",
+    "Probe",
     "SPTConfig",
     "SPTModel",
     "SSFConfig",
@@ -73,12 +84,14 @@ __all__ = [
     "import_lt_sft",
     "keep_ratios",
     "layer_sampling",
+    "linear_probe",
     "load",
     "load_pruned",
     "lt_sft",
     "overlap",
     "prune_and_unload",
     "push_pruned_to_hub",
+    "recommend",
     "save_as_lora",
     "save_pruned",
     "select_features",

@@ -58,6 +58,7 @@ METHOD_PAGES = {
 IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"
 DATA = {"docs/ssf.md": IMAGES, "docs/vqt.md": IMAGES, "docs/sparse.md": TOKENS}  # all others: SENTENCES
 DATA |= {"docs/binary_lora.md": IMAGES, "docs/binary_adapter.md": IMAGES}
+DATA["docs/linear_probe.md"] = IMAGES
 DATA |= {"docs/tutorials/images.md": IMAGES, "docs/tutorials/several_adapters.md": TOKENS}
 CONTINUES = {"docs/export.md": "docs/mask_pruning.md"}  # it begins with what that page has saved
 # Blocks that cannot run here: (page, first line of the block): reason

@@ -92,6 +92,11 @@ class MethodHooks:
         """A copy of the config with another budget, for a calibration for several."""
         raise TypeError(f"{config.METHOD} has no budget of its own to vary: calibrate once for each.")
 
+    @classmethod
+    def own_head(cls, model: nn.Module, adapter_name: str) -> tuple[str, nn.Module] | None:
+        """The module that makes the logits in place of the model's own, and its name; it has a `weight` and a `bias`."""
+        return None
+
     # What can be made of an adapter
 
     @classmethod

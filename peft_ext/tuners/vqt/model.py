@@ -72,6 +72,13 @@ class VQTModel(ExtModel):
         check_model(family, model)
 
     @classmethod
+    def own_head(cls, model: nn.Module, adapter_name: str) -> tuple[str, nn.Module] | None:
+        layer: Any = getattr(model, CHILD, None)
+        if layer is None or adapter_name not in layer.vqt_head or layer.disable_adapters:
+            return None
+        return f"{CHILD}.vqt_head.{adapter_name}", layer.vqt_head[adapter_name]
+
+    @classmethod
     def inject_layer(
         cls, tuner: BaseTuner, config: Any, adapter_name: str, target: nn.Module, name: str
     ) -> ExtLayer | None:

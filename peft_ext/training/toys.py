@@ -1,0 +1,251 @@
+"""Toys: the architecture of a model at sizes that run in milliseconds, from which the model's own costs follow.
+
+What a step keeps for its backward, and what an adapter adds, is a sum of tensors, whose numbers of entries are products
+of sizes: tokens times width, tokens times vocabulary, width times width. So each cost is linear in a few such products,
+and what it is at the sizes of a 70B model follows from what it is in a dozen of toys that run the very same code.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes on which the costs of a transformer depend.
+
+    Attributes:
+        batch, tokens: Of the batch.
+        layers, width, inner: Blocks, hidden size and size of the feed-forward part.
+        heads, head_dim, kv_heads: Of the attention.
+        vocabulary: Of a text model, else 0.
+    """
+
+    batch: int
+    tokens: int
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    head_dim: int
+    kv_heads: int
+    vocabulary: int
+
+    @property
+    def _layer(self) -> list[float]:
+        return [1, self.width, self.inner, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.heads]
+
+    def activations(self) -> list[float]:
+        """What the bytes kept for the backward are linear in."""
+        rows, pairs = self.batch * self.tokens, self.batch * self.tokens**2
+        return [
+            *(rows * self.layers * size for size in self._layer),
+            pairs * self.layers * self.heads,  # attention weights, where the attention is not fused
+            *(rows * size for size in (1, self.width, self.vocabulary, self.head_dim)),
+            self.tokens * self.head_dim,  # rotary embeddings
+            *(self.batch * size for size in (1, self.width)),
+            *(self.batch * self.layers * size for size in self._layer[:5]),  # of rows that are no tokens
+            pairs,
+            *self.parameters(),  # of methods that keep weights
+        ]
+
+    def parameters(self) -> list[float]:
+        """What numbers of parameters are linear in."""
+        _, width, inner, queries, keys, heads = self._layer
+        squares = [width * queries, width * keys, width * inner]
+        return [
+            *(self.layers * size for size in (1, width, inner, queries, keys, heads, *squares)),
+            width * width,  # a pooler
+            width * self.vocabulary,
+            self.vocabulary,
+            width,
+            1,
+        ]
+
+
+def sizes_of(config: Any, batch: int, tokens: int) -> Sizes:
+    """The sizes of a model.
+
+    Raises:
+        ValueError: The config does not say them in the usual words.
+    """
+    try:
+        width, heads = int(config.hidden_size), int(config.num_attention_heads)
+        layers = int(config.num_hidden_layers)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"Models of type {getattr(config, 'model_type', type(config).__name__)!r} cannot be planned for: the config "
+            "has no `hidden_size`, `num_attention_heads` and `num_hidden_layers` that are numbers."
+        ) from error
+    return Sizes(
+        batch=batch,
+        tokens=tokens,
+        layers=layers,
+        width=width,
+        inner=int(getattr(config, "intermediate_size", None) or 4 * width),
+        heads=heads,
+        head_dim=int(getattr(config, "head_dim", None) or width // heads),
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        vocabulary=int(getattr(config, "vocab_size", None) or 0),
+    )
+
+
+def toy_sizes(config: Any, rng: random.Random) -> tuple[PreTrainedConfig, int]:
+    """A config of the same architecture with small sizes drawn at random, and the number of tokens."""
+    toy = copy.deepcopy(config)
+    heads, head_dim = rng.choice((2, 3, 4, 6)), rng.choice((8, 16, 24))
+    free = getattr(config, "head_dim", None) is not None
+    toy.num_attention_heads = heads
+    toy.hidden_size = 8 * rng.randint(5, 16) if free else heads * head_dim
+    if free:
+        toy.head_dim = head_dim
+    if getattr(config, "num_key_value_heads", None) is not None:
+        full = config.num_key_value_heads == config.num_attention_heads
+        toy.num_key_value_heads = heads if full else rng.choice([n for n in range(1, heads) if heads % n == 0])
+    if getattr(config, "intermediate_size", None) is not None:
+        toy.intermediate_size = 8 * rng.randint(6, 24)
+    toy.num_hidden_layers = layers = rng.randint(1, 3)
+    if getattr(config, "layer_types", None):
+        toy.layer_types = list(config.layer_types[:layers])
+    if getattr(config, "vocab_size", None):
+        toy.vocab_size = rng.randint(40, 160)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(toy, name, None) is not None or name == "pad_token_id":
+                setattr(toy, name, 0)
+        return toy, rng.randint(
+            60, 120
+        )  # in a true batch, too, there are more rows than channels, and it makes a difference
+    side = rng.randint(8, 11)
+    toy.image_size = side * config.patch_size
+    return toy, side**2 + 1
+
+
+def toy_batch(config: Any, batch: int, tokens: int, kind: str, rng: random.Random) -> dict[str, torch.Tensor]:
+    """Random inputs with labels."""
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    labels = torch.randint(max(1, config.num_labels), (batch,), generator=generator)
+    if kind == "image":
+        shape = (batch, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator), "labels": labels}
+    ids = torch.randint(1, config.vocab_size, (batch, tokens), generator=generator)
+    labels = ids if kind == "causal" else labels if config.num_labels > 1 else labels.float()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def saved_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes of the distinct storages that the backward of the loss keeps, besides parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        parts = [tensor._indices(), tensor._values()] if tensor.layout is torch.sparse_coo else [tensor]
+        for storage in (part.untyped_storage() for part in parts):
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+        return tensor  # which keeps the storage, so that no other takes its address
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    total = sum(seen.values())
+    if loss.requires_grad:
+        loss.backward()
+    return total
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one method on one model: trainable parameters and their bytes, and the bytes kept for the backward."""
+
+    trainable: int
+    trainable_bytes: int
+    activations: int
+    activations_of_one_layer: int
+
+
+Adapt = Callable[[PreTrainedModel, list[dict[str, torch.Tensor]]], nn.Module]
+
+
+def costs_of(
+    adapt: Adapt, build: Callable[[Any], PreTrainedModel], config: Any, sizes: Sizes, kind: str, dtype: torch.dtype
+) -> Costs:
+    """The costs of what `adapt` makes of a model, at `sizes`, by way of toys.
+
+    Args:
+        adapt: Puts a method on a model; it also gets batches, for methods that look at data.
+        build: Makes a model of a config.
+        config: That of the model.
+        sizes: Those to tell the costs at.
+        kind: `"image"`, `"text"` or `"causal"`.
+        dtype: Of the model's weights.
+
+    Raises:
+        ValueError, TypeError: What `adapt` raises.
+    """
+    rng = random.Random(0)
+    rows: list[Sizes] = []
+    found: list[tuple[int, int, int]] = []
+    with _quiet(), torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        while len(found) < _enough(rows):
+            toy, tokens = toy_sizes(config, rng)
+            batch = rng.randint(2, 4)
+            batches = [toy_batch(toy, batch, tokens, kind, rng) for _ in range(2)]
+            fresh: Any = build(toy)
+            model = adapt(fresh.to(dtype), batches).train()
+            inputs = {k: v.to(dtype) if v.is_floating_point() and k != "labels" else v for k, v in batches[0].items()}
+            trained = [p for p in model.parameters() if p.requires_grad]
+            counts = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
+            rows.append(sizes_of(toy, batch, tokens))
+            found.append((*counts, saved_bytes(model, inputs)))
+    counts_at = [row.parameters() for row in rows]
+    kept_at, kept = [row.activations() for row in rows], [f[2] for f in found]
+    one = replace(sizes, layers=1)
+    return Costs(
+        trainable=_told(counts_at, [f[0] for f in found], sizes.parameters()),
+        trainable_bytes=_told(counts_at, [f[1] for f in found], sizes.parameters()),
+        activations=_told(kept_at, kept, sizes.activations()),
+        activations_of_one_layer=_told(kept_at, kept, one.activations()),
+    )
+
+
+def _enough(rows: Sequence[Sizes]) -> int:
+    """As many toys as there are products that can vary by themselves, and a few more."""
+    if len(rows) < 8:
+        return 8
+    table = _scaled([row.activations() for row in rows])[0]
+    rank = int(torch.linalg.matrix_rank(table, rtol=1e-6))
+    return min(48, rank + 3)
+
+
+def _scaled(table: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.tensor(table, dtype=torch.float64)
+    scale = rows.norm(dim=0).clamp_min(1e-12)
+    return rows / scale, scale
+
+
+def _told(table: Sequence[Sequence[float]], values: Sequence[float], at: Sequence[float]) -> int:
+    """The value at `at` of the linear function of least squares (and least norm, where products move together)."""
+    rows, scale = _scaled(table)
+    solution = torch.linalg.lstsq(rows, torch.tensor(values, dtype=torch.float64)[:, None], rcond=1e-9, driver="gelsd")
+    coefficients = solution.solution[:, 0]
+    return max(0, round(float((torch.tensor(at, dtype=torch.float64) / scale * coefficients).sum())))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,183 @@
+"""What a step needs: predictions from toys against models that are really run at other sizes; what is sorted, what refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig
+
+import peft_ext
+from peft_ext import SSFConfig
+from peft_ext.cli import main
+from peft_ext.core import methods
+
+
+SMALL: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 200}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: tf.LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=32, vocab_size=300, pad_token_id=0),
+    "vit": lambda: tf.ViTConfig(**SMALL, image_size=64, patch_size=8),
+}
+
+
+def built(name: str) -> Any:
+    torch.manual_seed(0)
+    auto: Any = tf.AutoModelForCausalLM if name == "llama" else tf.AutoModelForImageClassification
+    return auto.from_config(CONFIGS[name]()).train()
+
+
+def batch_of(name: str) -> dict[str, torch.Tensor]:
+    if name == "vit":
+        return {"pixel_values": torch.randn(4, 3, 64, 64), "labels": torch.zeros(4, dtype=torch.long)}
+    ids = torch.randint(1, 300, (4, 65))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def measured(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Bytes, counted independently: of each kept storage once, of gradients, and of the state of a real AdamW."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    return {
+        "activations": sum(storage.nbytes() for address, storage in kept.items() if address not in own),
+        "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
+        "optimizer": sum(state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")),
+        "trainable": sum(p.numel() for p in trained),
+    }
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def planned(request: pytest.FixtureRequest) -> tuple[str, peft_ext.Plan]:
+    plan = peft_ext.recommend(
+        CONFIGS[request.param](), (4, 65), kind={"vit": "image"}.get(request.param), chosen=["SSF"]
+    )
+    return request.param, plan
+
+
+def test_prediction_is_what_is_measured(planned: tuple[str, peft_ext.Plan]) -> None:
+    name, plan = planned
+    task = "CAUSAL_LM" if name == "llama" else "SEQ_CLS"
+    adapts: dict[str, Any] = {
+        "full fine-tuning": lambda model: model,
+        "LORA": lambda model: get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type=task)),
+        "SSF": lambda model: get_peft_model(model, SSFConfig(task_type=task)),
+    }
+    assert {row.method for row in plan.rows} == set(adapts) and not plan.left_out
+    for row in plan.rows:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            true = measured(adapts[row.method](built(name)), batch_of(name))
+        assert row.trainable == true["trainable"]
+        assert (row.gradients, row.optimizer) == (true["gradients"], true["optimizer"])
+        # SSF keeps what it cannot recover, whose amount depends on the weights
+        assert row.activations == pytest.approx(true["activations"], rel=0.005)
+        assert row.checkpointed < row.activations
+    assert plan.parameters == sum(p.numel() for p in built(name).parameters())
+
+
+def test_table_and_json(planned: tuple[str, peft_ext.Plan]) -> None:
+    _, plan = planned
+    lines = str(plan).splitlines()
+    assert len(lines) == 2 + len(plan.rows) and len({line.count("|") for line in lines}) == 1
+    totals = [row.total for row in plan.rows]
+    assert totals == sorted(totals) and plan.rows[-1].method == "full fine-tuning"
+
+
+def test_budget_and_goals() -> None:
+    config = CONFIGS["llama"]()
+    free = peft_ext.recommend(config, (4, 65), chosen=[])
+    by_name = {row.method: row for row in free.rows}
+    lora, full = by_name["LORA"], by_name["full fine-tuning"]
+    assert lora.total_checkpointed < lora.total < full.total and full.total_checkpointed < lora.total
+    batch = {"input_ids": torch.ones(4, 65, dtype=torch.long)}
+    limit = full.total_checkpointed - 1
+    plan = peft_ext.recommend(built("llama"), [batch], chosen=[], memory=limit, goal="parameters")
+    assert [(row.method, row.fits) for row in plan.rows] == [
+        ("LORA", "with gradient checkpointing"),
+        ("full fine-tuning", "no"),
+    ]
+    assert {row.method: row.total for row in plan.rows} == {row.method: row.total for row in free.rows}
+
+
+def test_shape_of_llama_70b() -> None:
+    """Counts by hand; nothing of that size is made."""
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        head_dim=128, vocab_size=128256, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    plan = peft_ext.recommend(config, (1, 64), chosen=[])
+    assert plan.parameters == 70_553_706_496 and plan.dtype == "bfloat16"
+    lora = next(row for row in plan.rows if row.method == "LORA")
+    per_layer = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)
+    assert lora.trainable == 80 * 8 * per_layer and lora.gradients == 4 * lora.trainable  # PEFT keeps adapters in fp32
+    assert lora.weights == 2 * plan.parameters + 4 * lora.trainable
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("llama", (4, 65)), {"goal": "best"}, ValueError, "`goal` is 'best'; there are memory"),
+        (("llama", (4, 65)), {"memory": "much"}, ValueError, "`memory` is 'much'"),
+        (("llama", (4, 65)), {"memory": -1}, ValueError, "must be positive"),
+        (("llama", (4, 0)), {}, ValueError, "both at least 1"),
+        (("llama", 4), {}, ValueError, r"give \(batch, tokens\)"),
+        (("llama", "big"), {}, TypeError, "`size` is a str"),
+        (("llama", {"labels": torch.zeros(4)}), {}, ValueError, "`input_ids` or `pixel_values`"),
+        (("llama", (4, 65)), {"kind": "audio"}, ValueError, "`kind` is 'audio'"),
+        (("llama", (4, 65)), {"chosen": ["SFF"]}, ValueError, "no methods"),
+        ((None, (4, 65)), {}, TypeError, "`model` is a Linear"),
+    ],
+)
+def test_bad_input(arguments: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = torch.nn.Linear(1, 1) if arguments[0] is None else CONFIGS[arguments[0]]()
+    with pytest.raises(error, match=message):
+        peft_ext.recommend(model, arguments[1], **options)
+
+
+def test_sizes_that_a_config_does_not_say() -> None:
+    with pytest.raises(ValueError, match="'swin' cannot be planned for"):
+        peft_ext.recommend(tf.SwinConfig(), 1, chosen=[])
+
+
+def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    built("llama").save_pretrained(tmp_path / "base")
+    command = [
+        "plan",
+        str(tmp_path / "base"),
+        "--batch",
+        "2",
+        "--length",
+        "16",
+        "--memory",
+        "1GB",
+        "--methods",
+        "VQT",
+        "--json",
+    ]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["method"] for row in found["rows"]} == {"full fine-tuning", "LORA"} and len(found["left_out"]) == 1
+    assert [row["fits"] for row in found["rows"]] == ["yes", "yes"]
+    assert main(["plan", str(tmp_path / "nowhere")]) == 2
+    assert "No plan for" in capsys.readouterr().err
+
+
+def test_measured_ratios_are_those_of_known_methods() -> None:
+    from peft_ext.training.planning import _measured
+
+    assert set(_measured()) <= {"full fine-tuning", "LORA", *methods()}
