@@ -33,6 +33,7 @@ from peft_ext import (
     MaskLoraCallback,
     MaskLoraConfig,
     PASTAConfig,
+    S2FTConfig,
     SparseFTCallback,
     SparseFTConfig,
     SPTConfig,
@@ -54,6 +55,11 @@ FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
     ),
     "spt": (SPTConfig(budget=0.05, r=4, modules_to_save=["classifier"]), 5e-3, []),
     "wegeft": (WeGeFTConfig(r=16, modules_to_save=["classifier"]), 5e-3, []),
+    "s2ft": (
+        S2FTConfig(ratios={"down": 0.1, "up": 0.1, "o": 0.25, "v": 0.25}, modules_to_save=["classifier"]),
+        5e-3,
+        [],
+    ),
     "mask_pruning": (
         MaskLoraConfig(target_sparsity=0.25, modules_to_save=["classifier"]),
         5e-3,

@@ -14,11 +14,12 @@ from .training import (
     recommend,
     sparse_activations,
 )
-from .tuners import binary_adapter, binary_lora, mask_pruning, pasta, sparse_ft, spt, ssf, vqt, wegeft
+from .tuners import binary_adapter, binary_lora, mask_pruning, pasta, s2ft, sparse_ft, spt, ssf, vqt, wegeft
 from .tuners.binary_adapter import BinaryAdapterConfig, BinaryAdapterModel
 from .tuners.binary_lora import BinaryLoraConfig, BinaryLoraModel
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.pasta import PASTAConfig, PASTAModel
+from .tuners.s2ft import S2FTConfig, S2FTModel
 from .tuners.sparse_ft import (
     SparseFTCallback,
     SparseFTConfig,
@@ -45,6 +46,7 @@ METHODS = (
     "BINARY_LOW_RANK",
     "BINARY_ADAPTER",
     "PASTA",
+    "S2FT",
 )  # the peft types that importing this package adds
 
 __all__ = [
@@ -63,6 +65,8 @@ __all__ = [
     "PeftMixedModel",
     "Plan",
     "Probe",
+    "S2FTConfig",
+    "S2FTModel",
     "SPTConfig",
     "SPTModel",
     "SSFConfig",
@@ -107,4 +111,5 @@ register_method("wegeft", WeGeFTConfig, WeGeFTModel, about=wegeft.ABOUT)
 register_method("binary_low_rank", BinaryLoraConfig, BinaryLoraModel, about=binary_lora.ABOUT)
 register_method("binary_adapter", BinaryAdapterConfig, BinaryAdapterModel, about=binary_adapter.ABOUT)
 register_method("pasta", PASTAConfig, PASTAModel, about=pasta.ABOUT)
+register_method("s2ft", S2FTConfig, S2FTModel, about=s2ft.ABOUT)
 load_plugins()

@@ -125,7 +125,8 @@ def setting(share: float, seed: int = 0) -> methods.Setting:
 
 
 @pytest.mark.parametrize(
-    "method", ["lora", "shira", "super-tuning", "spiel-ag", "spiel-ma", "random", "smallest", "spt", "spt-random"]
+    "method",
+    ["lora", "shira", "super-tuning", "spiel-ag", "spiel-ma", "random", "smallest", "spt", "spt-random"],
 )
 def test_adapters_have_the_size_of_the_budget(method: str) -> None:
     for share in (1.0, 0.25):

@@ -16,6 +16,7 @@ from peft_ext import (
     BinaryLoraConfig,
     MaskLoraConfig,
     PASTAConfig,
+    S2FTConfig,
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
@@ -148,6 +149,23 @@ class TestPASTA(MethodConformance):
     def test_targets(self) -> None: ...
 
 
+class TestS2FT(MethodConformance):
+    method = Method(
+        prefix="s2ft_",
+        config=partial(S2FTConfig, ratios=0.25),
+        models=("mlp", "conv1d_embedding", "llama", "gpt2", "swin", "vit"),
+        fields={
+            "mlp": {"target_modules": ["fc1", "fc2"]},
+            "conv1d_embedding": {"target_modules": ["conv1d"]},
+            "llama": {"ratios": {"down": 0.25, "up": 0.25, "o": 1.0, "v": 1.0, "q": 0.25, "k": 0.25, "gate": 0.25}},
+            "gpt2": {"ratios": {"down": 0.25, "v": 0.5}},
+            "vit": {"ratios": {"down": 0.25, "o": 0.5}},
+        },
+        mixes_batches=True,
+        keeps_fp32=r".*",
+    )
+
+
 METHODS = {
     case.method.prefix.rstrip("_"): case
     for case in (
@@ -157,6 +175,7 @@ METHODS = {
         TestSPT,
         TestMaskPruning,
         TestVQT,
+        TestS2FT,
         TestWeGeFT,
         TestBinaryLora,
         TestBinaryAdapter,

@@ -48,6 +48,7 @@ METHOD_PAGES = {
     "vqt": peft_ext.VQTConfig,
     "sparse": peft_ext.SparseFTConfig,
     "spt": peft_ext.SPTConfig,
+    "s2ft": peft_ext.S2FTConfig,
     "mask_pruning": peft_ext.MaskLoraConfig,
     "wegeft": peft_ext.WeGeFTConfig,
     "binary_lora": peft_ext.BinaryLoraConfig,
@@ -56,7 +57,12 @@ METHOD_PAGES = {
 }
 # what the rows of a reader's data are
 IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"
-DATA = {"docs/ssf.md": IMAGES, "docs/vqt.md": IMAGES, "docs/sparse.md": TOKENS}  # all others: SENTENCES
+DATA = {
+    "docs/ssf.md": IMAGES,
+    "docs/vqt.md": IMAGES,
+    "docs/sparse.md": TOKENS,
+    "docs/s2ft.md": TOKENS,
+}  # all others: SENTENCES
 DATA |= {"docs/binary_lora.md": IMAGES, "docs/binary_adapter.md": IMAGES}
 DATA["docs/linear_probe.md"] = IMAGES
 DATA |= {"docs/tutorials/images.md": IMAGES, "docs/tutorials/several_adapters.md": TOKENS}

@@ -51,6 +51,12 @@ def one(selection: str, total_steps: int | None = 40, **fields: Any) -> tuple[Pe
     return model, leaf
 
 
+def test_a_random_support_depends_on_the_seed() -> None:
+    supports = [one("random", seed=seed)[1].indices().tolist() for seed in (0, 0, 1, 2)]
+    assert supports[0] == supports[1]
+    assert len({tuple(support) for support in supports}) == 3
+
+
 def scripted_gradient(step: int, micro: int = 0) -> torch.Tensor:
     """The gradient of the weight at a step, `(8, 6)`."""
     generator = torch.Generator().manual_seed(1000 * step + micro)

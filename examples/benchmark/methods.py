@@ -35,6 +35,7 @@ from peft_ext import (
     BinaryLoraConfig,
     MaskLoraConfig,
     PASTAConfig,
+    S2FTConfig,
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
@@ -188,6 +189,20 @@ def _spt(setting: Setting, at_random: bool) -> PeftConfig:
     return config
 
 
+def _s2ft(setting: Setting, **options: Any) -> PeftConfig:
+    """The second layers of the feed-forward blocks, as published; the first, too, where these have too few weights."""
+    kinds, share = ["down"], 2.0
+    while share > 1:
+        names = describe(setting.model).modules(kinds)
+        share = setting.budget / sum(setting.linears[name].weight.numel() for name in names)
+        if share > 1:
+            if len(kinds) == 2:
+                raise ValueError(f"a budget of {setting.budget} weights is more than the feed-forward blocks have")
+            kinds.append("up")
+    config = S2FTConfig(ratios=dict.fromkeys(kinds, share), seed=setting.seed, task_type=setting.task_type, **options)
+    return _calibrated(setting, config) if options else config
+
+
 def _vqt(setting: Setting) -> PeftConfig:
     return VQTConfig(task_type=setting.task_type if hasattr(setting.model, "bert") else None, num_queries=4)
 
@@ -278,7 +293,14 @@ def _binary_adapter(setting: Setting, bits: int) -> PeftConfig:
 
 # All of them
 
-WRITTEN_OUT = (SSFConfig, VQTConfig, SparseFTConfig, SPTConfig, MaskLoraConfig)  # those with a budget, below
+WRITTEN_OUT = (
+    SSFConfig,
+    S2FTConfig,
+    VQTConfig,
+    SparseFTConfig,
+    SPTConfig,
+    MaskLoraConfig,
+)  # those with a budget, below
 
 
 def _default(setting: Setting, config: type[PeftConfig]) -> PeftConfig:
@@ -315,6 +337,8 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "spiel-ag-cosine": partial(_sparse, selection="spiel-ag", reselection_policy="cosine"),
     "spiel-ag-100": partial(_sparse, selection="spiel-ag", reselection_steps=100),  # instead of 20, as published
     "sensitivity": lambda setting: _calibrated(setting, _sparse(setting, "sensitivity")),
+    "s2ft": _s2ft,
+    "s2ft-activation": partial(_s2ft, selection="activation"),
     "spt": partial(_spt, at_random=False),
     "spt-random": partial(_spt, at_random=True),
     "wegeft": partial(_wegeft, share="target"),
@@ -341,6 +365,7 @@ COST_NAMES = {  # as `cost.py` calls them
     "vqt": "VQT, 4 queries",
     "pasta": "PASTA",
     "spiel-ag": "SpIEL-AG",
+    "s2ft": "S2FT",
     "spt-random": "SPT, at random",
     "wegeft": "WeGeFT",
     "mask-25": "mask-pruning LoRA r=8",
@@ -360,6 +385,7 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "random": "sparse, at random",
     "smallest": "sparse, smallest weights",
     "sensitivity": "sparse, by sensitivity",
+    "s2ft-activation": "S2FT, small activations",
     "spt": "SPT",
     "wegeft-apart": "WeGeFT, maps not shared",
     **{f"mask-{percent}": f"mask-pruning LoRA, {percent} %" for percent in (20, 25, 50)},

@@ -33,6 +33,7 @@ from .packages import load_plugins
 from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
 from .registry import Method, about_of, is_registered, method_of, methods, register_method
 from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps, owners_of, stop_listening
+from .seeds import stable_generator
 from .targets import (
     backbone_linears,
     backbone_modules,
@@ -114,6 +115,7 @@ __all__ = [
     "owners_of",
     "register_method",
     "spread",
+    "stable_generator",
     "stop_listening",
     "tuner_of",
     "unadapted_modules",

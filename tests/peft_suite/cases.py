@@ -18,18 +18,20 @@ from peft_ext.tuners.spt import SPTModel
 
 Fields = dict[str, Any]
 
-SSF, SPARSE, SPT, MASKS, VQT, WEGEFT = (
+SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT = (
     peft_ext.SSFConfig,
     peft_ext.SparseFTConfig,
     peft_ext.SPTConfig,
     peft_ext.MaskLoraConfig,
     peft_ext.VQTConfig,
     peft_ext.WeGeFTConfig,
+    peft_ext.S2FTConfig,
 )
 # The published start of SSF, gamma ~ N(1, 0.02), is not quite the base model, which some of the tests ask for.
 _IDENTITY: Fields = {"init_weights": "identity"}
 _RANDOM: Fields = {"num_tunable_weights": 40, "selection": "random"}
 _SPIEL: Fields = {"num_tunable_weights": 40}
+_CHANNELS: Fields = {"ratios": 0.5}
 _LOW_RANK: Fields = {"kinds": {"lin0.weight": "lora", "lin0.bias": "whole"}, "counts": {"lin0.bias": 20}}
 _LOW_RANK |= {"ranks": {"lin0.weight": 4}, "architecture": "MLP", "dropout": 0.0, "drop_path": 0.0}
 # the masks are learnt from the first step on
@@ -71,6 +73,8 @@ CUSTOM_CASES = [
     *_on_common_models("WeGeFT", WEGEFT, {})[:3],
     _custom("MLP WeGeFT 4", "MLP", WEGEFT, ["lin0", "lin1"], share="none"),
     _custom("EmbConv1D WeGeFT", "EmbConv1D", WEGEFT, ["conv1d"]),
+    *(case for case in _on_common_models("S2FT", S2FT, _CHANNELS) if case[1] != "Conv2d"),
+    _custom("Conv2d S2FT", "Conv2d", S2FT, ["lin0"], **_CHANNELS),
     _custom("MLP MaskLora 1", "MLP", MASKS, "lin0", **_MASKED),
     _custom("MLP MaskLora 2", "MLP", MASKS, ["lin0", "lin1"], **_MASKED),
 ]
@@ -81,16 +85,17 @@ MULTI_ADAPTER_CASES = [
         ("SparseFT", SPARSE, {**_RANDOM, "init_weights": False}),
         ("SpIEL", SPARSE, {**_SPIEL, "init_weights": False}),
         ("WeGeFT", WEGEFT, {"r": 4, "init_weights": False}),
+        ("S2FT", S2FT, {**_CHANNELS, "init_weights": False}),
     )
     for kind, targets in (("same", ("lin0", "lin0")), ("different", ("lin0", "lin1")))
 ] + [("SPT same", "ours", SPT, {**_LOW_RANK, "init_weights": False}, {**_LOW_RANK, "init_weights": False})]
 MIXED_BATCH_CASES = [
     (
         f"{name} {kind}",
-        config(target_modules=["lin0"], init_weights=False),
-        config(target_modules=[other], init_weights=False),
+        config(target_modules=["lin0"], init_weights=False, **fields),
+        config(target_modules=[other], init_weights=False, **fields),
     )
-    for name, config in (("SSF", SSF), ("WeGeFT", WEGEFT))
+    for name, config, fields in (("SSF", SSF, {}), ("S2FT", S2FT, _CHANNELS), ("WeGeFT", WEGEFT, {}))
     for kind, other in (("same", "lin0"), ("different", "lin1"))
 ]
 TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
@@ -100,13 +105,14 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
     (MASKS, {"target_modules": None, "prune": ["ffn"], **_SCHEDULE, **_BACKBONE}),
     (VQT, {"target_modules": None}),
     (WEGEFT, {"target_modules": None, "r": 4, **_BACKBONE}),
+    (S2FT, {"target_modules": None, "ratios": 0.2}),
 ]
 _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}
 TASKS = {VQT: ("SEQ_CLS",)}  # of methods that do not take part in all
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_weights": 2000})]
 
-SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, WEGEFT)
-SUPPORTS_MIXED_BATCHES = (SSF, WEGEFT)
+SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, WEGEFT, S2FT)
+SUPPORTS_MIXED_BATCHES = (SSF, WEGEFT, S2FT)
 CANNOT_MERGE = (VQT,)
 
 NOT_APPLICABLE = [
@@ -133,9 +139,9 @@ _EXACT = (
     "1e-5 does not move a value of 1e-2"
 )
 EXPECTED_FAILURES = [
-    (r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora)Config", _EXACT),
+    (r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora|S2FT)Config", _EXACT),
     # T5 has parts in fp32 if the rest is in fp16 (dtype0), so that the test takes either
-    (r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora)Config", _EXACT),
+    (r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora|S2FT)Config", _EXACT),
     (
         r"test_from_pretrained_config_construction\[",
         (

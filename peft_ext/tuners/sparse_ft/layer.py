@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...core import stable_generator
 from ...core.schedule import listen_to_steps
 from ...delta import DeltaLayer, SparseDelta
 from ...sparse import random_indices, top_indices
@@ -23,11 +23,6 @@ TRACKERS: dict[str, type[Tracker]] = {  # who moves the indices, or says which o
     "below": BelowTracker,
     "growing": GrowingTracker,
 }
-
-
-def stable_generator(seed: int, name: str) -> torch.Generator:
-    """A generator that depends on the seed and the module's name alone: the same in all processes and sessions."""
-    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
 
 
 class SparseFTLayer(DeltaLayer):

@@ -1,0 +1,137 @@
+"""A linear module some of whose input or output channels have weights of the adapter's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ...core import HALF, ExactLeaf, ExtLayer
+from .channels import Channels
+from .config import S2FTConfig
+
+
+_UNKNOWN = (
+    "The config has the numbers of chosen channels, but not which they are (JSON has no room for them), and no saved "
+    "adapter was loaded. Choose them before `get_peft_model`, with `config = peft_ext.calibrate(model, config, "
+    "dataloader)`, or load the adapter with `PeftModel.from_pretrained`."
+)
+
+
+class ChannelBlock(ExactLeaf):
+    """What is added to the weights of chosen channels: `weight` and, of each channel, its place in `indices` `(k,)`.
+
+    The weight is `(outputs, k)` for input channels, `(k, inputs)` for output channels, and starts at zero.
+
+    Args:
+        channels: Of the module.
+        k: How many are chosen.
+        indices: Which, sorted; `None` until a saved adapter is loaded.
+    """
+
+    def __init__(self, channels: Channels, k: int, indices: torch.Tensor | None) -> None:
+        super().__init__()
+        self.side, self.size = channels.side, channels.size
+        shape = (channels.outputs, k) if self.side == "inputs" else (k, channels.inputs)
+        self.weight = nn.Parameter(torch.zeros(shape))
+        self.indices: torch.Tensor
+        chosen = torch.full((k,), -1, dtype=torch.int32) if indices is None else indices
+        self.register_buffer("indices", chosen.clone())
+        self._is_known = indices is not None
+
+    def chosen(self) -> torch.Tensor:
+        """The indices of the channels, `(k,)`.
+
+        Raises:
+            ValueError: Nothing was loaded yet.
+        """
+        if not self._is_known:
+            self._is_known = not self.is_unloaded()
+            if not self._is_known:
+                raise ValueError(_UNKNOWN)
+        return self.indices
+
+    def is_unloaded(self) -> bool:
+        """Whether it waits for a saved adapter, to say which channels these are."""
+        return not self._is_known and (self.indices.is_meta or bool((self.indices < 0).any()))
+
+    def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises `ValueError` if the indices of a file are none of this module."""
+        indices = tensors["indices"]
+        if int(indices[0]) < 0 or int(indices[-1]) >= self.size or bool((indices.diff() <= 0).any()):
+            raise ValueError(f"`indices` are not distinct, sorted and below {self.size}")
+
+    def forward(self) -> torch.Tensor:
+        """The weights, in fp32 at least, as a new tensor: FSDP frees its own when the leaf's forward ends."""
+        return self.weight.float() if self.weight.dtype in HALF else self.weight.clone()
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., outputs)` for input channels, `(..., k)` for output channels, of x `(..., inputs)`.
+
+        Of the input, only what this product reads is kept for the backward: `(..., k)` of input channels.
+        """
+        weight = self().to(x.dtype)
+        return F.linear(x.index_select(-1, self.chosen()) if self.side == "inputs" else x, weight)
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """y `(..., outputs)` with what the channels add."""
+        added = self.added(x).to(y.dtype)
+        return y + added if self.side == "inputs" else y.index_add(-1, self.chosen(), added)
+
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as a product of two: A `(k, inputs)` and B `(outputs, k)`, one of which selects."""
+        weight, indices = self().detach(), self.chosen().long()
+        select = weight.new_zeros(len(indices), self.size)
+        select[torch.arange(len(indices), device=indices.device), indices] = 1.0
+        return (select, weight) if self.side == "inputs" else (weight, select.T)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.indices)} of {self.size} {self.side}"
+
+
+class S2FTLinear(ExtLayer):
+    """A Linear (or Conv1D) with `s2ft_block` added to the weights of chosen channels."""
+
+    adapter_layer_names = ("s2ft_block",)
+    supports_mixed_batches = True
+    s2ft_block: nn.ModuleDict
+
+    def update_layer(
+        self, adapter_name: str, config: S2FTConfig, *, channels: Channels, k: int, indices: torch.Tensor | None
+    ) -> None:
+        """Creates the block of one adapter; see `ChannelBlock`."""
+        self.s2ft_block[adapter_name] = ChannelBlock(channels, k, indices)
+        self.finish_update(adapter_name, config)
+
+    def block(self, adapter_name: str) -> ChannelBlock:
+        """What an adapter adds here."""
+        found = self.s2ft_block[adapter_name]
+        assert isinstance(found, ChannelBlock)
+        return found
+
+    def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        y, x = self.base_layer(*args, **kwargs), args[0]
+        for name in adapters:
+            y = self.block(name).add_to(y, x)
+        return y
+
+    def mixed_batch_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        y, x = self.base_layer(*args, **kwargs), args[0]
+        names = self.names_of_rows(adapter_names, len(x))
+        for adapter in self.present(dict.fromkeys(adapter_names)):
+            rows = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=x.device)
+            y = y.index_copy(0, rows, self.block(adapter).add_to(y[rows], x[rows]))
+        return y
+
+    def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        block, weight = self.block(adapter_name), self.get_base_weight()
+        added = block()
+        is_transposed = isinstance(self.get_base_layer(), Conv1D)
+        total = weight.to(torch.promote_types(weight.dtype, added.dtype), copy=True)
+        dim = 1 if (block.side == "inputs") != is_transposed else 0
+        total.index_add_(dim, block.chosen(), (added.T if is_transposed else added).to(total.dtype))
+        return {"weight": total.to(weight.dtype)}

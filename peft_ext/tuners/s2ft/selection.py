@@ -1,0 +1,138 @@
+"""Which channels are trained: how many of each kind, and by what they are chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...core import is_named, stable_generator
+from .channels import Channels
+from .config import S2FTConfig
+
+
+Groups = dict[str, dict[str, Channels]]  # by the key of `ratios`, the channels of its modules by name
+Score = Callable[[str, Channels], torch.Tensor]  # of each unit of a module, `(units,)`
+
+
+def key_of(config: S2FTConfig, name: str, kinds: tuple[str, ...]) -> str | None:
+    """The key of `ratios` that a module with these roles goes by; a name goes before a role, a longer name first.
+
+    Raises:
+        ValueError: Two roles of one module are in `ratios`.
+    """
+    assert isinstance(config.ratios, dict)
+    named = [key for key in config.ratios if is_named(key, [name])]
+    if named:
+        return max(named, key=len)
+    found = [key for key in config.ratios if key in kinds]
+    if len(found) > 1:
+        raise ValueError(
+            f"{name!r} is one module for {' and '.join(found)}: of these, `ratios` can have one, got {config.ratios!r}."
+        )
+    return found[0] if found else None
+
+
+def choose(config: S2FTConfig, groups: Groups, score: Score | None) -> dict[str, torch.Tensor]:
+    """The chosen channels of each module, sorted int32; without a score, at random. Modules may get none.
+
+    Raises:
+        ValueError: A share leaves no unit.
+    """
+    chosen: dict[str, torch.Tensor] = {}
+    for key, modules in groups.items():
+        ratio = config.ratios[key] if isinstance(config.ratios, dict) else config.ratios
+        parts = [[name] for name in modules] if config.spread == "per_layer" else [list(modules)]
+        for names in parts:
+            sizes = [modules[name].units for name in names]
+            seed = names[0] if config.spread == "per_layer" else key
+            scores = None if score is None else torch.cat([score(name, modules[name]) for name in names])
+            units = _pick(config, count_of(ratio, key, names, sum(sizes)), sum(sizes), scores, seed)
+            end = 0
+            for name, size in zip(names, sizes, strict=True):
+                start, end = end, end + size
+                own = units[(units >= start) & (units < end)] - start
+                if len(own):
+                    chosen[name] = modules[name].indices(own)
+    return chosen
+
+
+def choose_counted(
+    config: S2FTConfig, channels: Mapping[str, Channels], score: Score | None
+) -> dict[str, torch.Tensor]:
+    """The same where `num_channels_per_module` says how many.
+
+    Raises:
+        ValueError: It names another module, more channels than there are, or no whole heads.
+    """
+    chosen = {}
+    for name, count in (config.num_channels_per_module or {}).items():
+        check_count(name, count, channels)
+        own = channels[name]
+        if count % own.width:
+            raise ValueError(
+                f"`num_channels_per_module` says {count} for {name!r}, which are no whole heads of {own.width} channels."
+            )
+        scores = None if score is None else score(name, own)
+        chosen[name] = own.indices(_pick(config, count // own.width, own.units, scores, name))
+    return chosen
+
+
+def check_count(name: str, count: int, channels: Mapping[str, Channels]) -> None:
+    """`ValueError` if a module is no target, or has not so many channels."""
+    if name not in channels:
+        raise ValueError(
+            f"`num_channels_per_module` names {name!r}, which is not among the target modules: it was made for another "
+            "model or other `target_modules`."
+        )
+    there = channels[name].units * channels[name].width
+    if count > there:
+        raise ValueError(f"`num_channels_per_module` says {count} for {name!r}, which has {there} channels.")
+
+
+def count_of(ratio: float, key: str, names: list[str], units: int) -> int:
+    """How many of the units are chosen, rounded down as published.
+
+    Raises:
+        ValueError: None.
+    """
+    count = math.floor(ratio * units + 1e-9)  # .29 of 100 is 28.999999999999996
+    if count == 0:
+        where = repr(names[0]) if len(names) == 1 else f"{len(names)} modules"
+        raise ValueError(
+            f"`ratios` gives {key!r} a share of {ratio}, which leaves none of the {units} channels or heads of {where}: "
+            f"give it {1 / units:.2g} or more, or leave it out."
+        )
+    return count
+
+
+def _pick(config: S2FTConfig, count: int, units: int, scores: torch.Tensor | None, name: str) -> torch.Tensor:
+    if scores is None:
+        return torch.randperm(units, generator=stable_generator(config.seed, name))[:count].sort().values
+    order = scores.cpu().sort(descending=config.largest, stable=True).indices  # ties go to the first
+    return order[:count].sort().values
+
+
+def weight_squares(name: str, module: nn.Module, side: str) -> torch.Tensor:
+    """The sum of the squares of each channel's weights, `(size,)`.
+
+    Raises:
+        ValueError: The weight is quantised.
+    """
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if not weight.is_floating_point() or weight.is_meta:
+        raise ValueError(
+            f"The weight of {name!r} is quantised or not loaded, so its channels cannot be chosen by their norm: calibrate "
+            "on the model loaded without quantisation, or take `selection='random'`."
+        )
+    return squares_by_channel(weight.detach().square(), module, side)
+
+
+def squares_by_channel(squares: torch.Tensor, module: nn.Module, side: str) -> torch.Tensor:
+    """Squares in the shape of a module's weight, summed by channel of one side."""
+    is_transposed = isinstance(module, Conv1D)
+    return squares.sum(dim=0 if (side == "inputs") != is_transposed else 1, dtype=torch.float64).cpu()
