@@ -17,8 +17,7 @@ from .optimizer_state import STATE, from_8_bit, movable_state, to_8_bit, values_
 
 
 if TYPE_CHECKING:
-    from ...delta import SparseDelta
-    from .layer import SparseFTLayer
+    from ...delta import DeltaLayer, SparseDelta
 
 FOREIGN_STEPS = 8  # of an optimizer that does not own the values, before that is called an error
 HISTORY = 256  # moves of the support that a checkpoint remembers, a fixed number
@@ -38,7 +37,7 @@ class Tracker:
         self.config = config
         self._op = op
         self.said = said
-        self._layer: weakref.ref[SparseFTLayer] | None = None  # weak, so that a model goes with its last reference
+        self._layer: weakref.ref[DeltaLayer] | None = None  # weak, so that a model goes with its last reference
         self.step = 0  # optimizer steps that moved the values
         self.reselections: list[tuple[int, int]] = []  # (step, indices that changed)
         self.backwards = 0
@@ -51,7 +50,7 @@ class Tracker:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_searched": False, "_known_state": 0, "_layer": None}
 
-    def enter(self, layer: SparseFTLayer) -> None:
+    def enter(self, layer: DeltaLayer) -> None:
         """A forward through the layer that the delta is on begins."""
         if self._layer is None or self._layer() is not layer:
             self._layer = weakref.ref(layer)
