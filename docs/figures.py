@@ -30,6 +30,7 @@ import peft_ext
 from peft_ext import (
     BinaryAdapterConfig,
     BinaryLoraConfig,
+    LoraSBConfig,
     MaskLoraCallback,
     MaskLoraConfig,
     PASTAConfig,
@@ -60,6 +61,7 @@ FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
         5e-3,
         [],
     ),
+    "lora_sb": (LoraSBConfig(r=8, step_size=1e-4, modules_to_save=["classifier"]), 5e-3, []),
     "mask_pruning": (
         MaskLoraConfig(target_sparsity=0.25, modules_to_save=["classifier"]),
         5e-3,
@@ -77,7 +79,7 @@ def draw(name: str, file: Path, epochs: int = 20) -> None:
     data = digits(range(5, 10), train=200, validation=200)
     inputs = with_pixels(data, AutoImageProcessor.from_pretrained(base))
     model = AutoModelForImageClassification.from_pretrained(base, **label_names(data), ignore_mismatched_sizes=True)
-    if isinstance(config, SPTConfig):
+    if isinstance(config, (SPTConfig, LoraSBConfig)):
         batches = make_trainer(model, inputs["train"], learning_rate, epochs)
         peft_ext.calibrate(model, config, trainer=batches, num_batches=8, progress=False)
     trainer = make_trainer(get_peft_model(model, config), inputs["train"], learning_rate, epochs)

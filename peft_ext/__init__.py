@@ -14,9 +14,10 @@ from .training import (
     recommend,
     sparse_activations,
 )
-from .tuners import binary_adapter, binary_lora, mask_pruning, pasta, s2ft, sparse_ft, spt, ssf, vqt, wegeft
+from .tuners import binary_adapter, binary_lora, lora_sb, mask_pruning, pasta, s2ft, sparse_ft, spt, ssf, vqt, wegeft
 from .tuners.binary_adapter import BinaryAdapterConfig, BinaryAdapterModel
 from .tuners.binary_lora import BinaryLoraConfig, BinaryLoraModel
+from .tuners.lora_sb import LoraSBConfig, LoraSBModel
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.pasta import PASTAConfig, PASTAModel
 from .tuners.s2ft import S2FTConfig, S2FTModel
@@ -47,6 +48,7 @@ METHODS = (
     "BINARY_ADAPTER",
     "PASTA",
     "S2FT",
+    "LOW_RANK_CORE",
 )  # the peft types that importing this package adds
 
 __all__ = [
@@ -57,6 +59,8 @@ __all__ = [
     "BinaryLoraModel",
     "ExtConfig",
     "FrozenPassCache",
+    "LoraSBConfig",
+    "LoraSBModel",
     "MaskLoraCallback",
     "MaskLoraConfig",
     "MaskLoraModel",
@@ -112,4 +116,5 @@ register_method("binary_low_rank", BinaryLoraConfig, BinaryLoraModel, about=bina
 register_method("binary_adapter", BinaryAdapterConfig, BinaryAdapterModel, about=binary_adapter.ABOUT)
 register_method("pasta", PASTAConfig, PASTAModel, about=pasta.ABOUT)
 register_method("s2ft", S2FTConfig, S2FTModel, about=s2ft.ABOUT)
+register_method("low_rank_core", LoraSBConfig, LoraSBModel, about=lora_sb.ABOUT)
 load_plugins()

@@ -7,6 +7,7 @@ weight w is, summed over the batches,
     "fisher"        g_i^2              over single samples i instead of batches: the diagonal of the empirical Fisher matrix
     "magnitude"     |w g_b|            first-order change of the loss if w were removed, batch by batch
     "snip"          |w sum_b g_b|      the same of all batches together (Lee et al. 2019)
+    "gradient"      sum_b g_b          with its sign: the direction of a step (LoRA-SB)
 
 Each gradient is added to its sums on the host as soon as it is complete, and released, so that no two large gradients
 are alive at once (with several processes, when the backward of the batch is done, so that all add up the same). `memory="exact"` keeps one fp32 sum a weight. `memory="pool"` keeps the sums of the largest eighth
@@ -37,7 +38,7 @@ from .sparse import top_indices
 
 
 ACTIVATION = "activation"  # what a pass of another sort measures, see `channel_norms.py`
-KINDS = ("sensitivity", "fisher", "magnitude", "snip")
+KINDS = ("sensitivity", "fisher", "magnitude", "snip", "gradient")
 SAMPLE = 1 << 17  # weights on which the pool's floor is estimated
 
 
@@ -202,7 +203,7 @@ def calibrate(
         trainer: Instead of `dataloader`: a `Trainer` or `SFTTrainer` that was made with the same model and data, but
             without `peft_config`; the batches are those that it would train on.
         budgets: Several budgets to calibrate for in one pass.
-        kind: `"sensitivity"`, `"fisher"`, `"magnitude"` or `"snip"`; see the top of `calibrate.py`. `None` takes what
+        kind: `"sensitivity"`, `"fisher"`, `"magnitude"`, `"snip"` or `"gradient"`; see the top of `calibrate.py`. `None` takes what
             suits the method and its config: `"magnitude"` for masks, `"activation"` for channels that are chosen by it
             (see `channel_norms.py`; no loss is needed), else `"sensitivity"`.
         memory: `"exact"`, four bytes a weight on the host, or `"pool"`, one: for budgets well below an eighth of the
@@ -300,8 +301,8 @@ def measure(
         raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
     if memory not in ("exact", "pool"):
         raise ValueError(f"`memory` must be 'exact' or 'pool', got {memory!r}.")
-    if memory == "pool" and kind == "snip":
-        raise ValueError("`memory='pool'` keeps the largest of growing sums; those of kind='snip' change their sign.")
+    if memory == "pool" and kind in ("snip", "gradient"):
+        raise ValueError(f"`memory='pool'` keeps the largest of growing sums; those of {kind=} change their sign.")
     dataloader = loader(dataloader, trainer, num_batches)
     scores = (ExactScores if memory == "exact" else PooledScores)({n: p.numel() for n, p in candidates.items()})
     seen: set[str] = set()
@@ -312,7 +313,8 @@ def measure(
         values = grad.detach().float().reshape(-1)
         if kind in ("magnitude", "snip"):
             values = values.mul_(parameter.detach().reshape(-1))
-        scores.add(name, values if kind == "snip" else values.abs_() if kind == "magnitude" else values.square_())
+        is_signed = kind in ("snip", "gradient")
+        scores.add(name, values if is_signed else values.abs_() if kind == "magnitude" else values.square_())
 
     def release(parameter: torch.Tensor) -> None:
         grad, parameter.grad = parameter.grad, None
@@ -355,9 +357,9 @@ def measure(
         )
         for name in missing:
             scores.add(name, torch.zeros(scores.sizes[name]))
-    if isinstance(scores, ExactScores):
+    if isinstance(scores, ExactScores) and kind == "snip":
         for sums in scores.sums.values():
-            sums.abs_()  # those of "snip" have a sign
+            sums.abs_()  # they have a sign until all are added
     return scores
 
 

@@ -14,6 +14,7 @@ import peft_ext
 from peft_ext import (
     BinaryAdapterConfig,
     BinaryLoraConfig,
+    LoraSBConfig,
     MaskLoraConfig,
     PASTAConfig,
     S2FTConfig,
@@ -166,6 +167,18 @@ class TestS2FT(MethodConformance):
     )
 
 
+class TestLoraSB(MethodConformance):
+    method = Method(
+        prefix="low_rank_core_",
+        config=partial(LoraSBConfig, r=2, step_size=0.05),
+        models=("mlp", "llama", "gpt2", "bert", "vit"),
+        fields={"mlp": {"target_modules": ["fc1", "fc2"]}},
+        mixes_batches=True,
+        keeps_fp32=r".*",
+        looks_at_data=True,
+    )
+
+
 METHODS = {
     case.method.prefix.rstrip("_"): case
     for case in (
@@ -179,6 +192,7 @@ METHODS = {
         TestWeGeFT,
         TestBinaryLora,
         TestBinaryAdapter,
+        TestLoraSB,
     )
 }
 

@@ -54,6 +54,7 @@ METHOD_PAGES = {
     "binary_lora": peft_ext.BinaryLoraConfig,
     "binary_adapter": peft_ext.BinaryAdapterConfig,
     "pasta": peft_ext.PASTAConfig,
+    "lora_sb": peft_ext.LoraSBConfig,
 }
 # what the rows of a reader's data are
 IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"

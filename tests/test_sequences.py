@@ -31,6 +31,7 @@ METHODS = {
     "vqt": of("vqt"),
     "wegeft": of("wegeft"),
     "binary_low_rank": of("binary_low_rank", reference=references.binary_low_rank),
+    "low_rank_core": of("low_rank_core"),
     "spiel": of(
         "sparse_ft",
         config=partial(
@@ -80,4 +81,9 @@ class TestSpiel(SequenceTests):
 
 class TestWeGeFT(SequenceTests):
     method = METHODS["wegeft"]
+    sequences = 4
+
+
+class TestLoraSB(SequenceTests):
+    method = METHODS["low_rank_core"]
     sequences = 4

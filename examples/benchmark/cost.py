@@ -303,7 +303,17 @@ ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
     ),
     **{
         COST_NAMES[name]: _compared(name)
-        for name in ("dora", "adalora", "super-tuning", "spiel-ag", "s2ft", "spt-random", "vqt", *REGISTERED)
+        for name in (
+            "dora",
+            "adalora",
+            "super-tuning",
+            "spiel-ag",
+            "s2ft",
+            "spt-random",
+            "vqt",
+            "lora-xs",
+            *REGISTERED,
+        )
     },
     COST_NAMES["pasta"]: _pasta,
 }

@@ -33,6 +33,7 @@ import peft_ext
 from peft_ext import (
     BinaryAdapterConfig,
     BinaryLoraConfig,
+    LoraSBConfig,
     MaskLoraConfig,
     PASTAConfig,
     S2FTConfig,
@@ -229,6 +230,14 @@ def _pasta(setting: Setting) -> PeftConfig:
     return PASTAConfig(task_type=setting.task_type, special_tokens=special)
 
 
+def _lora_sb(setting: Setting, start: bool | str = True) -> PeftConfig:
+    """The side of the matrices is what the budget allows, or the narrowest Linear."""
+    narrowest = min(min(linear.in_features, linear.out_features) for linear in setting.linears.values())
+    side = min(int((setting.budget / len(setting.linears)) ** 0.5), narrowest)
+    config = LoraSBConfig(r=max(1, side), init_weights=start, **setting.common)
+    return _calibrated(setting, config) if start is True else config
+
+
 def _pruning(setting: Setting, how: str, sparsity: float) -> PeftConfig:
     # the controls train LoRA alone until `SetMasks` decides
     phases = {"fix_ratio": FIX_RATIO} if how == "mask" else {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0}
@@ -300,6 +309,7 @@ WRITTEN_OUT = (
     SparseFTConfig,
     SPTConfig,
     MaskLoraConfig,
+    LoraSBConfig,
 )  # those with a budget, below
 
 
@@ -341,6 +351,8 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "s2ft-activation": partial(_s2ft, selection="activation"),
     "spt": partial(_spt, at_random=False),
     "spt-random": partial(_spt, at_random=True),
+    "lora-sb": _lora_sb,
+    "lora-xs": partial(_lora_sb, start="weights"),
     "wegeft": partial(_wegeft, share="target"),
     "wegeft-apart": partial(_wegeft, share="none"),
     **{
@@ -368,6 +380,7 @@ COST_NAMES = {  # as `cost.py` calls them
     "s2ft": "S2FT",
     "spt-random": "SPT, at random",
     "wegeft": "WeGeFT",
+    "lora-xs": "LoRA-XS",
     "mask-25": "mask-pruning LoRA r=8",
 }
 TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by its key
@@ -387,6 +400,7 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "sensitivity": "sparse, by sensitivity",
     "s2ft-activation": "S2FT, small activations",
     "spt": "SPT",
+    "lora-sb": "LoRA-SB",
     "wegeft-apart": "WeGeFT, maps not shared",
     **{f"mask-{percent}": f"mask-pruning LoRA, {percent} %" for percent in (20, 25, 50)},
     **{f"magnitude-{percent}": f"LoRA, {percent} % cut by magnitude" for percent in (20, 25, 50)},

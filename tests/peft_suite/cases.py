@@ -18,7 +18,7 @@ from peft_ext.tuners.spt import SPTModel
 
 Fields = dict[str, Any]
 
-SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT = (
+SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB = (
     peft_ext.SSFConfig,
     peft_ext.SparseFTConfig,
     peft_ext.SPTConfig,
@@ -26,6 +26,7 @@ SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT = (
     peft_ext.VQTConfig,
     peft_ext.WeGeFTConfig,
     peft_ext.S2FTConfig,
+    peft_ext.LoraSBConfig,
 )
 # The published start of SSF, gamma ~ N(1, 0.02), is not quite the base model, which some of the tests ask for.
 _IDENTITY: Fields = {"init_weights": "identity"}
@@ -34,6 +35,7 @@ _SPIEL: Fields = {"num_tunable_weights": 40}
 _CHANNELS: Fields = {"ratios": 0.5}
 _LOW_RANK: Fields = {"kinds": {"lin0.weight": "lora", "lin0.bias": "whole"}, "counts": {"lin0.bias": 20}}
 _LOW_RANK |= {"ranks": {"lin0.weight": 4}, "architecture": "MLP", "dropout": 0.0, "drop_path": 0.0}
+_LORA_XS: Fields = {"r": 2, "init_weights": "weights"}
 # the masks are learnt from the first step on
 _SCHEDULE: Fields = {"total_steps": 100, "warmup_ratio": 0.0}
 _MASKED: Fields = {"groups": [{"kind": "ffn", "rows": ["lin0"], "columns": "lin1"}], "prune": ["ffn"], **_SCHEDULE}
@@ -70,6 +72,7 @@ CUSTOM_CASES = [
     _custom("MLP SpIEL 2", "MLP", SPARSE, ["lin0", "lin1"], **_SPIEL),
     _custom("MLP SPT", "MLP", SPT, ["lin0"], **_LOW_RANK),
     _custom("MLP SPT 3", "MLP", SPT, ["lin0"], modules_to_save=["lin1"], **_LOW_RANK),
+    *_on_common_models("LoRA-XS", LORA_SB, _LORA_XS)[:3],
     *_on_common_models("WeGeFT", WEGEFT, {})[:3],
     _custom("MLP WeGeFT 4", "MLP", WEGEFT, ["lin0", "lin1"], share="none"),
     _custom("EmbConv1D WeGeFT", "EmbConv1D", WEGEFT, ["conv1d"]),
@@ -84,6 +87,7 @@ MULTI_ADAPTER_CASES = [
         ("SSF", SSF, {"init_weights": False}),
         ("SparseFT", SPARSE, {**_RANDOM, "init_weights": False}),
         ("SpIEL", SPARSE, {**_SPIEL, "init_weights": False}),
+        ("LoRA-XS", LORA_SB, {"r": 2, "init_weights": False}),
         ("WeGeFT", WEGEFT, {"r": 4, "init_weights": False}),
         ("S2FT", S2FT, {**_CHANNELS, "init_weights": False}),
     )
@@ -104,6 +108,7 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
     (SPT, {"target_modules": None, "budget": 500, "dropout": 0.0, "drop_path": 0.0, **_BACKBONE}),
     (MASKS, {"target_modules": None, "prune": ["ffn"], **_SCHEDULE, **_BACKBONE}),
     (VQT, {"target_modules": None}),
+    (LORA_SB, {"target_modules": None, **_LORA_XS, **_BACKBONE}),
     (WEGEFT, {"target_modules": None, "r": 4, **_BACKBONE}),
     (S2FT, {"target_modules": None, "ratios": 0.2}),
 ]
@@ -111,8 +116,8 @@ _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["class
 TASKS = {VQT: ("SEQ_CLS",)}  # of methods that do not take part in all
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_weights": 2000})]
 
-SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, WEGEFT, S2FT)
-SUPPORTS_MIXED_BATCHES = (SSF, WEGEFT, S2FT)
+SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, WEGEFT, S2FT, LORA_SB)
+SUPPORTS_MIXED_BATCHES = (SSF, WEGEFT, S2FT, LORA_SB)
 CANNOT_MERGE = (VQT,)
 
 NOT_APPLICABLE = [
@@ -139,9 +144,15 @@ _EXACT = (
     "1e-5 does not move a value of 1e-2"
 )
 EXPECTED_FAILURES = [
-    (r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora|S2FT)Config", _EXACT),
+    (
+        r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora|S2FT|LoraSB)Config",
+        _EXACT,
+    ),
     # T5 has parts in fp32 if the rest is in fp16 (dtype0), so that the test takes either
-    (r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora|S2FT)Config", _EXACT),
+    (
+        r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora|S2FT|LoraSB)Config",
+        _EXACT,
+    ),
     (
         r"test_from_pretrained_config_construction\[",
         (
