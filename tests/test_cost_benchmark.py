@@ -21,6 +21,8 @@ from transformers import (
     ViTConfig,
 )
 
+from peft_ext.core import methods
+
 
 FILE = Path(__file__).parent.parent / "examples" / "benchmark" / "cost.py"
 
@@ -37,6 +39,7 @@ def _load() -> ModuleType:
 cost = _load()
 VQT, PASTA = cost.COST_NAMES["vqt"], cost.COST_NAMES["pasta"]
 COMPARED = ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", "wegeft", "lora-xs")
+UNMERGED = {cost.COST_NAMES[name.lower()] for name, method in methods().items() if not method.about.merges}
 SETTINGS = cost.Settings(rounds=2, warmup=1, threads=1)
 ONE_ROUND = cost.Settings(rounds=1, warmup=0, threads=1)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -78,7 +81,7 @@ def test_every_method_has_a_row_with_one_time_a_round(vit: dict[str, Any]) -> No
     assert len(vit["base_seconds"]) == SETTINGS.rounds
     for method, row in vit["rows"].items():
         forwards = {"unmerged", "merged"} if method in cost.ADAPTERS else set()
-        forwards -= {"merged"} if method in (VQT, PASTA) else set()
+        forwards -= {"merged"} if method in UNMERGED else set()
         assert set(row["seconds"]) == {"step", "forward", "backward", "optimizer"} | forwards
         assert all(len(times) == SETTINGS.rounds for times in row["seconds"].values())
         assert all(time > 0 for times in row["seconds"].values() for time in times)

@@ -30,6 +30,7 @@ SHARED = (
     "lora_files",
     "low_bit",
     "packed_files",
+    "reading",
     "sparse",
     "sparse_files",
 )

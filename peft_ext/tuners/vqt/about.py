@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...core import ADAPTER_WEIGHTS, About, Adapter, BadInput, Bars, Column, Image, Picture, Row, Site, is_trained
-from .families import FAMILIES
+from ...reading import FAMILIES
 from .layer import active_adapter_of, layer_of
 from .model import attention_maps
 from .queries import QueryHead

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from peft import TaskType
 
 from ...core import ExtConfig
-from .families import HEAD_NAMES
+from ...reading import HEAD_NAMES
 
 
 POOLINGS = ("concatenate", "mean", "weighted")

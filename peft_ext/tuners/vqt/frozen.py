@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any, Self
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .families import Family
+from ...reading import Family, replaced_forward
 
 
 EMBEDDINGS = "embeddings"  # the submodule of a backbone, under one name in all families
@@ -38,39 +37,6 @@ class Frozen:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dtype: torch.dtype
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, calling `module` runs `forward` in the place of its own."""
-    own = module.__dict__.get("forward")  # accelerate and others put one here too
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-def run_without_compiler(model: nn.Module) -> None:
-    """Lets `torch.compile` end its graph at the forward of `model`, inside of which hooks and forwards come and go."""
-    own = model.__dict__.get("forward")  # accelerate puts one here
-    # a bound method, so that a copy of the model runs itself and not `model`
-    eager = (
-        MethodType(torch.compiler.disable(type(model).forward), model) if own is None else torch.compiler.disable(own)
-    )
-    model.forward = eager  # type: ignore[method-assign]
-
-
-def run_as_before(model: nn.Module) -> None:
-    """Undoes `run_without_compiler`."""
-    eager: Any = model.__dict__.get("forward")
-    if isinstance(eager, MethodType):
-        del model.forward
-    elif hasattr(eager, "_torchdynamo_orig_callable"):
-        model.forward = eager._torchdynamo_orig_callable
 
 
 @contextmanager

@@ -13,19 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core import ExtLayer
+from ...reading import Family, ReaderLayer, replaced_forward
 from .config import VQTConfig
-from .families import Family
 from .frozen import (
     Capture,
     EmbeddingDropout,
     Frozen,
     attend,
     attention_weights,
-    replaced_forward,
-    run_as_before,
     run_block,
-    run_without_compiler,
 )
 from .queries import PoolingWeights, QueryHead, QueryRows, QueryTokens
 from .rerun import rerunnable
@@ -55,7 +51,7 @@ class _Reading:
     class_token: torch.Tensor | None = None
 
 
-class VQTLayer(ExtLayer):
+class VQTLayer(ReaderLayer):
     """The one layer of VQT, a child of the model named `vqt`: queries `vqt_queries` and head `vqt_head` per adapter.
 
     It stands beside the model's own modules and not around them, so that their names, and with them the keys of
@@ -67,49 +63,16 @@ class VQTLayer(ExtLayer):
     vqt_pool: nn.ModuleDict
     vqt_head: nn.ModuleDict
 
+    child = CHILD
+    method = "VQT"
+    configs: dict[str, VQTConfig]
+
     def __init__(self, model: nn.Module, family: Family) -> None:
-        super().__init__(nn.Identity())
-        self.family = family
-        self._model = (model,)  # in a tuple, which hides it from nn.Module
-        run_without_compiler(model)
-        self.configs: dict[str, VQTConfig] = {}
         self.cache: FrozenPass | None = None
         self.penalised_steps = 0  # how often a group lasso was added to the loss
         self._reading: _Reading | None = None
         self._is_paused = False
-        self._stock_labels = self._labels()
-        self._problem_types: dict[str, str | None] = {}
-        self._labels_of: str | None = None
-        self._handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
-        ]
-
-    @property
-    def model(self) -> Any:
-        return self._model[0]
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.model.get_submodule(self.family.backbone)
-
-    @property
-    def width(self) -> int:
-        """D, the width of the hidden states."""
-        config: Any = self.backbone.config
-        return config.hidden_size
-
-    def blocks(self, adapter: str) -> dict[int, nn.Module]:
-        """The blocks that the queries of `adapter` read, by their index."""
-        blocks: Any = self.backbone.get_submodule(self.family.blocks)
-        chosen = self.configs[adapter].layers_to_transform
-        indices = range(len(blocks)) if chosen is None else [chosen] if isinstance(chosen, int) else sorted(chosen)
-        for index in indices:
-            if not 0 <= index < len(blocks):
-                raise ValueError(
-                    f"`layers_to_transform` names layer {index}; the model has layers 0 to {len(blocks) - 1}."
-                )
-        return {index: blocks[index] for index in indices}
+        super().__init__(model, family)
 
     # Making and removing adapters
 
@@ -156,15 +119,6 @@ class VQTLayer(ExtLayer):
         channels = 1 if hasattr(config, "num_mel_bins") else getattr(config, "num_channels", 3)
         return channels * height * width
 
-    def _move_to_model(self, adapter: str) -> None:
-        like = next(
-            parameter for parameter in reversed(list(self.backbone.parameters())) if parameter.is_floating_point()
-        )
-        for name in self.adapter_layer_names:
-            leaves = getattr(self, name)
-            if adapter in leaves and not any(parameter.is_meta for parameter in leaves[adapter].parameters()):
-                leaves[adapter].to(like.device, like.dtype)
-
     def select_columns(self, adapter: str, columns: torch.Tensor) -> None:
         """Gives `adapter` a fresh head, and fresh queries, that read only the feature `columns` `(k,)`."""
         old: Any = self.vqt_head[adapter]
@@ -176,27 +130,6 @@ class VQTLayer(ExtLayer):
         head.columns = columns.to(old.weight.device, torch.int32)
         self.reset_parameters(adapter)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.configs.pop(adapter_name, None)
-        self._problem_types.pop(adapter_name, None)
-        self._show_labels()
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._show_labels()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self._show_labels()
-
-    def leave(self, model: nn.Module) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self.enable_adapters(False)
-        delattr(model, CHILD)
-        run_as_before(model)
-
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"Cannot merge adapter {adapter_name!r}: VQT adds tokens and features to the model, which no weight of it "
@@ -204,50 +137,16 @@ class VQTLayer(ExtLayer):
             "load on the untouched base model, and several of them can share one frozen pass."
         )
 
-    # The classes: the model's config shows those of the active adapter's head
-
-    def _labels(self) -> tuple[Any, Any]:
-        return self.model.config.id2label, self.model.config.label2id
-
-    def _show_labels(self) -> None:
-        active = self.active_names()
-        shown = active[0] if len(active) == 1 else None
-        model, config = self.model, self.model.config
-        self._problem_types[self._labels_of or ""] = config.problem_type
-        id2label, label2id = self._stock_labels
-        if shown is not None:
-            own = self.configs[shown].id2label or {}
-            if own != id2label:
-                id2label, label2id = dict(own), {label: index for index, label in own.items()}
-        config.id2label, config.label2id = id2label, label2id
-        if hasattr(model, "num_labels"):
-            model.num_labels = len(id2label)
-        if shown != self._labels_of:  # transformers guesses the problem type once; another head may have another
-            config.problem_type = self._problem_types.get(shown or "", self._problem_types.get(""))
-        self._labels_of = shown
-
-    def active_names(self) -> list[str]:
-        return (
-            []
-            if self.disable_adapters
-            else [name for name in self.present(self.active_adapters) if name in self.configs]
-        )
-
     # One forward
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._close()  # a forward that was interrupted from the keyboard has left its own behind
-        active = self.active_names()
-        if self._is_paused or not active:
+        adapter = None if self._is_paused else self.reading_adapter()
+        if adapter is None:
             return
-        if len(active) > 1:
-            raise ValueError(
-                f"The VQT adapters {active} are active together, but each has a head of its own, and there is one "
-                f"output. Activate one of them: `set_adapter({active[0]!r})`."
-            )
         stack = ExitStack()
-        reading = self._reading = _Reading(active[0], stack)
+        reading = self._reading = _Reading(adapter, stack)
         backbone = self.backbone
         stack.enter_context(replaced_forward(backbone, partial(self._run_backbone, reading, backbone.forward)))
         head = model.get_submodule(self.family.head)

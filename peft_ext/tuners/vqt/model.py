@@ -37,8 +37,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...core import ExtLayer, ExtModel
+from ...reading import HEAD_NAMES, check_model, family_of
 from .config import NO_MODULE
-from .families import HEAD_NAMES, check_model, family_of
 from .layer import CHILD, VQTLayer, active_adapter_of, layer_of
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families import Family
+from ...reading import Family
 from .frozen import AllFound, Capture, EmbeddingDropout, Frozen, run_block
 from .queries import QueryRows
 

@@ -1,4 +1,4 @@
-"""Where, in each architecture, the blocks, their attention and the head are: all that VQT knows about a family.
+"""Where, in each architecture, the blocks, their attention and the head are: all that a reader knows about a family.
 
 It is read from the table of architectures. A block is run on query rows by calling the block itself, so what it does
 besides attention (norms before or after, layer scale, the feed-forward part) need not be described here.
@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ...architectures import ARCHITECTURES, Architecture, architecture_of
-from ...architectures import Attention as Names
+from ..architectures import ARCHITECTURES, Architecture, architecture_of
+from ..architectures import Attention as Names
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ FAMILIES: dict[str, Family] = {
 HEAD_NAMES = {name for family in FAMILIES.values() for name in (family.head, family.class_token) if name} | {"score"}
 
 
-def family_of(model_type: str | None, model: nn.Module | None = None) -> Family:
+def family_of(model_type: str | None, model: nn.Module | None = None, method: str = "VQT") -> Family:
     """The family of a `config.model_type`; with a model, under the names that its version of transformers gives it.
 
     Raises:
-        ValueError: VQT does not know it; the message gives the reason where there is one.
+        ValueError: `method` does not know it; the message gives the reason where there is one.
     """
     architecture = architecture_of(model_type)
     if model_type in FAMILIES:
@@ -116,9 +116,9 @@ def family_of(model_type: str | None, model: nn.Module | None = None) -> Family:
         candidates = [FAMILIES[model_type], *_families(architecture)]
         return next((family for family in candidates if model is not None and _fits(family, model)), candidates[0])
     if (reason := _reason(architecture)) is not None:
-        raise ValueError(f"VQT does not support models of type {model_type!r}: {reason}")
+        raise ValueError(f"{method} does not support models of type {model_type!r}: {reason}")
     raise ValueError(
-        f"VQT does not know models of type {model_type!r}; it knows the classifiers of {', '.join(sorted(FAMILIES))}."
+        f"{method} does not know models of type {model_type!r}; it knows the classifiers of {', '.join(sorted(FAMILIES))}."
     )
 
 
