@@ -56,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("export", "Make something of an adapter that loads without it.", "adapter")
     sub.add_argument(
-        "--to", required=True, metavar="FORM", help="merged, pruned, lora, or another form that the method offers"
+        "--to",
+        required=True,
+        metavar="FORM",
+        help="merged, pruned, lora, compressed, binarized, or another form of the method",
     )
     sub.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write it")
     sub.add_argument("--base", metavar="MODEL", help="the base model, if not the one that the adapter names")

@@ -20,6 +20,7 @@ from peft_ext.export import binarize, compress
 from peft_ext.inspection import read_adapter
 from peft_ext.low_bit import used_values
 from peft_ext.packed_files import PACKED, read_packed
+from peft_ext_cli import main
 
 
 def trained(config: Any, name: str = "llama") -> PeftModel:
@@ -209,3 +210,17 @@ def test_damaged_files(tmp_path: Path) -> None:
     file.write_bytes(b"nothing")
     with pytest.raises(BadInput, match="is no packed adapter, or is damaged"):
         peft_ext.load(tmp_path, tiny("llama"))
+
+
+@pytest.mark.parametrize("form", ["compressed", "binarized"])
+def test_command_line(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No base model is loaded; what is there already is not overwritten."""
+    model = lora()
+    model.save_pretrained(str(tmp_path / "lora"))
+    arguments = ["export", str(tmp_path / "lora"), "--to", form, "--output", str(tmp_path / "small")]
+    assert main(arguments) == 0 and "bytes of tensors as" in capsys.readouterr().out
+    loaded = get_peft_model_state_dict(peft_ext.load(tmp_path / "small", tiny("llama")))
+    expected = (compress if form == "compressed" else binarize)(model).tensors()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
+    assert main(arguments) == 2 and "is not empty" in capsys.readouterr().err
+    assert main([*arguments[:-1], str(tmp_path / "lora")]) == 2 and "is what is read from" in capsys.readouterr().err

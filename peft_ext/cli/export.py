@@ -143,7 +143,8 @@ def _writer(adapter: Adapter, form: str) -> Write:
             "and is not made lora: its changes have no low rank: `--to merged` writes a model that loads everywhere."
         )
     else:
-        advice = f"and is not made {form}: `--to` can be {' or '.join(offered) or 'nothing'}."
+        can = [*offered, *(FORMS if about.offsets else ())]
+        advice = f"and is not made {form}: `--to` can be {' or '.join(can) or 'nothing'}."
     raise BadInput(f"{adapter.source} is of the method {adapter.method}, {advice}")
 
 

@@ -27,11 +27,12 @@ def packed(
         stored_parts: Any = getattr(leaf, "stored_parts", None)
         if stored_parts is None:
             continue
-        start = next((start for start in spellings(in_model) if any(key.startswith(start) for key in result)), None)
+        parts = list(leaf.state_dict())
+        start = next((start for start in spellings(in_model) if all(start + part in result for part in parts)), None)
         if start is None:
-            raise KeyError(f"The state dict has no tensors of {in_file}")
-        own = {key.removeprefix(start): result.pop(key) for key in list(result) if key.startswith(start)}
-        result |= {start + part: tensor for part, tensor in stored_parts(own).items()}
+            raise KeyError(f"The state dict lacks tensors of {in_file.removesuffix('.')!r}: {', '.join(parts)}.")
+        own = {part: result.pop(start + part) for part in parts}
+        result.update({start + part: tensor for part, tensor in stored_parts(own).items()})
     return result
 
 

@@ -28,6 +28,9 @@ SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB = (
     peft_ext.S2FTConfig,
     peft_ext.LoraSBConfig,
 )
+BINARY = peft_ext.BinaryLoraConfig
+# of few bits it starts close to the base model, and not on it, which some of the tests ask for
+_PLAIN: Fields = {"bits": 32, "r": 4, "dropout": 0.0}
 # The published start of SSF, gamma ~ N(1, 0.02), is not quite the base model, which some of the tests ask for.
 _IDENTITY: Fields = {"init_weights": "identity"}
 _RANDOM: Fields = {"num_tunable_weights": 40, "selection": "random"}
@@ -78,6 +81,10 @@ CUSTOM_CASES = [
     _custom("EmbConv1D WeGeFT", "EmbConv1D", WEGEFT, ["conv1d"]),
     *(case for case in _on_common_models("S2FT", S2FT, _CHANNELS) if case[1] != "Conv2d"),
     _custom("Conv2d S2FT", "Conv2d", S2FT, ["lin0"], **_CHANNELS),
+    _custom("MLP BinaryLora 1", "MLP", BINARY, "lin0", **_PLAIN),
+    _custom("MLP BinaryLora 2", "MLP", BINARY, ["lin0", "lin1"], **_PLAIN),
+    _custom("MLP BinaryLora 3", "MLP", BINARY, ["lin0"], modules_to_save=["lin1"], **_PLAIN),
+    _custom("EmbConv1D BinaryLora", "EmbConv1D", BINARY, ["conv1d"], **_PLAIN),
     _custom("MLP MaskLora 1", "MLP", MASKS, "lin0", **_MASKED),
     _custom("MLP MaskLora 2", "MLP", MASKS, ["lin0", "lin1"], **_MASKED),
 ]
@@ -87,6 +94,7 @@ MULTI_ADAPTER_CASES = [
         ("SSF", SSF, {"init_weights": False}),
         ("SparseFT", SPARSE, {**_RANDOM, "init_weights": False}),
         ("SpIEL", SPARSE, {**_SPIEL, "init_weights": False}),
+        ("BinaryLora", BINARY, {"r": 4, "dropout": 0.0, "init_weights": False}),
         ("LoRA-XS", LORA_SB, {"r": 2, "init_weights": False}),
         ("WeGeFT", WEGEFT, {"r": 4, "init_weights": False}),
         ("S2FT", S2FT, {**_CHANNELS, "init_weights": False}),
@@ -108,6 +116,7 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
     (SPT, {"target_modules": None, "budget": 500, "dropout": 0.0, "drop_path": 0.0, **_BACKBONE}),
     (MASKS, {"target_modules": None, "prune": ["ffn"], **_SCHEDULE, **_BACKBONE}),
     (VQT, {"target_modules": None}),
+    (BINARY, {"target_modules": None, **_PLAIN}),
     (LORA_SB, {"target_modules": None, **_LORA_XS, **_BACKBONE}),
     (WEGEFT, {"target_modules": None, "r": 4, **_BACKBONE}),
     (S2FT, {"target_modules": None, "ratios": 0.2}),
@@ -116,8 +125,8 @@ _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["class
 TASKS = {VQT: ("SEQ_CLS",)}  # of methods that do not take part in all
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_weights": 2000})]
 
-SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, WEGEFT, S2FT, LORA_SB)
-SUPPORTS_MIXED_BATCHES = (SSF, WEGEFT, S2FT, LORA_SB)
+SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB)
+SUPPORTS_MIXED_BATCHES = (SSF, BINARY, WEGEFT, S2FT, LORA_SB)
 CANNOT_MERGE = (VQT,)
 
 NOT_APPLICABLE = [
@@ -145,12 +154,12 @@ _EXACT = (
 )
 EXPECTED_FAILURES = [
     (
-        r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora|S2FT|LoraSB)Config",
+        r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora|S2FT|LoraSB|BinaryLora)Config",
         _EXACT,
     ),
     # T5 has parts in fp32 if the rest is in fp16 (dtype0), so that the test takes either
     (
-        r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora|S2FT|LoraSB)Config",
+        r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora|S2FT|LoraSB|BinaryLora)Config",
         _EXACT,
     ),
     (
