@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from peft_ext.low_bit import Coded, codebook
-from peft_ext.low_bit import decode as decode_levels
 from peft_ext.sparse import decode
 
 
@@ -75,21 +73,7 @@ def gain(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensor
 
 
 def binary_low_rank(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
-    """W + scale U D; each has the values of its file, or those that its latents are quantised to."""
-
-    def used(leaf: str, shape: tuple[int, ...]) -> torch.Tensor:
-        weight, stats = (adapter[f"binary_low_rank_{leaf}.{part}"] for part in ("weight", "stats"))
-        levels, thresholds = (torch.tensor(table, dtype=torch.float64) for table in codebook(config.bits))
-        mu, sd = weight.mean(), weight.std()
-        z = (weight - mu) / (sd + 1e-5)
-        level = levels[(z.detach()[..., None] > thresholds).sum(-1)]
-        value = sd * (level + z - z.detach()) + mu
-        if stats[1] < 0:
-            return value
-        stored = decode_levels(Coded(adapter[f"binary_low_rank_{leaf}.codes"], stats), config.bits, shape)
-        return value - value.detach() + stored
-
+    """W + scale U D, with 32 bits: a file of fewer has no latents, so that these are not what they were after loading."""
     weight = base["weight"]
-    down = used("down", adapter["binary_low_rank_down.weight"].shape)
-    update = config.scale * used("up", adapter["binary_low_rank_up.weight"].shape) @ down
+    update = config.scale * adapter["binary_low_rank_up.weight"] @ adapter["binary_low_rank_down.weight"]
     return {"weight": weight + (update if update.shape == weight.shape else update.T)}

@@ -9,8 +9,9 @@ from typing import Any
 import references
 from test_conformance import METHODS as CONFORMING
 
-from peft_ext import MaskLoraConfig, SparseFTConfig
+from peft_ext import BinaryLoraConfig, MaskLoraConfig, SparseFTConfig
 from peft_ext.testing import Method
+from peft_ext.testing.method import NOTHING
 from peft_ext.testing.sequences import SequenceTests
 
 
@@ -30,8 +31,13 @@ METHODS = {
     ),
     "vqt": of("vqt"),
     "wegeft": of("wegeft"),
-    "binary_low_rank": of("binary_low_rank", reference=references.binary_low_rank),
     "low_rank_core": of("low_rank_core"),
+    "binary_low_rank": of(
+        "binary_low_rank",
+        config=partial(BinaryLoraConfig, r=2, bits=32, dropout=0.0),
+        reference=references.binary_low_rank,
+        estimated=NOTHING,
+    ),
     "spiel": of(
         "sparse_ft",
         config=partial(
