@@ -104,7 +104,7 @@ FAMILIES: dict[str, Family] = {
 HEAD_NAMES = {name for family in FAMILIES.values() for name in (family.head, family.class_token) if name} | {"score"}
 
 
-def family_of(model_type: str | None, model: nn.Module | None = None, method: str = "VQT") -> Family:
+def family_of(method: str, model_type: str | None, model: nn.Module | None = None) -> Family:
     """The family of a `config.model_type`; with a model, under the names that its version of transformers gives it.
 
     Raises:

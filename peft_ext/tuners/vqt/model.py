@@ -53,7 +53,7 @@ class VQTModel(ExtModel):
     @classmethod
     def default_targets(cls, config: Any, model_config: dict[str, Any], *_: Any) -> Any:
         """The one target is the backbone, whose name alone depends on the architecture."""
-        target = {family_of(model_config.get("model_type")).backbone}
+        target = {family_of(VQTLayer.method, model_config.get("model_type")).backbone}
         if config.target_modules not in (None, target):
             raise ValueError(
                 f"`target_modules` is {config.target_modules!r}, but VQT adapts no module: it reads the backbone "
@@ -68,7 +68,7 @@ class VQTModel(ExtModel):
 
     @classmethod
     def check_targets(cls, config: Any, model: nn.Module) -> None:
-        family = family_of(getattr(model.config, "model_type", None), model)  # type: ignore[union-attr]
+        family = family_of(VQTLayer.method, getattr(model.config, "model_type", None), model)  # type: ignore[union-attr]
         check_model(family, model)
 
     @classmethod
@@ -86,7 +86,7 @@ class VQTModel(ExtModel):
         layer: Any = getattr(model, CHILD, None)
         is_new = layer is None
         if is_new:
-            layer = VQTLayer(model, family_of(model.config.model_type, model))
+            layer = VQTLayer(model, family_of(VQTLayer.method, model.config.model_type, model))
             layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config)
         if is_new:
