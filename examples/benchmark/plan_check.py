@@ -76,7 +76,11 @@ def measured_bytes(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int
     kept = saved_bytes(model, inputs)  # and its backward
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    # of copies, so that no method's schedule is asked how long the training is
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in trained if p.grad is not None]
+    for copy, parameter in zip(copies, [p for p in trained if p.grad is not None], strict=True):
+        copy.grad = parameter.grad
+    optimizer = torch.optim.AdamW(copies, fused=True)
     optimizer.step()
     state = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if getattr(v, "ndim", 0))
     weights = sum(p.nbytes for p in model.parameters())
@@ -84,7 +88,7 @@ def measured_bytes(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int
 
 
 @no_foreign_warnings()
-def check(names: list[str]) -> None:
+def check(names: list[str], chosen: list[str] | None) -> None:
     """Writes what was found after each model."""
     found: dict[str, Any] = {}
     for name in names:
@@ -92,7 +96,7 @@ def check(names: list[str]) -> None:
         batch = BATCHES.get(name, work.batch)
         torch.manual_seed(0)
         model = work.build()
-        plan = peft_ext.recommend(model, (batch, work.length or 1), kind=work.kind)
+        plan = peft_ext.recommend(model, (batch, work.length or 1), kind=work.kind, chosen=chosen)
         found[name] = {"batch": batch, "tokens": plan.tokens, "rows": {}, "left_out": dict(plan.left_out)}
         for row in plan.rows:
             torch.manual_seed(0)
@@ -110,13 +114,14 @@ def check(names: list[str]) -> None:
         (RESULTS / "plan-check.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def plans() -> dict[str, Any]:
+def plans() -> None:
+    """Writes what was found after each shape."""
     found: dict[str, Any] = {"batch": BATCH, "tokens": LENGTH, "models": {}}
     for name in LLAMA:
         plan: Plan = peft_ext.recommend(llama(name), (BATCH, LENGTH))
         found["models"][name] = {"parameters": plan.parameters, "table": str(plan), "left_out": dict(plan.left_out)}
+        (RESULTS / "plan-llama.json").write_text(json.dumps(found, indent=1) + "\n")
         print(f"{name}\n{plan}", flush=True)
-    return found
 
 
 def ratios() -> dict[str, Any]:
@@ -168,6 +173,7 @@ def updated(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", nargs="*", choices=[*MODELS, []], metavar="MODEL", help=f"default: {MODELS}")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="peft types to check; default: all")
     parser.add_argument("--llama", action="store_true")
     parser.add_argument("--ratios", action="store_true")
     parser.add_argument("--write", type=Path, metavar="FILE")
@@ -176,9 +182,9 @@ def main() -> None:
     if args.ratios:
         RATIOS.write_text(json.dumps(ratios(), indent=1) + "\n")
     if args.llama:
-        (RESULTS / "plan-llama.json").write_text(json.dumps(plans(), indent=1) + "\n")
+        plans()
     if args.check is not None:
-        check(args.check or list(MODELS))
+        check(args.check or list(MODELS), args.methods)
     if args.write:
         args.write.write_text(updated(args.write.read_text()))
 

@@ -52,7 +52,7 @@ class Sizes:
             *(rows * self.layers * size for size in self._layer),
             pairs * self.layers * self.heads,  # attention weights, where the attention is not fused
             *(rows * size for size in (1, self.width, self.vocabulary, self.head_dim)),
-            self.tokens * self.head_dim,  # rotary embeddings
+            *(self.tokens * size for size in (1, self.head_dim, self.tokens)),  # positions and masks of all samples
             *(self.batch * size for size in (1, self.width)),
             *(self.batch * self.layers * size for size in self._layer[:5]),  # of rows that are no tokens
             pairs,
@@ -238,7 +238,10 @@ def _told(table: Sequence[Sequence[float]], values: Sequence[float], at: Sequenc
     rows, scale = _scaled(table)
     solution = torch.linalg.lstsq(rows, torch.tensor(values, dtype=torch.float64)[:, None], rcond=1e-9, driver="gelsd")
     coefficients = solution.solution[:, 0]
-    return max(0, round(float((torch.tensor(at, dtype=torch.float64) / scale * coefficients).sum())))
+    told = round(float((torch.tensor(at, dtype=torch.float64) / scale * coefficients).sum()))
+    if told < 0:
+        raise ValueError("what it keeps is no function of the model's sizes that some forty toys could show.")
+    return told
 
 
 @contextmanager
