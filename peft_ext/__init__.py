@@ -14,7 +14,20 @@ from .training import (
     recommend,
     sparse_activations,
 )
-from .tuners import binary_adapter, binary_lora, lora_sb, mask_pruning, pasta, s2ft, sparse_ft, spt, ssf, vqt, wegeft
+from .tuners import (
+    binary_adapter,
+    binary_lora,
+    lora_sb,
+    mask_pruning,
+    pasta,
+    s2ft,
+    sparse_ft,
+    spt,
+    ssf,
+    vpt,
+    vqt,
+    wegeft,
+)
 from .tuners.binary_adapter import BinaryAdapterConfig, BinaryAdapterModel
 from .tuners.binary_lora import BinaryLoraConfig, BinaryLoraModel
 from .tuners.lora_sb import LoraSBConfig, LoraSBModel
@@ -32,6 +45,7 @@ from .tuners.sparse_ft import (
 )
 from .tuners.spt import SPTConfig, SPTModel
 from .tuners.ssf import SSFConfig, SSFModel
+from .tuners.vpt import VPTConfig, VPTModel, attention_to_prompts, prune_prompts
 from .tuners.vqt import FrozenPassCache, VQTConfig, VQTModel, attention_maps, select_features
 from .tuners.wegeft import WeGeFTConfig, WeGeFTModel
 from .version import __version__
@@ -49,6 +63,7 @@ METHODS = (
     "PASTA",
     "S2FT",
     "LOW_RANK_CORE",
+    "VPT",
 )  # the peft types that importing this package adds
 
 __all__ = [
@@ -79,6 +94,8 @@ __all__ = [
     "SparseFTCallback",
     "SparseFTConfig",
     "SparseFTModel",
+    "VPTConfig",
+    "VPTModel",
     "VQTConfig",
     "VQTModel",
     "WeGeFTConfig",
@@ -86,6 +103,7 @@ __all__ = [
     "__version__",
     "activation_report",
     "attention_maps",
+    "attention_to_prompts",
     "calibrate",
     "fix_masks",
     "graft",
@@ -98,6 +116,7 @@ __all__ = [
     "lt_sft",
     "overlap",
     "prune_and_unload",
+    "prune_prompts",
     "push_pruned_to_hub",
     "recommend",
     "save_as_lora",
@@ -117,4 +136,5 @@ register_method("binary_adapter", BinaryAdapterConfig, BinaryAdapterModel, about
 register_method("pasta", PASTAConfig, PASTAModel, about=pasta.ABOUT)
 register_method("s2ft", S2FTConfig, S2FTModel, about=s2ft.ABOUT)
 register_method("low_rank_core", LoraSBConfig, LoraSBModel, about=lora_sb.ABOUT)
+register_method("vpt", VPTConfig, VPTModel, about=vpt.ABOUT)
 load_plugins()

@@ -21,6 +21,7 @@ from peft_ext import (
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
+    VPTConfig,
     VQTConfig,
     WeGeFTConfig,
 )
@@ -179,6 +180,15 @@ class TestLoraSB(MethodConformance):
     )
 
 
+class TestVPT(MethodConformance):
+    method = Method(
+        prefix="vpt_",
+        config=partial(VPTConfig, num_tokens=2, kv_tokens=1),
+        models=("vit", "bert", "siglip_image"),
+        merges=False,
+    )
+
+
 METHODS = {
     case.method.prefix.rstrip("_"): case
     for case in (
@@ -189,6 +199,7 @@ METHODS = {
         TestMaskPruning,
         TestVQT,
         TestS2FT,
+        TestVPT,
         TestWeGeFT,
         TestBinaryLora,
         TestBinaryAdapter,

@@ -38,7 +38,7 @@ def _load() -> ModuleType:
 
 cost = _load()
 VQT, PASTA = cost.COST_NAMES["vqt"], cost.COST_NAMES["pasta"]
-COMPARED = ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", "wegeft", "lora-xs")
+COMPARED = ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", *cost.PROMPTS, "wegeft", "lora-xs")
 UNMERGED = {cost.COST_NAMES[name.lower()] for name, method in methods().items() if not method.about.merges}
 SETTINGS = cost.Settings(rounds=2, warmup=1, threads=1)
 ONE_ROUND = cost.Settings(rounds=1, warmup=0, threads=1)
@@ -67,6 +67,7 @@ def _bert() -> nn.Module:
 VIT = cost.Workload("tiny-vit", _vit, "image", 2, image_size=64, about="ViT")
 LLAMA = cost.Workload("tiny-llama", _llama, "causal", 2, length=6, about="Llama")
 BERT = cost.Workload("tiny-bert", _bert, "text", 2, length=6, about="BERT")
+PROMPTS = [cost.COST_NAMES[name] for name in cost.PROMPTS]  # for encoders, and not merged
 MASKS = "mask-pruning LoRA r=8"  # needs to know the architecture
 STACK = cost.Workload("stack", lambda: cost.Stack(3, 16), "stack", 4, length=16, about="Linears")
 
@@ -81,7 +82,7 @@ def test_every_method_has_a_row_with_one_time_a_round(vit: dict[str, Any]) -> No
     assert len(vit["base_seconds"]) == SETTINGS.rounds
     for method, row in vit["rows"].items():
         forwards = {"unmerged", "merged"} if method in cost.ADAPTERS else set()
-        forwards -= {"merged"} if method in UNMERGED else set()
+        forwards -= {"merged"} if method in {*UNMERGED, *PROMPTS} else set()
         assert set(row["seconds"]) == {"step", "forward", "backward", "optimizer"} | forwards
         assert all(len(times) == SETTINGS.rounds for times in row["seconds"].values())
         assert all(time > 0 for times in row["seconds"].values() for time in times)
@@ -134,7 +135,7 @@ def test_file_bytes_are_those_of_the_trained_tensors(vit: dict[str, Any]) -> Non
 def test_other_kinds_of_model(workload: Any) -> None:
     results = cost.measure(workload, settings=ONE_ROUND, quiet=True)
     without = {
-        "tiny-llama": {"linear probe", VQT},
+        "tiny-llama": {"linear probe", VQT, *PROMPTS},
         "stack": {"linear probe", "LN-tuning", MASKS, PASTA, *(cost.COST_NAMES[name] for name in COMPARED)},
     }.get(workload.name, set())
     assert set(results["skipped"]) == without

@@ -46,6 +46,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", *DOCS]
 METHOD_PAGES = {
     "ssf": peft_ext.SSFConfig,
     "vqt": peft_ext.VQTConfig,
+    "vpt": peft_ext.VPTConfig,
     "sparse": peft_ext.SparseFTConfig,
     "spt": peft_ext.SPTConfig,
     "s2ft": peft_ext.S2FTConfig,
@@ -63,6 +64,7 @@ DATA = {
     "docs/vqt.md": IMAGES,
     "docs/sparse.md": TOKENS,
     "docs/s2ft.md": TOKENS,
+    "docs/vpt.md": IMAGES,
 }  # all others: SENTENCES
 DATA |= {"docs/binary_lora.md": IMAGES, "docs/binary_adapter.md": IMAGES}
 DATA["docs/linear_probe.md"] = IMAGES

@@ -24,6 +24,7 @@ SHARED = (
     "architectures",
     "batches",
     "calibrate",
+    "gradients",
     "channel_norms",
     "delta",
     "groups",

@@ -63,7 +63,7 @@ from peft_ext.core import about_of
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from methods import CONFIGS, COST_NAMES, REGISTERED, Setting
+from methods import CONFIGS, COST_NAMES, PROMPTS, REGISTERED, Setting
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -312,6 +312,7 @@ ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
             "spt-random",
             "vqt",
             "lora-xs",
+            *PROMPTS,
             *REGISTERED,
         )
     },

@@ -40,6 +40,7 @@ from peft_ext import (
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
+    VPTConfig,
     VQTConfig,
     WeGeFTConfig,
     fix_masks,
@@ -238,6 +239,10 @@ def _lora_sb(setting: Setting, start: bool | str = True) -> PeftConfig:
     return _calibrated(setting, config) if start is True else config
 
 
+def _vpt(setting: Setting, **options: Any) -> PeftConfig:
+    return VPTConfig(task_type=setting.task_type, **options)
+
+
 def _pruning(setting: Setting, how: str, sparsity: float) -> PeftConfig:
     # the controls train LoRA alone until `SetMasks` decides
     phases = {"fix_ratio": FIX_RATIO} if how == "mask" else {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0}
@@ -305,6 +310,7 @@ def _binary_adapter(setting: Setting, bits: int) -> PeftConfig:
 WRITTEN_OUT = (
     SSFConfig,
     S2FTConfig,
+    VPTConfig,
     VQTConfig,
     SparseFTConfig,
     SPTConfig,
@@ -342,6 +348,10 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "bi-adaptformer": partial(_binary_adapter, bits=1),
     "adapter": partial(_binary_adapter, bits=32),
     "pasta": _pasta,
+    "vpt": partial(_vpt, num_tokens=10),
+    "vpt-50": partial(_vpt, num_tokens=50),
+    "vpt-shallow": partial(_vpt, num_tokens=50, deep=False),
+    "e2vpt": partial(_vpt, num_tokens=5, kv_tokens=5),
     **{name: partial(_sparse, selection=name) for name in ("spiel-ag", "spiel-ma", "lt-sft", "random", "smallest")},
     # not replacing the whole support at first
     "spiel-ag-cosine": partial(_sparse, selection="spiel-ag", reselection_policy="cosine"),
@@ -376,6 +386,10 @@ COST_NAMES = {  # as `cost.py` calls them
     "ssf": "SSF",
     "vqt": "VQT, 4 queries",
     "pasta": "PASTA",
+    "vpt": "VPT, 10 prompts",
+    "vpt-50": "VPT, 50 prompts",
+    "vpt-shallow": "VPT-shallow, 50 prompts",
+    "e2vpt": "E2VPT, 5 prompts, 5 rows",
     "spiel-ag": "SpIEL-AG",
     "s2ft": "S2FT",
     "spt-random": "SPT, at random",
@@ -406,7 +420,8 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     **{f"magnitude-{percent}": f"LoRA, {percent} % cut by magnitude" for percent in (20, 25, 50)},
     **{f"random-{percent}": f"LoRA, {percent} % cut at random" for percent in (20, 25, 50)},
 }
-OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt", *REGISTERED)
+PROMPTS = ("vpt", "vpt-50", "vpt-shallow", "e2vpt")
+OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt", *PROMPTS, *REGISTERED)
 
 
 def is_experiment(method: str) -> bool:

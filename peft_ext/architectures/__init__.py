@@ -2,6 +2,7 @@
 
 from .describe import ROLES, Block, BlockAttention, BlockFeedForward, Description, describe, is_norm
 from .layout import Architecture, Attention, Classifier, FeedForward
+from .patches import patch_inputs
 from .table import ARCHITECTURES, architecture_of
 
 
@@ -19,4 +20,5 @@ __all__ = [
     "architecture_of",
     "describe",
     "is_norm",
+    "patch_inputs",
 ]

@@ -128,7 +128,8 @@ def describe(model: nn.Module) -> Description:
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    architecture = architecture_of(model_type)
+    backbone_config = getattr(config, "backbone_config", None)  # of heads for segmentation or depth on any backbone
+    architecture = architecture_of(model_type) or architecture_of(getattr(backbone_config, "model_type", None))
     modules = dict(unadapted_modules(model))
     backbone = {name for name, _ in backbone_modules(model)}
     blocks = _blocks(architecture or Architecture(), modules)

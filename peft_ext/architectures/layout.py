@@ -19,6 +19,7 @@ class Attention:
         tables: Parameters with one entry per head in their last dimension, such as position biases.
         head_size: The attribute of the attention module with the width of a head.
         scale: The attribute of the attention module with the factor of the scores, where the class has one.
+        norm: The module whose output the projections read; empty: what the block is given. `None`: not known.
     """
 
     q: str
@@ -31,6 +32,7 @@ class Attention:
     tables: tuple[str, ...] = ()
     head_size: str = "head_dim"
     scale: str = "scaling"
+    norm: str | None = None
 
     @property
     def module(self) -> str:
@@ -112,6 +114,7 @@ class Architecture:
         shares_layers: Whether one block is run several times.
         leading_rows: Of vision models, how many rows that stand for the whole image (class and distillation token) come
             before the patches; registers, whose number the config tells, stand between the two.
+        causal_towers: Of a model with several towers, those in which each position sees only those before it.
     """
 
     attention: tuple[Attention, ...] = ()
@@ -129,6 +132,7 @@ class Architecture:
     has_windows: bool = False
     shares_layers: bool = False
     leading_rows: int = 0
+    causal_towers: tuple[str, ...] = ()
 
 
 def attention(inside: str, names: str, o: str | None = None, **further: object) -> Attention:

@@ -22,7 +22,9 @@ _BERT_CROSS = attention(
 )
 _BERT = Architecture(
     attention=(
-        attention("attention.self", "query key value", "attention.output.dense", head_size="attention_head_size"),
+        attention(
+            "attention.self", "query key value", "attention.output.dense", head_size="attention_head_size", norm=""
+        ),
         _BERT_CROSS,
     ),
     ffn=(ffn("intermediate.dense", "output.dense"),),
@@ -78,7 +80,7 @@ _TEXT_ENCODERS = {
         unread=r"((.*\.)?pooler\..*)|((.*\.)?encoder\.(LayerNorm|conv\..*))",
     ),
     "distilbert": Architecture(
-        attention=(attention("attention", "q_lin k_lin v_lin out_lin", head_size="attention_head_size"),),
+        attention=(attention("attention", "q_lin k_lin v_lin out_lin", head_size="attention_head_size", norm=""),),
         ffn=(ffn("ffn.lin1", "ffn.lin2"),),
         embeddings=_TOKENS,
         classifier=Classifier(
@@ -89,7 +91,7 @@ _TEXT_ENCODERS = {
     "electra": _like_roberta("Electra", "electra"),
     "layoutlm": replace(_BERT, classifier=None),
     "modernbert": Architecture(
-        attention=(attention("attn", "Wqkv Wo", order="blocks"),),
+        attention=(attention("attn", "Wqkv Wo", order="blocks", norm="attn_norm"),),
         ffn=(ffn("mlp.Wi", "mlp.Wo", "mlp.Wi"),),
         embeddings=("tok_embeddings",),
         position="rotary",
@@ -302,8 +304,12 @@ _MLP = ffn("mlp.fc1", "mlp.fc2")
 _VIT_BLOCKS = ("layers", "encoder.layer")
 _VIT = Architecture(
     attention=(
-        attention("attention", _PROJECTIONS),
-        attention("attention.attention", "query key value", "attention.output.dense", head_size="attention_head_size"),
+        attention("attention", _PROJECTIONS, norm="layernorm_before"),
+        attention(
+            *("attention.attention", "query key value", "attention.output.dense"),
+            head_size="attention_head_size",
+            norm="layernorm_before",
+        ),
     ),
     ffn=(replace(_MLP, norm="layernorm_after"), ffn("intermediate.dense", "output.dense", norm="layernorm_after")),
     embeddings=("patch_embeddings.projection",),
@@ -315,11 +321,17 @@ _WINDOW_BIAS = "attention.relative_position_bias.relative_position_bias_table"
 _BEIT = replace(
     _VIT,
     attention=(
-        attention("attention", _PROJECTIONS, tables=("relative_position_bias.relative_position_bias_table",)),
+        attention(
+            "attention",
+            _PROJECTIONS,
+            tables=("relative_position_bias.relative_position_bias_table",),
+            norm="layernorm_before",
+        ),
         attention(
             *("attention.attention", "query key value", "attention.output.dense"),
             tables=("attention.attention.relative_position_bias.relative_position_bias_table",),
             head_size="attention_head_size",
+            norm="layernorm_before",
         ),
     ),
     position="bias",
@@ -328,11 +340,12 @@ _BEIT = replace(
 )
 _DINOV2 = replace(
     _VIT,
+    attention=tuple(replace(names, norm="norm1") for names in _VIT.attention),
     ffn=(replace(_MLP, norm="norm2"), _GATED, ffn("mlp.weights_in", "mlp.weights_out", "mlp.weights_in", "norm2")),
     classifier=Classifier("Dinov2ForImageClassification", "dinov2", ("encoder.layer",), class_tokens=2),
 )
 _CLIP = Architecture(
-    attention=(attention("self_attn", "q_proj k_proj v_proj out_proj", scale="scale"),),
+    attention=(attention("self_attn", "q_proj k_proj v_proj out_proj", scale="scale", norm="layer_norm1"),),
     ffn=(replace(_MLP, norm="layer_norm2"),),
     embeddings=("token_embedding", "patch_embedding"),
     classifier=Classifier("CLIPForImageClassification", "vision_model", ("encoder.layers",)),
@@ -340,16 +353,18 @@ _CLIP = Architecture(
     # of the class token, while this head reads the patches
     unread_by={"CLIPForImageClassification": r"(visual|text)_projection|.*post_layernorm"},
     leading_rows=1,
+    causal_towers=("text_model",),
 )
 _SIGLIP = replace(
     _CLIP,
     classifier=Classifier("SiglipForImageClassification", "vision_model", ("encoder.layers",)),
     unread=r"(.*\.)?head(\..*)?",  # the pooling head, which classification and captioning do not use
     unread_by={},
+    causal_towers=(),
     leading_rows=0,
 )
 _SWIN = Architecture(
-    attention=(attention("attention", _PROJECTIONS, tables=(_WINDOW_BIAS,)),),
+    attention=(attention("attention", _PROJECTIONS, tables=(_WINDOW_BIAS,), norm="layernorm_before"),),
     ffn=(replace(_MLP, norm="layernorm_after"),),
     embeddings=("patch_embeddings.projection",),
     position="bias",
@@ -395,7 +410,7 @@ _VISION_MODELS = {
     ),
     "dinov3_convnext": replace(_CONVNEXT, embeddings=("stages.0.downsample_layers.0",)),
     "dinov3_vit": Architecture(
-        attention=(attention("attention", _PROJECTIONS),),
+        attention=(attention("attention", _PROJECTIONS, norm="norm1"),),
         ffn=(ffn("mlp.up_proj", "mlp.down_proj"), _GATED),
         embeddings=("patch_embeddings",),
         position="rotary",

@@ -58,6 +58,7 @@ class ExtConfig(PeftConfig):
     METHOD: ClassVar[str] = ""
     SIZES: ClassVar[tuple[str, ...]] = ()  # fields that say how large tensors of the adapter are
     NAMED_STARTS: ClassVar[tuple[str, ...]] = ()  # what `init_weights` takes besides True and False
+    STARTS_FROM_ADAPTER: ClassVar[bool] = False  # whether that may be the directory, or the name, of an adapter
     # no fields, so not in the JSON
     awaits_weights = False  # read from a file whose weights were not loaded yet
     # optimizer steps of the training that is under way, from a callback
@@ -140,8 +141,10 @@ class ExtConfig(PeftConfig):
                     )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` is set but `layers_to_transform` is not; set both or neither.")
-        if not (isinstance(self.init_weights, bool) or self.init_weights in self.NAMED_STARTS):
+        is_adapter = self.STARTS_FROM_ADAPTER and isinstance(self.init_weights, str) and self.init_weights != ""
+        if not (isinstance(self.init_weights, bool) or self.init_weights in self.NAMED_STARTS or is_adapter):
             names = ["True", "False", *map(repr, self.NAMED_STARTS)]
+            names += ["an adapter's directory or name"] if self.STARTS_FROM_ADAPTER else []
             raise ValueError(
                 f"`init_weights` must be {', '.join(names[:-1])} or {names[-1]} for {self.METHOD}, got "
                 f"{self.init_weights!r}."

@@ -18,7 +18,7 @@ from peft_ext.tuners.spt import SPTModel
 
 Fields = dict[str, Any]
 
-SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB = (
+SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT = (
     peft_ext.SSFConfig,
     peft_ext.SparseFTConfig,
     peft_ext.SPTConfig,
@@ -27,6 +27,7 @@ SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB = (
     peft_ext.WeGeFTConfig,
     peft_ext.S2FTConfig,
     peft_ext.LoraSBConfig,
+    peft_ext.VPTConfig,
 )
 BINARY = peft_ext.BinaryLoraConfig
 # of few bits it starts close to the base model, and not on it, which some of the tests ask for
@@ -120,6 +121,7 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
     (LORA_SB, {"target_modules": None, **_LORA_XS, **_BACKBONE}),
     (WEGEFT, {"target_modules": None, "r": 4, **_BACKBONE}),
     (S2FT, {"target_modules": None, "ratios": 0.2}),
+    (VPT, {"target_modules": None, "num_tokens": 3}),
 ]
 _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}
 TASKS = {VQT: ("SEQ_CLS",)}  # of methods that do not take part in all
@@ -127,7 +129,7 @@ VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_wei
 
 SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB)
 SUPPORTS_MIXED_BATCHES = (SSF, BINARY, WEGEFT, S2FT, LORA_SB)
-CANNOT_MERGE = (VQT,)
+CANNOT_MERGE = (VQT, VPT)
 
 NOT_APPLICABLE = [
     (
@@ -182,8 +184,8 @@ EXPECTED_FAILURES = [
         "it counts the trained tensors of each layer, and maps that layers share belong to the model",
     ),
     (
-        r"test_config_layers_to_transform_index_zero\[VQTConfig",
-        "VQT knows the layers of the architectures it takes: `layers_pattern` would have no effect, so it is refused",
+        r"test_config_layers_to_transform_index_zero\[V[PQ]TConfig",
+        "VQT and VPT know the layers of the architectures they take: `layers_pattern` would have no effect, so it is refused",
     ),
 ]
 

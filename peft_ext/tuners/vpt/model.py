@@ -1,0 +1,272 @@
+r"""VPT: visual prompt tuning (Jia et al. 2022, "Visual Prompt Tuning", ECCV 2022, arXiv:2203.12119), with the
+key-value rows and the pruning of E2VPT (Han et al. 2023, arXiv:2307.13770) as options.
+
+Before block l of a frozen transformer, T trained rows P_l stand beside the tokens X_l. **Deep**: each block has rows of
+its own, and what it makes of them is dropped:
+
+    [X_{l+1}; _] = Block_l([X_l; P_l])
+
+The tokens then see of P_l only its keys and values. So that is the same as T further keys and values in the attention,
+
+    K = [W_k LN(P_l); W_k LN(X_l)],    V = [W_v LN(P_l); W_v LN(X_l)],    X_{l+1} = Block_l(X_l | K, V)
+
+which is what is computed here: the prompts have no queries and no feed-forward part, no block sees another length, and
+in inference the further keys and values are constants. E2VPT adds rows K_kv, V_kv that are trained as they are.
+**Shallow**: one set of rows P enters before the first block, travels through all, and is dropped behind the last.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import load_peft_weights
+from torch import nn
+
+from ...architectures import ARCHITECTURES, Attention, Block, describe, patch_inputs
+from ...core import ExtLayer, ExtModel, head_modules, is_admitted, matched_targets
+from .config import VPTConfig
+from .layer import CHILD, VPTLayer
+from .leaves import Elsewhere, Rows
+
+
+class VPTModel(ExtModel):
+    """Puts prompts into the blocks of a model; used through `get_peft_model(model, VPTConfig(...))`."""
+
+    prefix = "vpt_"
+    tuner_layer_cls = VPTLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter on the model; with a `state_dict`, on the blocks of its tensors."""
+        if kwargs.get("state_dict") is not None:
+            inside, outside = (
+                f".{CHILD}.{self.prefix}",
+                f".{self.prefix}",
+            )  # PEFT looks for the block by what is before
+            kwargs["state_dict"] = {key.replace(inside, outside): v for key, v in kwargs["state_dict"].items()}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def default_modules(cls, config: Any, model: nn.Module) -> set[str]:
+        """The blocks of the model, or of its image tower; those of `layers_to_transform`.
+
+        Raises:
+            ValueError: VPT cannot be had on the model, with the reason, or there are no such layers.
+        """
+        blocks = blocks_of(model)
+        chosen = config.layers_to_transform
+        indices = range(len(blocks)) if chosen is None else [chosen] if isinstance(chosen, int) else sorted(chosen)
+        for index in indices:
+            if not 0 <= index < len(blocks):
+                raise ValueError(
+                    f"`layers_to_transform` names layer {index}; the model has layers 0 to {len(blocks) - 1}."
+                )
+        return {blocks[index].name for index in indices}
+
+    @classmethod
+    def default_targets(cls, config: Any, model_config: dict[str, Any], model: nn.Module) -> Any:
+        """Fills in `target_modules` with the names of blocks."""
+        if config.target_modules is None:
+            everywhere = config.for_adapter(reopen=False)
+            everywhere.layers_to_transform = None
+            names = cls.default_modules(config, model)
+            config.target_modules = {name for name in names if is_admitted(everywhere, name)}
+        return config
+
+    @classmethod
+    def check_targets(cls, config: Any, model: nn.Module) -> None:
+        """Raises for a config that does not fit the model, while that is still as it was.
+
+        Raises:
+            ValueError: A target is no block, or the blocks are too unlike for what they are to share.
+            TypeError: An attention cannot be given keys and values.
+        """
+        blocks = {block.name: block for block in blocks_of(model, every_tower=True)}
+        targets = [name for name, _ in matched_targets(config, model)]
+        if not targets or (others := [name for name in targets if name not in blocks]):
+            found = f"names {others[0]!r}, which is no block" if targets else "names no module"
+            raise ValueError(
+                f"`target_modules` {found}: VPT puts prompts into whole blocks, which here are "
+                f"{', '.join(list(blocks)[:3])}, ... Leave it out, and use `layers_to_transform` to choose some."
+            )
+        for name in targets:
+            refuse_other_attention(name, model.get_submodule(blocks[name].attention[0].module))
+        shares = [f for f, on in (("share_layers", config.share_layers), ("project_dim", config.project_dim)) if on]
+        sizes = {tuple(_weight(model, blocks[name].attention[0].k).shape) for name in targets}
+        if shares and len(sizes) > 1:
+            raise ValueError(
+                f"`{shares[0]}` needs blocks of one width; these have keys of the shapes {sorted(sizes)}."
+            )
+        if not config.deep:
+            refuse_shallow(config, model, set(targets))
+        if isinstance(config.init_weights, str) and not (config.inference_mode or config.awaits_weights):
+            rows_of_adapter(config)
+
+    @classmethod
+    def inject_layer(
+        cls, tuner: BaseTuner, config: Any, adapter_name: str, target: nn.Module, name: str
+    ) -> ExtLayer | None:
+        """Adds the adapter to the layer beside the block's own modules, which is made if there is none."""
+        model: Any = tuner.model
+        block: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        holders = (m for m in model.modules() if isinstance(m, VPTLayer) and adapter_name in m.configs)
+        owner = next(holders, None)
+        layer: Any = getattr(block, CHILD, None)
+        is_new = layer is None
+        if is_new:
+            names, is_last = _names_of(model, name)
+            layer = VPTLayer(block, names, names.norm or "", patch_inputs(model.config), is_last)
+            layer.like = next((p for p in model.parameters() if p.is_floating_point()), layer.like).new_empty(0)
+            layer.activate_only(adapter_name)
+        layer.update_layer(adapter_name, config, owner)
+        if is_new:
+            layer.attach()
+        if adapter_name not in tuner.active_adapters:
+            for leaf in layer.leaves_of(adapter_name):  # an additional adapter is not trained until it is activated
+                leaf.requires_grad_(False)
+        return None
+
+    @classmethod
+    def finish_injection(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Starts from the prompts of another adapter, if `init_weights` names one."""
+        if isinstance(config.init_weights, str) and not (config.inference_mode or config.awaits_weights):
+            _start_from(rows_of_adapter(config), model, config, adapter_name)
+            config.init_weights = True  # so that a copy of the adapter does not need the other one's files
+
+
+# Which blocks
+
+
+def blocks_of(model: nn.Module, every_tower: bool = False) -> list[Block]:
+    """The blocks that prompts can be put into, in their order; of a model with an image tower, those of that.
+
+    Raises:
+        ValueError: There are none, with the reason.
+    """
+    description = describe(model)
+    kind, architecture = description.model_type, description.architecture
+    start = f"VPT does not support models of type {kind!r}: "
+    if architecture is None:
+        known = sorted(
+            name for name, entry in ARCHITECTURES.items() if any(a.norm is not None for a in entry.attention)
+        )
+        raise ValueError(f"VPT does not know models of type {kind!r}; it knows {', '.join(known)}.")
+    if architecture.generates or getattr(model.config, "is_decoder", False):
+        raise ValueError(
+            f"{start}each position sees only those before it, and there is a cache of keys and values. PEFT has "
+            "`PrefixTuningConfig` and `PromptTuningConfig` for models that generate."
+        )
+    if architecture.is_convolutional:
+        raise ValueError(f"{start}it is convolutional, and no token could read a prompt.")
+    if architecture.shares_layers:
+        raise ValueError(f"{start}it runs one block several times, and there would be no prompts for each layer.")
+    outside = head_modules(model)
+    found = [
+        block
+        for block in description.blocks
+        if block.attention and block.attention[0].names.norm is not None and block.name not in outside
+    ]
+    is_causal = lambda name: any(tower in name for tower in architecture.causal_towers)
+    seeing = [block for block in found if not is_causal(f"{block.stack} {kind or ''}")]
+    if not seeing:
+        reason = "it has no blocks whose attention VPT knows."
+        if found:
+            reason = "in its text tower each position sees only those before it, and it has no other."
+        raise ValueError(start + reason)
+    images = [block for block in seeing if "vision" in block.stack]
+    return images if images and not every_tower else seeing
+
+
+def refuse_other_attention(name: str, attention: Any) -> None:
+    """Raises `TypeError` for an attention that does not ask its config for the implementation."""
+    forward: Any = inspect.unwrap(type(attention).forward)
+    if not hasattr(attention, "config") or "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
+        raise TypeError(
+            f"The attention of the block {name!r}, a {type(attention).__name__}, computes its product itself and takes "
+            "no other implementation, so that it cannot be given further keys and values. Leave the block out."
+        )
+
+
+def refuse_shallow(config: VPTConfig, model: nn.Module, targets: set[str]) -> None:
+    """Raises `ValueError` where prompts cannot travel from block to block."""
+    architecture = describe(model).architecture
+    assert architecture is not None
+    reason = None
+    if architecture.has_windows:
+        reason = "its tokens attend inside windows, which are cut out of a rectangle"
+    elif architecture.position != "absolute":
+        reason = "queries and keys depend on their positions in each block, and a prompt has none"
+    if reason is not None:
+        raise ValueError(f"`deep=False` cannot be had on a {type(model).__name__}: {reason}. Use `deep=True`.")
+    if missing := [block.name for block in blocks_of(model) if block.name not in targets]:
+        raise ValueError(f"With `deep=False` the prompts travel through all blocks; {missing[0]!r} is left out.")
+
+
+def _weight(model: nn.Module, name: str) -> torch.Tensor:
+    module: Any = model.get_submodule(name)
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight: torch.Tensor = base.weight
+    return weight
+
+
+def _names_of(model: nn.Module, name: str) -> tuple[Attention, bool]:
+    """The names inside the block `name`, and whether it is the last of its stack."""
+    stack = next(blocks for blocks in describe(model).stacks.values() if any(b.name == name for b in blocks))
+    block = next(block for block in stack if block.name == name)
+    return block.attention[0].names, block is stack[-1]
+
+
+# A start from another adapter
+
+
+def rows_of_adapter(config: VPTConfig) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter that `init_weights` names, by their keys.
+
+    Raises:
+        ValueError: It is no VPT adapter, or its prompts are too few or made in another way.
+    """
+    source = str(config.init_weights)
+    theirs = PeftConfig.from_pretrained(source)
+    if theirs.peft_type != PeftType(config.METHOD):
+        raise ValueError(
+            f"`init_weights` names {source!r}, an adapter of the method {theirs.peft_type.value}, not VPT."
+        )
+    for name in ("deep", "share_layers", "project_dim", "kv_tokens", "share_kv"):
+        if getattr(theirs, name) != getattr(config, name):
+            raise ValueError(
+                f"`init_weights` names {source!r}, whose `{name}` is {getattr(theirs, name)!r}; this config says "
+                f"{getattr(config, name)!r}. They must be the same."
+            )
+    if theirs.num_tokens < config.num_tokens:
+        raise ValueError(
+            f"`init_weights` names {source!r}, which has {theirs.num_tokens} prompts, fewer than `num_tokens`, "
+            f"{config.num_tokens}: groups of them are averaged, so it must have as many or more."
+        )
+    return {key: value for key, value in load_peft_weights(source, device="cpu").items() if ".vpt_" in key}
+
+
+@torch.no_grad()
+def _start_from(tensors: dict[str, torch.Tensor], model: nn.Module, config: VPTConfig, adapter_name: str) -> None:
+    by_site = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, VPTLayer):
+            continue
+        for container in layer.adapter_layer_names:
+            leaves = getattr(layer, container)
+            if adapter_name not in leaves or isinstance(leaves[adapter_name], Elsewhere):
+                continue
+            for part, parameter in leaves[adapter_name].named_parameters():
+                value = by_site.get(f"{name}.{container}.{part}")
+                if value is not None and isinstance(leaves[adapter_name], Rows) and container == "vpt_prompts":
+                    value = torch.stack([group.mean(0) for group in value.tensor_split(config.num_tokens)])
+                if value is None or value.shape != parameter.shape:
+                    found = "has none" if value is None else f"has the shape {tuple(value.shape)}"
+                    raise ValueError(
+                        f"`init_weights` names {config.init_weights!r}, which {found} for {name!r}; this model needs "
+                        f"{tuple(parameter.shape)}."
+                    )
+                if not parameter.is_meta:
+                    parameter.copy_(value)
