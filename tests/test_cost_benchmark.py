@@ -38,7 +38,6 @@ def _load() -> ModuleType:
 
 cost = _load()
 VQT, PASTA = cost.COST_NAMES["vqt"], cost.COST_NAMES["pasta"]
-COMPARED = ("dora", "adalora", "super-tuning", "spiel-ag", "spt-random", "vqt", *cost.PROMPTS, "wegeft", "lora-xs")
 UNMERGED = {cost.COST_NAMES[name.lower()] for name, method in methods().items() if not method.about.merges}
 SETTINGS = cost.Settings(rounds=2, warmup=1, threads=1)
 ONE_ROUND = cost.Settings(rounds=1, warmup=0, threads=1)
@@ -136,7 +135,7 @@ def test_other_kinds_of_model(workload: Any) -> None:
     results = cost.measure(workload, settings=ONE_ROUND, quiet=True)
     without = {
         "tiny-llama": {"linear probe", VQT, *PROMPTS},
-        "stack": {"linear probe", "LN-tuning", MASKS, PASTA, *(cost.COST_NAMES[name] for name in COMPARED)},
+        "stack": {"linear probe", "LN-tuning", MASKS, PASTA, *(cost.COST_NAMES[name] for name in cost.COMPARED)},
     }.get(workload.name, set())
     assert set(results["skipped"]) == without
     assert set(results["rows"]) == set(cost.METHODS) - without

@@ -288,6 +288,11 @@ def _pasta(model: nn.Module, common: dict[str, Any]) -> PeftConfig:
     return PASTAConfig(**text, **common)
 
 
+COMPARED = (  # configured as in the comparison, for models of transformers only
+    *("dora", "adalora", "super-tuning", "spiel-ag", "s2ft", "spt-random", "vqt", "lora-xs"),
+    *PROMPTS,
+    *REGISTERED,
+)
 # `common` holds the task type; registered methods that have no line here come with their defaults
 ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
     LORA: lambda model, common: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **common),
@@ -301,21 +306,7 @@ ADAPTERS: dict[str, Callable[[nn.Module, dict[str, Any]], PeftConfig]] = {
     "mask-pruning LoRA r=8": lambda model, common: MaskLoraConfig(
         target_sparsity=0.25, total_steps=1_000_000, warmup_ratio=0.0, **common
     ),
-    **{
-        COST_NAMES[name]: _compared(name)
-        for name in (
-            "dora",
-            "adalora",
-            "super-tuning",
-            "spiel-ag",
-            "s2ft",
-            "spt-random",
-            "vqt",
-            "lora-xs",
-            *PROMPTS,
-            *REGISTERED,
-        )
-    },
+    **{COST_NAMES[name]: _compared(name) for name in COMPARED},
     COST_NAMES["pasta"]: _pasta,
 }
 METHODS = (*REFERENCES, *ADAPTERS)

@@ -226,8 +226,10 @@ def _pasta(setting: Setting) -> PeftConfig:
     """With the special tokens of the tokenizer where there is text; those of language models are in their config."""
     if not hasattr(setting.model, "bert"):
         return PASTAConfig(task_type=setting.task_type)
-    tokenizer = AutoTokenizer.from_pretrained(setting.model.name_or_path)
-    special = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    special = [1, 2]  # of a model that was made here, and has no tokenizer
+    if setting.model.name_or_path:
+        tokenizer = AutoTokenizer.from_pretrained(setting.model.name_or_path)
+        special = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     return PASTAConfig(task_type=setting.task_type, special_tokens=special)
 
 
