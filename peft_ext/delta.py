@@ -81,6 +81,7 @@ class SparseDelta(ExactLeaf):
         self._placeholder_code: tuple[torch.Tensor, int] | None = self._code() if placeholder else None
         self._decoded = None if indices.is_meta else indices.to(index_dtype(size), copy=True)
         self._decoded_from: tuple[torch.Tensor, int] | None = self._code()
+        self._agreed = False  # whether the first process' indices were seen to be these
 
     def __getstate__(self) -> dict[str, Any]:
         self.is_unloaded()  # takes note of a loader that came in between
@@ -150,11 +151,15 @@ class SparseDelta(ExactLeaf):
             self._decoded = None
         now, before = self._code(), self._decoded_from
         if self._decoded is not None and before is not None and now[0] is before[0]:
-            # distributed training sends the buffers of the first process to all others before each forward
-            same = now[1] == before[1] or (self.training and torch.distributed.is_initialized())
+            same = now[1] == before[1]
+            if not same and self.training and torch.distributed.is_initialized():
+                # the buffers of the first process are sent to all others before each forward: looked at once
+                self._agreed = self._agreed or torch.equal(encode(self._decoded, self.size), self.index)
+                same = self._agreed
             if same and self._decoded.device == self.index.device:
                 self._decoded_from = now
                 return self._decoded
+        self._agreed = False
         with torch.inference_mode(False):  # what is kept must serve training, too
             self._decoded = decode(self.index, self.k, self.size)
         self._decoded_from = now
@@ -164,7 +169,7 @@ class SparseDelta(ExactLeaf):
     def set_indices(self, indices: torch.Tensor) -> None:
         """Moves to other indices `(k,)`, sorted; the values stay where they are in the vector."""
         self.index.copy_(encode(indices, self.size))
-        self.placeholder = False
+        self.placeholder = self._agreed = False
         with torch.inference_mode(False):
             self._decoded = indices.to(index_dtype(self.size), copy=True)
         self._decoded_from = self._code()

@@ -60,7 +60,10 @@ ADAPTERS: dict[str, tuple[str, Any]] = {
     "sparse": ("llama", lambda: SparseFTConfig(density=0.1, selection="random", task_type="CAUSAL_LM")),
     "sparse-2": ("llama", lambda: SparseFTConfig(density=0.2, selection="random", seed=1, task_type="CAUSAL_LM")),
     "spt": ("llama", lambda: SPTConfig(budget=900, r=2, lora_alpha=6, task_type="CAUSAL_LM")),
-    "spt-lora": ("llama", lambda: SPTConfig(budget=600, r=2, unstructured=False, task_type="CAUSAL_LM")),
+    "spt-lora": (
+        "llama",
+        lambda: SPTConfig(budget=600, r=2, unstructured=False, vector_threshold=None, task_type="CAUSAL_LM"),
+    ),
     "mask": ("llama", lambda: MaskLoraConfig(total_steps=10, target_sparsity=0.4, r=2, task_type="CAUSAL_LM")),
     "undecided": ("llama", lambda: MaskLoraConfig(total_steps=10, target_sparsity=0.4, r=2, task_type="CAUSAL_LM")),
     "lora": ("llama", lambda: LoraConfig(r=2, alpha_pattern={"layers.1.self_attn.q_proj": 32}, task_type="CAUSAL_LM")),

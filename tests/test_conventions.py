@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
 import peft_ext
+from peft_ext import SparseFTConfig, SSFConfig
 from peft_ext.core import methods
 from peft_ext.testing import models
 from peft_ext.testing.models import tiny
@@ -142,3 +145,30 @@ def test_input_casting_can_be_switched_off(peft_type: str) -> None:
             assert not any(layer.cast_input_dtype_enabled for layer in layers)
             torch.testing.assert_close(models.logits(model, batch), wanted)
     assert all(layer.cast_input_dtype_enabled for layer in layers)
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS"])
+@pytest.mark.parametrize("config", [SSFConfig, partial(SparseFTConfig, selection="random", density=0.05)])
+def test_tasks_whose_head_pefts_class_names_afterwards(task: str, config: Any, tmp_path: Path) -> None:
+    base = {"TOKEN_CLS": BertForTokenClassification, "QUESTION_ANS": BertForQuestionAnswering}[task]
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        fields = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+        return base(BertConfig(**fields, num_hidden_layers=2))
+
+    asked = config(task_type=task)
+    model = get_peft_model(made(), asked)
+    head = "classifier" if task == "TOKEN_CLS" else "qa_outputs"
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and f"{head}.modules_to_save" in name]
+    assert trained and head in model.modules_to_save
+    model.add_adapter("second", config(task_type=task))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.add_(1.0)
+    model.save_pretrained(str(tmp_path), selected_adapters=["default"])
+    tokens = torch.arange(3, 10)[None]
+    expected = model.eval()(input_ids=tokens)[0]
+    loaded = PeftModel.from_pretrained(made(), str(tmp_path)).eval()
+    torch.testing.assert_close(loaded(input_ids=tokens)[0], expected)

@@ -296,7 +296,7 @@ def test_a_trained_head_is_kept() -> None:
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_two_adapters_whose_masks_differ(name: str) -> None:
     """The LoRA of the second reads units that only the first has cut; those of the first are cut by both."""
-    model = masked(name)
+    model = masked(name).double()
     fields = {"r": 2, "total_steps": 10, "target_sparsity": 0.3, "prune": ["ffn", "heads"]}
     model.add_adapter("second", MaskLoraConfig(**fields))
     for gate in gates_of(model, "second").values():

@@ -189,7 +189,7 @@ def test_sft_trainer_prunes(tmp_path: Path) -> None:
     callbacks = [peft_ext.MaskLoraCallback()]
     trainer = sft_trainer(tmp_path, model=tiny("llama", **fields), peft_config=config, callbacks=callbacks)
     trainer.train()
-    assert config.total_steps == 3
+    assert config.total_steps is None  # the callback's number of steps ends with the training
     with pytest.raises(ValueError, match=r"TRL's SFTTrainer computes its loss itself"):
         sft_trainer(tmp_path, peft_config=replace(config, distillation=0.5)).train()
     expected = logits(trainer.model.eval(), inputs("llama"))

@@ -195,6 +195,13 @@ class Recorder:
 
     seen: list[tuple[Gradient, torch.Tensor]] = field(default_factory=list)
 
+    def enter(self, layer: Any) -> None:
+        """It is told of the layer that it is on."""
+
+    def was_written(self, leaf: SparseDelta) -> bool:
+        """Nobody else writes the indices here."""
+        return False
+
     def observe(self, leaf: SparseDelta, gradient: Gradient, values: torch.Tensor) -> None:
         self.seen.append((gradient, values))
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .files import STUMBLES, Adapter, BadInput, Column, Figures, Reading, Row, Site, is_trained
+from .files import STUMBLES, Adapter, BadInput, Column, Figures, Reading, Row, Site
 from .names import layer_and_type
 from .pictures import HeatMap, Picture
 
@@ -53,6 +53,8 @@ class About:
 
     columns: ClassVar[tuple[Column, ...]] = ()
     """The columns of the keys that `read` and `rows` put into a row, in order."""
+    state: ClassVar[tuple[str, ...]] = ()
+    """The leaves that hold decisions or counts, and no parameters, although they are floating point."""
     labels: ClassVar[Mapping[str, str]] = {}
     """How the keys of `figures` are written, where they are not written as they are."""
 
@@ -84,11 +86,11 @@ class About:
             figures, updates = self.reading(adapter, site)
             layer, kind = layer_and_type(site.module)
             row: Row = {"module": site.module, "layer": layer, "type": kind or site.module}
-            row["parameters"] = sum(leaf.numel() for leaf in site.leaves.values() if is_trained(leaf))
+            row["parameters"] = sum(leaf.numel() for leaf in site.trained().values())
             row |= figures
             if updates:
                 row["norm"] = math.hypot(*(update.norm() for update in updates.values()))
-            row["shapes"] = {name: list(leaf.shape) for name, leaf in sorted(site.leaves.items()) if is_trained(leaf)}
+            row["shapes"] = {name: list(leaf.shape) for name, leaf in sorted(site.trained().items())}
             rows.append(row)
         return sorted(rows, key=lambda row: (row["layer"] < 0, row["layer"], row["module"]))  # in no layer: last
 

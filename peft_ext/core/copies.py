@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import TaskType
 from torch import nn
 
 from .config import ExtConfig
 from .layer import ExtLayer
 from .leaves import copy_state
+
+
+# tasks whose class of PEFT extends the list of heads of the config it was given once the adapter is on the model
+HEADS_NAMED_AFTERWARDS = (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 @contextmanager
@@ -23,6 +28,8 @@ def own_config(configs: dict[str, Any], model: nn.Module, adapter_name: str) -> 
     before = dict(vars(own))
     yield
     own.note_filled_in(before)
+    if own.modules_to_save is None and own.task_type in HEADS_NAMED_AFTERWARDS:
+        own.modules_to_save = []
     given.modules_to_save = own.modules_to_save  # PEFT looks at the one that it has given once more
     if source is not None:
         copy_leaves(model, source, adapter_name)

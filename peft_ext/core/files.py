@@ -52,6 +52,11 @@ class Site:
 
     module: str
     leaves: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: tuple[str, ...] = ()  # the leaves that hold no parameters although they are floating point
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The leaves that hold parameters."""
+        return {name: leaf for name, leaf in self.leaves.items() if is_trained(leaf) and name not in self.state}
 
     def matrix(self, *names: str) -> torch.Tensor | None:
         """The first of the leaves that is there, as `(rows, columns)` in fp64; convolutions are flattened."""
@@ -91,6 +96,11 @@ class Adapter:
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the file."""
         return [*(leaf for site in self.sites.values() for leaf in site.leaves.values()), *self.others.values()]
+
+    def trained(self) -> list[torch.Tensor]:
+        """The tensors of the file that hold parameters."""
+        sites = [leaf for site in self.sites.values() for leaf in site.trained().values()]
+        return [*sites, *(tensor for tensor in self.others.values() if is_trained(tensor))]
 
     def misfit(self, reason: str) -> BadInput:
         """The error for tensors that do not fit the config, to be raised."""

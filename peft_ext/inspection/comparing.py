@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ..core import ADAPTER_WEIGHTS, Adapter, Row, Sparse, Update, about_of, is_trained, overlap_of
+from ..core import ADAPTER_WEIGHTS, Adapter, Row, Sparse, Update, about_of, overlap_of
 from .reading import read_adapter
 
 
@@ -40,7 +40,7 @@ def _short(adapter: Adapter) -> dict[str, Any]:
         "source": adapter.source,
         "method": adapter.method,
         "sites": len(adapter.sites),
-        "parameters": sum(tensor.numel() for tensor in adapter.tensors() if is_trained(tensor)),
+        "parameters": sum(tensor.numel() for tensor in adapter.trained()),
         "file_bytes": (adapter.directory / ADAPTER_WEIGHTS).stat().st_size,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from ..core import ADAPTER_WEIGHTS, STUMBLES, Adapter, BadInput, Row, about_of, is_trained
+from ..core import ADAPTER_WEIGHTS, STUMBLES, Adapter, BadInput, Row, about_of
 from .pruned import describe_pruned
 from .reading import directory_of, is_pruned, read_adapter
 from .tables import grouped, totals, with_ratios
@@ -50,8 +50,8 @@ def describe(source: str) -> dict[str, Any]:
         return describe_pruned(source, directory)
     adapter = read_adapter(source)
     about = about_of(adapter.method)
-    rows, tensors = rows_of(adapter), adapter.tensors()
-    parameters = sum(tensor.numel() for tensor in tensors if is_trained(tensor))
+    rows, trained = rows_of(adapter), adapter.trained()
+    parameters = sum(tensor.numel() for tensor in trained)
     others = sum(tensor.numel() for tensor in adapter.others.values()) if adapter.sites else 0
     file_bytes = (adapter.directory / ADAPTER_WEIGHTS).stat().st_size
     return {
@@ -66,7 +66,7 @@ def describe(source: str) -> dict[str, Any]:
         "settings": settings(adapter.config),
         "parameters": {"all": parameters, "method": parameters - others, "saved_whole": others},
         "saved_whole": {name: list(tensor.shape) for name, tensor in adapter.others.items()},
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors if is_trained(t)}),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in trained}),
         "file_bytes": file_bytes,
         "bytes_per_parameter": file_bytes / parameters if parameters else None,
         "totals": totals(rows, about.columns),

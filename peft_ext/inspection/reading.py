@@ -155,5 +155,5 @@ def by_site(tensors: Mapping[str, torch.Tensor], method: str) -> tuple[dict[str,
         module = ".".join(names[:at]).removesuffix(".base_layer")
         leaf = ".".join(names[at:]).removeprefix(prefix)
         module, leaf = about.place(module, leaf)
-        sites.setdefault(module, Site(module)).leaves[leaf] = tensor
+        sites.setdefault(module, Site(module, state=about.state)).leaves[leaf] = tensor
     return sites, others

@@ -32,6 +32,7 @@ UNDECIDED = -1  # in the masks of an adapter whose training is not done
 class MaskLoraAbout(About):
     """How the tensors are read, and what the figures show."""
 
+    state = ("gate.kept", "gate.progress")
     columns = (
         Column("rank", "rank"),
         Column("units", "units", "{:,}", adds_up=True, within="type"),
