@@ -28,9 +28,12 @@ def own_config(configs: dict[str, Any], model: nn.Module, adapter_name: str) -> 
     before = dict(vars(own))
     yield
     own.note_filled_in(before)
-    if own.modules_to_save is None and own.task_type in HEADS_NAMED_AFTERWARDS:
-        own.modules_to_save = []
-    given.modules_to_save = own.modules_to_save  # PEFT looks at the one that it has given once more
+    # PEFT looks at the one that it has given once more, and for some tasks extends the list in it
+    if own.task_type in HEADS_NAMED_AFTERWARDS:
+        own.modules_to_save = own.modules_to_save or []
+        given.modules_to_save = own.modules_to_save
+    else:
+        given.modules_to_save = None if own.modules_to_save is None else list(own.modules_to_save)
     if source is not None:
         copy_leaves(model, source, adapter_name)
 
