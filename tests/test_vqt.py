@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 import peft_ext
 from peft_ext import FrozenPassCache, SSFConfig, VQTConfig, attention_maps, select_features
-from peft_ext.tuners.vqt.cache import sample_keys
+from peft_ext.reading.cache import sample_keys
 from peft_ext.tuners.vqt.layer import VQTLayer, layer_of
 
 
@@ -261,7 +261,7 @@ def test_attention_implementations_agree(name: str) -> None:
 def test_masks_of_every_attention_implementation() -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from peft_ext.tuners.vqt.frozen import query_mask
+    from peft_ext.reading import query_mask
 
     padding = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     expected = padding.bool()[:, None, None]

@@ -38,7 +38,7 @@ class Family:
         blocks: The module list with the transformer blocks, inside the backbone.
         attention: The attention module, inside a block.
         names: The names inside that.
-        head: The module that gives the logits; its output is replaced by that of `vqt_head`.
+        head: The module that gives the logits; its output is replaced by that of the reader's own head.
         class_token: The module whose input is the feature of the class token, if that is not the head: what lies in
             between belongs to the stock head. Where the input is a whole sequence, its first token is meant.
         class_tokens: How many features of the model's width that input holds.
@@ -74,22 +74,25 @@ def _families(architecture: Architecture) -> Iterator[Family]:
             )
 
 
-def _reason(architecture: Architecture | None) -> str | None:
-    """Why VQT cannot be had on an architecture, if it cannot."""
-    if architecture is None:
-        return None
+def _reason(architecture: Architecture) -> str | None:
+    """Why no reader can be had on an architecture, if it cannot."""
     if architecture.is_convolutional:
-        return "it is convolutional: there are no tokens whose keys and values queries could read."
+        return "it is convolutional: there are no tokens to read."
     if architecture.has_windows:
         return (
-            "it attends inside shifted windows that merge from stage to stage, so no layer has one set of keys and "
-            "values for a query to read. Use ViT, DeiT, BEiT or DINOv2, or another method on Swin."
+            "it attends inside shifted windows that merge from stage to stage, so that its layers have different "
+            "tokens, and none has one set of keys and values. Use ViT, DeiT, BEiT or DINOv2, or another method on Swin."
         )
     if architecture.generates:
-        return "it generates: a query would have to read all positions, and nothing would feed the next token."
+        return "it generates: all positions would have to be read, and nothing would feed the next token."
+    return None
+
+
+def _no_queries(architecture: Architecture) -> str | None:
+    """Why learnt queries cannot read an architecture that has no entry for its classifier, if they cannot."""
     if architecture.shares_layers:
         return "it runs one block several times, while each layer has queries of its own."
-    if architecture.position != "absolute" and architecture.classifier is None:
+    if architecture.position != "absolute":
         return "its queries and keys depend on their positions, and a learnt query has none."
     return None
 
@@ -104,8 +107,16 @@ FAMILIES: dict[str, Family] = {
 HEAD_NAMES = {name for family in FAMILIES.values() for name in (family.head, family.class_token) if name} | {"score"}
 
 
-def family_of(method: str, model_type: str | None, model: nn.Module | None = None) -> Family:
+def family_of(
+    method: str, model_type: str | None, model: nn.Module | None = None, with_queries: bool = False
+) -> Family:
     """The family of a `config.model_type`; with a model, under the names that its version of transformers gives it.
+
+    Args:
+        method: The name of the reader, for messages.
+        model_type: What the model's config says.
+        model: The model, if there is one already.
+        with_queries: Whether it reads with learnt queries, which some architectures have no place for.
 
     Raises:
         ValueError: `method` does not know it; the message gives the reason where there is one.
@@ -115,7 +126,10 @@ def family_of(method: str, model_type: str | None, model: nn.Module | None = Non
         assert architecture is not None
         candidates = [FAMILIES[model_type], *_families(architecture)]
         return next((family for family in candidates if model is not None and _fits(family, model)), candidates[0])
-    if (reason := _reason(architecture)) is not None:
+    reason = None
+    if architecture is not None:
+        reason = _reason(architecture) or (_no_queries(architecture) if with_queries else None)
+    if reason is not None:
         raise ValueError(f"{method} does not support models of type {model_type!r}: {reason}")
     raise ValueError(
         f"{method} does not know models of type {model_type!r}; it knows the classifiers of {', '.join(sorted(FAMILIES))}."
@@ -131,17 +145,17 @@ def _fits(family: Family, model: nn.Module) -> bool:
     return True
 
 
-def check_model(family: Family, model: nn.Module) -> None:
-    """Raises `ValueError` if `model` is of the right architecture but not a classifier that VQT can read."""
+def check_model(method: str, family: Family, model: nn.Module) -> None:
+    """Raises `ValueError` if `model` is of the right architecture but not a classifier that `method` can read."""
     name = type(model).__name__
     if family.model not in {cls.__name__ for cls in type(model).__mro__}:
         raise ValueError(
-            f"VQT replaces the classification head of a {family.model}, but the model is a {name}, which has none "
-            f"that VQT knows. Load it with `transformers.{family.model}.from_pretrained`."
+            f"{method} replaces the classification head of a {family.model}, but the model is a {name}, which has none "
+            f"that {method} knows. Load it with `transformers.{family.model}.from_pretrained`."
         )
     config: Any = model.config
     has_no_head = isinstance(model.get_submodule(family.head), nn.Identity)
     if has_no_head:
         raise ValueError(f"The {name} has no classification head (`num_labels` is 0); load it with `num_labels=...`.")
     if getattr(config, "is_decoder", False):
-        raise ValueError(f"The {name} has `is_decoder=True`; VQT reads encoders, so load it with `is_decoder=False`.")
+        raise ValueError(f"The {name} has `is_decoder=True`; {method} reads encoders: use `is_decoder=False`.")

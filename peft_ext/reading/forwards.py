@@ -1,8 +1,8 @@
-"""Forwards of a model that a reader changes for a while."""
+"""Forwards of a model that a reader changes for a while, and what a frozen pass through it must look out for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -42,3 +42,54 @@ def run_as_before(model: nn.Module) -> None:
         del model.forward
     elif hasattr(eager, "_torchdynamo_orig_callable"):
         model.forward = eager._torchdynamo_orig_callable
+
+
+@contextmanager
+def without_checkpointing(block: nn.Module) -> Iterator[None]:
+    """Inside, transformers does not checkpoint `block`, whose second run would not find what hooks did in the first."""
+    enabled = getattr(block, "gradient_checkpointing", False)
+    if not enabled:
+        yield
+        return
+    block.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        block.gradient_checkpointing = enabled  # type: ignore[assignment]
+
+
+def is_checkpointed(blocks: Iterable[nn.Module]) -> bool:
+    """Whether gradient checkpointing is on in any of these blocks."""
+    return any(getattr(block, "gradient_checkpointing", False) for block in blocks)
+
+
+def refuse_reentrant_checkpointing(blocks: Iterable[nn.Module]) -> None:
+    """Raises `ValueError` if a block that is trained is checkpointed in a way that hides its tensors from autograd."""
+    for block in blocks:
+        options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
+        if block.training and getattr(block, "gradient_checkpointing", False) and options.get("use_reentrant"):
+            raise ValueError(
+                "Reentrant gradient checkpointing hides what is read from autograd, so the adapter in the backbone "
+                "would not be trained through it. Use "
+                "`gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})`."
+            )
+
+
+def records_outputs(backbone: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether transformers records what the blocks put out in this call of the backbone."""
+    names = ("output_hidden_states", "output_attentions")
+    config = getattr(backbone, "config", None)
+    return any(kwargs.get(name, None) or getattr(config, name, False) for name in names)
+
+
+def may_be_cut_short(backbone: nn.Module) -> bool:
+    """Whether nothing has to be tidied up after each module: FSDP frees the shards then, accelerate offloads."""
+    return not any(
+        hasattr(module, "_hf_hook")
+        or any(cls.__name__.startswith(("FSDP", "FullySharded")) for cls in type(module).__mro__)
+        for module in backbone.modules()
+    )
+
+
+class AllFound(Exception):
+    """All that is read is known, so the rest of the frozen pass would be for nothing."""

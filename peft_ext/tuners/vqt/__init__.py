@@ -1,7 +1,7 @@
 """VQT: learnt queries that read a frozen transformer, with no backward through it."""
 
+from ...reading import FrozenPassCache
 from .about import ABOUT, layer_shares
-from .cache import FrozenPassCache
 from .config import VQTConfig
 from .layer import VQTLayer
 from .model import VQTModel, attention_maps

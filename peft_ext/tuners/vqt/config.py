@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from peft import TaskType
-
-from ...core import ExtConfig
-from ...reading import HEAD_NAMES
+from ...reading import ReaderConfig
 
 
 POOLINGS = ("concatenate", "mean", "weighted")
-# PEFT adds the head to `modules_to_save` of every sequence classifier and then needs the list not to be empty. VQT
-# brings its own head, so what PEFT added is replaced by a name that no module has; it is never written to disk.
-NO_MODULE = "no module of the base model"
 
 
 @dataclass
-class VQTConfig(ExtConfig):
+class VQTConfig(ReaderConfig):
     """Configuration of VQT; see also the common fields of [`ExtConfig`].
 
     Args:
@@ -50,9 +44,6 @@ class VQTConfig(ExtConfig):
     num_selected_features: int | None = field(
         default=None, metadata={"help": "How many feature columns the head reads; written by select_features."}
     )
-    id2label: dict[int, str] | None = field(
-        default=None, metadata={"help": "Names of the classes of this adapter's head; None: the model's."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,36 +60,3 @@ class VQTConfig(ExtConfig):
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)!r}.")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative, got {self.group_lasso!r}.")
-        if self.id2label is not None:
-            if not isinstance(self.id2label, dict):
-                raise TypeError(f"`id2label` must be names by class, got {self.id2label!r}.")
-            self.id2label = {int(key): str(value) for key, value in self.id2label.items()}  # JSON has string keys
-            if sorted(self.id2label) != list(range(len(self.id2label))) or not self.id2label:
-                raise ValueError(f"`id2label` must name the classes 0, 1, 2, ..., got {self.id2label!r}.")
-        self._check_common_fields()
-
-    def _check_common_fields(self) -> None:
-        if self.task_type not in (None, TaskType.SEQ_CLS):
-            raise ValueError(
-                f"`task_type` {self.task_type!r} has no use for VQT, which only classifies: leave it out for images "
-                "and audio, or use 'SEQ_CLS' for text."
-            )
-        heads = sorted(HEAD_NAMES.intersection(self.modules_to_save or ()))
-        if heads:
-            raise ValueError(
-                f"`modules_to_save` names the head {heads[0]!r}, but VQT trains and saves a head of its own "
-                "(`vqt_head`) in its place. Leave it out."
-            )
-        if self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` has no use for VQT, which knows the layers; use `layers_to_transform`.")
-        if self.exclude_modules is not None:
-            raise ValueError(
-                "`exclude_modules` has no use for VQT, which adapts no module; use `layers_to_transform` to choose "
-                "the layers that get queries."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
-        values = super().to_dict()
-        kept = [name for name in self.modules_to_save or () if name != NO_MODULE]
-        return {**values, "modules_to_save": kept or None}

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ...reading import Family, ReaderLayer, replaced_forward
-from .config import VQTConfig
-from .frozen import (
-    Capture,
-    EmbeddingDropout,
+from ...reading import (
+    BackboneCall,
+    Family,
     Frozen,
-    attend,
-    attention_weights,
-    run_block,
+    Kept,
+    KeysValuesCapture,
+    ReaderLayer,
+    Reading,
+    records_outputs,
 )
+from .config import VQTConfig
+from .frozen import EmbeddingDropout, attend, attention_weights, run_block
 from .queries import PoolingWeights, QueryHead, QueryRows, QueryTokens
 from .rerun import rerunnable
 
@@ -30,25 +31,12 @@ from .rerun import rerunnable
 CHILD = "vqt"  # the name of the layer in the model; PEFT skips names that contain the prefix `vqt_`
 
 
-class FrozenPass(Protocol):
-    """What the frozen pass left behind earlier, such as a `FrozenPassCache`."""
-
-    def look_up(
-        self, layer: VQTLayer, adapter: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[list[Frozen], torch.Tensor, Any] | None:
-        """Keys and values of each layer, the class token and a stand-in for the backbone's output; `None`: unknown."""
-
-
 @dataclass
-class _Reading:
+class QueryReading(Reading):
     """One forward of the model with an adapter active."""
 
-    adapter: str
-    stack: ExitStack
-    grad: bool = False  # whether autograd was on when the backbone was called
     rows: list[QueryRows] = field(default_factory=list)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
-    class_token: torch.Tensor | None = None
 
 
 class VQTLayer(ReaderLayer):
@@ -65,21 +53,21 @@ class VQTLayer(ReaderLayer):
 
     child = CHILD
     method = "VQT"
+    keeps = "keys and values"
+    with_queries = True
+    reading_class = QueryReading
     configs: dict[str, VQTConfig]
 
     def __init__(self, model: nn.Module, family: Family) -> None:
-        self.cache: FrozenPass | None = None
-        self.penalised_steps = 0  # how often a group lasso was added to the loss
-        self._reading: _Reading | None = None
-        self._is_paused = False
         super().__init__(model, family)
+        self.penalised_steps = 0  # how often a group lasso was added to the loss
 
     # Making and removing adapters
 
     def update_layer(self, adapter_name: str, config: VQTConfig, **kwargs: Any) -> None:
         self.configs[adapter_name] = config
-        if config.id2label is None:
-            config.id2label = dict(self._stock_labels[0])
+        self._own_labels(config)
+        assert config.id2label is not None
         layers, width = len(self.blocks(adapter_name)), self.width
         per_layer = width * (config.num_queries if config.pooling == "concatenate" else 1)
         features = width * self.family.class_tokens + layers * per_layer
@@ -139,22 +127,7 @@ class VQTLayer(ReaderLayer):
 
     # One forward
 
-    @torch.compiler.disable
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._close()  # a forward that was interrupted from the keyboard has left its own behind
-        adapter = None if self._is_paused else self.reading_adapter()
-        if adapter is None:
-            return
-        stack = ExitStack()
-        reading = self._reading = _Reading(adapter, stack)
-        backbone = self.backbone
-        stack.enter_context(replaced_forward(backbone, partial(self._run_backbone, reading, backbone.forward)))
-        head = model.get_submodule(self.family.head)
-        before_head = model.get_submodule(self.family.class_token or self.family.head)
-        stack.callback(before_head.register_forward_pre_hook(partial(self._take_class_token, reading)).remove)
-        stack.callback(head.register_forward_hook(partial(self._answer, reading)).remove)
-
-    def _run_backbone(self, reading: _Reading, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_backbone(self, reading: QueryReading, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         family, backbone, blocks = self.family, self.backbone, self.blocks(reading.adapter)
         reading.grad = torch.is_grad_enabled()
         embedding_dropout = self.configs[reading.adapter].embedding_dropout if self.training else 0.0
@@ -164,20 +137,10 @@ class VQTLayer(ReaderLayer):
                     "`embedding_dropout` draws another frozen pass at each step, which no cache holds: train without "
                     "the cache, or with `embedding_dropout=0`."
                 )
-            hit = self.cache.look_up(self, reading.adapter, args, kwargs)
-            if hit is not None:
-                frozen, reading.class_token, stub = hit
-                reading.rows = self._rows(reading.adapter, len(reading.class_token))
-                for place, (index, block) in enumerate(blocks.items()):
-                    reading.outputs[index] = run_block(family, block, frozen[place], reading.rows[place]())
-                return stub
-        trains_backbone = any(parameter.requires_grad for parameter in backbone.parameters())
-        if trains_backbone:
-            _refuse_reentrant_checkpointing(blocks.values())
-        elif backbone.training:
-            backbone.eval()
-        checkpointing = any(getattr(block, "gradient_checkpointing", False) for block in blocks.values())
-        rerun = checkpointing and reading.grad and not trains_backbone
+            kept = self.cache.look_up(self, reading.adapter, args, kwargs)
+            if kept is not None:
+                return self._read_kept(reading, kept)
+        trains_backbone, rerun = self._modes(reading)
         places = {index: place for place, index in enumerate(blocks)}
         later: list[tuple[int, Frozen]] = []
 
@@ -189,9 +152,10 @@ class VQTLayer(ReaderLayer):
                 reading.outputs[index] = run_block(family, blocks[index], frozen, reading.rows[places[index]]())
 
         # a block that is run on queries while transformers records hidden states would be recorded too
-        on_block = (lambda *found: later.append(found)) if _records_outputs(backbone, kwargs) else read
+        on_block = (lambda *found: later.append(found)) if records_outputs(backbone, kwargs) else read
         dropout = EmbeddingDropout(backbone, embedding_dropout)
-        with torch.set_grad_enabled(reading.grad and trains_backbone), dropout, Capture(family, blocks, on_block):
+        capture = KeysValuesCapture(family, blocks, on_block)
+        with torch.set_grad_enabled(reading.grad and trains_backbone), dropout, capture:
             output = forward(*args, **kwargs)
         for found in later:
             read(*found)
@@ -201,18 +165,35 @@ class VQTLayer(ReaderLayer):
             )
         return output
 
+    def _read_kept(self, reading: QueryReading, kept: Kept) -> BaseModelOutputWithPooling:
+        """Runs the queries on keys and values of a cache; returns a stand-in for the output of the backbone."""
+        reading.class_token = kept.class_token
+        reading.rows = self._rows(reading.adapter, len(kept.states))
+        for place, (index, block) in enumerate(self.blocks(reading.adapter).items()):
+            call = kept.calls[place]
+            frozen = Frozen(
+                keys=kept.states[:, 2 * place],
+                values=kept.states[:, 2 * place + 1],
+                mask=None if kept.mask is None else kept.mask[:, place],
+                args=tuple(call["args"]),
+                kwargs=dict(call["kwargs"]),
+                dtype=kept.dtype,
+            )
+            reading.outputs[index] = run_block(self.family, block, frozen, reading.rows[place]())
+        # only its shape matters: the head's own input is replaced by the class token
+        nothing = kept.class_token.new_zeros(())
+        return BaseModelOutputWithPooling(
+            last_hidden_state=nothing.expand(len(kept.states), kept.states.shape[2], self.width),
+            pooler_output=nothing.expand(len(kept.states), self.width),
+        )
+
     def _rows(self, adapter: str, batch: int) -> list[QueryRows]:
         return self.vqt_queries[adapter](batch)
 
-    def _take_class_token(self, reading: _Reading, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if reading.class_token is None:
-            states = args[0]
-            reading.class_token = states[:, 0] if states.ndim == 3 else states
-
-    def _answer(self, reading: _Reading, head: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor:
-        assert reading.class_token is not None
-        features = self._features(reading.adapter, reading.class_token, list(reading.outputs.values()))
-        return self.vqt_head[reading.adapter](features)
+    def _logits(self, reading: QueryReading, class_token: torch.Tensor) -> torch.Tensor:
+        features = self._features(reading.adapter, class_token, list(reading.outputs.values()))
+        logits: torch.Tensor = self.vqt_head[reading.adapter](features)
+        return logits
 
     def _features(self, adapter: str, class_token: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
         """f `(B, F)` from x `(B, D)` and Z_l `(B, T, D)`."""
@@ -224,11 +205,7 @@ class VQTLayer(ReaderLayer):
             pooled = [z.flatten(1) for z in outputs]
         return torch.cat([F.normalize(part, dim=-1) for part in (class_token, *pooled)], dim=-1)
 
-    @torch.compiler.disable
-    def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        reading = self._close()
-        if output is None or reading is None:
-            return None
+    def _finish(self, reading: QueryReading, kwargs: dict[str, Any], output: Any) -> Any:
         weight = self.configs[reading.adapter].group_lasso
         if weight == 0 or not (self.training and torch.is_grad_enabled()):
             return None
@@ -246,47 +223,26 @@ class VQTLayer(ReaderLayer):
         self.penalised_steps += 1
         return output
 
-    def _close(self) -> _Reading | None:
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            reading.stack.close()
-        return reading
-
     # Looking at the frozen pass
 
-    def frozen_pass(
-        self, adapter: str, inputs: Mapping[str, Any]
-    ) -> tuple[list[Frozen], torch.Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+    def frozen_pass(self, adapter: str, inputs: Mapping[str, Any]) -> tuple[list[Frozen], torch.Tensor, BackboneCall]:
         """What the frozen pass leaves behind in each layer, x, and the arguments that the backbone was called with."""
         found: list[Frozen] = []
-        reading = _Reading(adapter, ExitStack())
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        capture = KeysValuesCapture(self.family, self.blocks(adapter), lambda index, frozen: found.append(frozen))
+        class_token, call = self.run_paused(adapter, inputs, capture)
+        return found, class_token, call
 
-        def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((args, kwargs))
-
-        before_head = self.model.get_submodule(self.family.class_token or self.family.head)
-        handles = [
-            self.backbone.register_forward_pre_hook(note_call, with_kwargs=True),
-            before_head.register_forward_pre_hook(partial(self._take_class_token, reading)),
+    def to_keep(self, adapter: str, inputs: Mapping[str, Any]) -> tuple[Kept, BackboneCall]:
+        """Keys and values of each layer, the masks of its keys, and x."""
+        found, class_token, call = self.frozen_pass(adapter, inputs)
+        masks = [one.mask.expand(len(class_token), -1, -1, -1) for one in found if one.mask is not None]
+        calls = [
+            {"args": [_plain(value) for value in one.args], "kwargs": {k: _plain(v) for k, v in one.kwargs.items()}}
+            for one in found
         ]
-        if self.backbone.training:
-            self.backbone.eval()
-        self._is_paused = True
-        try:
-            with (
-                torch.no_grad(),
-                Capture(self.family, self.blocks(adapter), lambda index, frozen: found.append(frozen)),
-            ):
-                device = next(self.backbone.parameters()).device
-                moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-                self.model(**moved)
-        finally:
-            self._is_paused = False
-            for handle in handles:
-                handle.remove()
-        assert reading.class_token is not None
-        return found, reading.class_token, calls[-1]
+        states = torch.stack([part for one in found for part in (one.keys, one.values)], dim=1)
+        mask = torch.stack(masks, dim=1) if masks else None  # (B, L, heads or 1, 1, N)
+        return Kept(states, found[0].dtype, class_token, mask, calls), call
 
     @torch.no_grad()
     def attention_maps(self, adapter: str, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
@@ -308,21 +264,11 @@ class VQTLayer(ReaderLayer):
         return maps
 
 
-def _records_outputs(backbone: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    names = ("output_hidden_states", "output_attentions")
-    config = getattr(backbone, "config", None)
-    return any(kwargs.get(name, None) or getattr(config, name, False) for name in names)
-
-
-def _refuse_reentrant_checkpointing(blocks: Any) -> None:
-    for block in blocks:
-        options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
-        if block.training and getattr(block, "gradient_checkpointing", False) and options.get("use_reentrant"):
-            raise ValueError(
-                "Reentrant gradient checkpointing hides the keys and values from autograd, so the adapter under VQT "
-                "would not be trained through them. Use "
-                "`gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})`."
-            )
+def _plain(value: Any) -> Any:
+    """`value` if JSON can hold it (a tuple becomes a list), else `None`, as for tensors: queries need no other."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def layer_of(model: nn.Module) -> VQTLayer:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from ...reading import ReaderHead
 
 
 @dataclass
@@ -62,39 +63,28 @@ class PoolingWeights(nn.Module):
         return [torch.einsum("btd,t->bd", z, w.to(z.dtype)) for z, w in zip(outputs, weight.unbind(0), strict=True)]
 
 
-class QueryHead(nn.Module):
-    """The linear head: `weight` `(C, F)`, `bias` `(C,)`, and, after feature selection, the `columns` `(F,)` it reads.
-
-    No `nn.Linear`, so that `target_modules="all-linear"` of another method does not take it for part of the model.
-    """
+class QueryHead(ReaderHead):
+    """The linear head, which after feature selection reads only the `columns` `(F,)` of the features."""
 
     columns: torch.Tensor | None
 
     def __init__(self, features: int, classes: int, selected: int | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(classes, selected or features))
-        self.bias = nn.Parameter(torch.empty(classes))
-        self.features = features
+        super().__init__(features, classes, selected)
         self.columns_are_known = False
         # negative until a selection, or a loaded adapter, fills them in
         self.register_buffer("columns", None if selected is None else torch.full((selected,), -1, dtype=torch.int32))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """features `(B, F)`; returns `(B, C)`."""
-        if features.shape[-1] != self.features:
+    def read(self, features: torch.Tensor) -> torch.Tensor:
+        """The features that were selected, if some were."""
+        if self.columns is None:
+            return features
+        if not self.columns_are_known and self.columns[0] < 0:
             raise ValueError(
-                f"`vqt_head` was made for {self.features} features and got {features.shape[-1]}: the model is not "
-                "the one that the adapter was made for. Load the adapter on its own base model."
+                "`num_selected_features` is set, but no features were selected: it is written by "
+                "`peft_ext.select_features`. Leave it out of a new config."
             )
-        if self.columns is not None:
-            if not self.columns_are_known and self.columns[0] < 0:
-                raise ValueError(
-                    "`num_selected_features` is set, but no features were selected: it is written by "
-                    "`peft_ext.select_features`. Leave it out of a new config."
-                )
-            self.columns_are_known = True  # so that a GPU is asked once only
-            features = features[:, self.columns.long()]
-        return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+        self.columns_are_known = True  # so that a GPU is asked once only
+        return features[:, self.columns.long()]
 
     def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raises `ValueError` if the columns of a file are none."""
@@ -107,6 +97,3 @@ class QueryHead(nn.Module):
     def group_lasso(self) -> torch.Tensor:
         """The sum over the feature columns of their L2 norms."""
         return self.weight.norm(dim=0).sum()
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...reading import Family
-from .frozen import AllFound, Capture, EmbeddingDropout, Frozen, run_block
+from ...reading import (
+    AllFound,
+    Family,
+    Frozen,
+    KeysValuesCapture,
+    may_be_cut_short,
+    same_autocast,
+    split_call,
+    with_backward,
+)
+from .frozen import EmbeddingDropout, run_block
 from .queries import QueryRows
-
-
-class Rerun(torch.autograd.Function):
-    """Gives the query outputs, which were computed without autograd, a backward that runs the frozen pass again."""
-
-    @staticmethod
-    def forward(ctx: Any, replay: Callable[..., Any], layers: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """tensors: the query rows of each layer, their outputs, and whatever else `replay` needs."""
-        ctx.replay, ctx.layers = replay, layers
-        rows, outputs, inputs = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
-        ctx.save_for_backward(*rows, *inputs)
-        return tuple(output.view_as(output) for output in outputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        row_grads = ctx.replay(saved[: ctx.layers], grads, saved[ctx.layers :])
-        return (None, None, *row_grads, *[None] * (len(ctx.needs_input_grad) - 2 - ctx.layers))
 
 
 def rerunnable(
@@ -50,12 +40,9 @@ def rerunnable(
         dropout: What the first pass drew.
         args, kwargs: What the backbone was called with.
     """
-    call = [*args, *kwargs.values()]
-    at = [index for index, value in enumerate(call) if isinstance(value, torch.Tensor)]
-    inputs = [call[index] for index in at]
-    rest = [None if isinstance(value, torch.Tensor) else value for value in call]  # the tensors autograd keeps
-    device = rows[0].rows.device.type
-    autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    inputs, call_again = split_call(args, kwargs)
+    count = len(inputs)
+    autocast = same_autocast(rows[0].rows.device.type)
     places = {index: place for place, index in enumerate(blocks)}
     masks = [one.dropped for one in rows if one.dropped is not None]
     probability = rows[0].probability
@@ -66,11 +53,9 @@ def rerunnable(
     def replay(
         leaves: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        again = list(rest)
-        dropped = list(tensors[len(at) :])
+        dropped = list(tensors[count:])
         embeddings = EmbeddingDropout(backbone, embedding_dropout, dropped.pop() if embedding_dropout else None)
-        for index, tensor in zip(at, tensors, strict=False):
-            again[index] = tensor
+        again, named = call_again(tensors[:count])
         row_grads: dict[int, torch.Tensor] = {}
 
         def read(index: int, frozen: Frozen) -> None:
@@ -83,27 +68,17 @@ def rerunnable(
 
         if backbone.training:
             backbone.eval()
-        named = dict(zip(kwargs, again[len(args) :], strict=True))
         with (
             torch.no_grad(),
-            torch.autocast(device, enabled=autocast[0], dtype=autocast[1]),
+            autocast(),
             embeddings,
-            Capture(family, blocks, read, cut_short=_may_be_cut_short(backbone)) as capture,
+            KeysValuesCapture(family, blocks, read, cut_short=may_be_cut_short(backbone)) as capture,
         ):
             try:
-                backbone(*again[: len(args)], **named)
+                backbone(*again, **named)
             except AllFound:
                 capture.finish()
         return [row_grads[place] for place in range(len(leaves))]
 
-    tensors = [*(one.rows for one in rows), *outputs.values(), *inputs, *masks]
-    return dict(zip(blocks, Rerun.apply(replay, len(rows), *tensors), strict=True))
-
-
-def _may_be_cut_short(backbone: nn.Module) -> bool:
-    """Whether nothing has to be tidied up after each module: FSDP frees the shards then, accelerate offloads."""
-    return not any(
-        hasattr(module, "_hf_hook")
-        or any(cls.__name__.startswith(("FSDP", "FullySharded")) for cls in type(module).__mro__)
-        for module in backbone.modules()
-    )
+    found = with_backward(replay, [one.rows for one in rows], list(outputs.values()), [*inputs, *masks])
+    return dict(zip(blocks, found, strict=True))

@@ -1,4 +1,4 @@
-"""The frozen pass on disk: what VQT needs of a sample is made once, and later epochs never run the backbone.
+"""The frozen pass on disk: what a reader needs of a sample is made once, and later epochs never run the backbone.
 
 A sample is known by its content: the key of its entry is a hash of the tensors that the backbone is called with, so
 the data set, its order and its collator stay what they are. An input that changes from epoch to epoch, as random
@@ -20,19 +20,18 @@ import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .frozen import Frozen
-from .layer import VQTLayer, active_adapter_of, layer_of
+from .kept import Kept
+from .layer import ReaderLayer, reader_of
 
 
 _SHARD = "frozen_pass.arrow"
 _META = "frozen_pass.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 class FrozenPassCache:
-    """Keys, values and class tokens of a data set's samples, memory-mapped from disk.
+    """What a reader needs of a data set's samples (keys and values, or hidden states), memory-mapped from disk.
 
     ```py
     cache = FrozenPassCache.write(model, DataLoader(train_set, 32, collate_fn=collate), "cache/flowers")
@@ -77,12 +76,12 @@ class FrozenPassCache:
         """Runs the frozen pass over `batches` and writes it; prints its size before the first byte is written.
 
         Args:
-            model: The model with the VQT adapter.
+            model: The model with the adapter.
             batches: Batches of the model's keyword arguments, for example a `DataLoader`. Labels are not looked at.
             directory: Where to write; must not hold a cache yet.
             num_samples: How many samples there are, if `batches` is no `DataLoader` that knows it.
             dtype: Precision on disk, for example `torch.float16`; `None`: that of the model.
-            adapter_name: The adapter whose layers are kept; `None`: the active one.
+            adapter_name: The adapter that is to read it; `None`: the active one.
 
         Raises:
             ValueError: The backbone holds trainable parameters, the directory holds a cache, or the disk is too small.
@@ -90,8 +89,7 @@ class FrozenPassCache:
         from datasets import Features, Value
         from datasets.arrow_writer import ArrowWriter
 
-        layer = layer_of(model)
-        adapter = active_adapter_of(layer, adapter_name)
+        layer, adapter = reader_of(model, adapter_name)
         _refuse_trained_backbone(layer)
         target = Path(directory)
         if (target / _META).exists():
@@ -108,14 +106,12 @@ class FrozenPassCache:
         with ArrowWriter(features=features, path=str(target / (_SHARD + ".part")), writer_batch_size=64) as writer:
             for batch in batches:
                 inputs = {key: value for key, value in batch.items() if not key.startswith("label")}
-                frozen, class_token, call = layer.frozen_pass(adapter, inputs)
-                kept = dtype or class_token.dtype
+                kept, call = layer.to_keep(adapter, inputs)
+                stored = dtype or kept.class_token.dtype
                 if meta is None:
-                    meta = _describe(layer, adapter, frozen, class_token, kept)
-                    _announce(target, _bytes_per_sample(frozen, class_token, kept), num_samples)
-                masks = _masks(frozen, len(class_token))
-                _note_mask(meta, masks)
-                states = torch.stack([part for one in frozen for part in (one.keys, one.values)], dim=1)
+                    meta = _describe(layer, adapter, kept, stored)
+                    _announce(target, _bytes_per_sample(kept, stored), num_samples)
+                _note_mask(meta, kept.mask)
                 for row, key in enumerate(sample_keys(*call)):
                     if key in seen:
                         continue
@@ -123,10 +119,10 @@ class FrozenPassCache:
                     writer.write(
                         {
                             "key": key,
-                            "tokens": states.shape[2],
-                            "states": _raw(states[row].to(kept)),
-                            "class_token": _raw(class_token[row].to(kept)),
-                            "mask": b"" if masks is None else _raw(masks[row]),
+                            "tokens": kept.states.shape[2],
+                            "states": _raw(kept.states[row].to(stored)),
+                            "class_token": _raw(kept.class_token[row].to(stored)),
+                            "mask": b"" if kept.mask is None else _raw(kept.mask[row]),
                         }
                     )
             if meta is None:
@@ -147,13 +143,12 @@ class FrozenPassCache:
         Raises:
             ValueError: The cache was made with another backbone, or for other layers.
         """
-        layer = layer_of(model)
-        adapter = active_adapter_of(layer, adapter_name)
+        layer, adapter = reader_of(model, adapter_name)
         _refuse_trained_backbone(layer)
         if fingerprint(layer, adapter) != self.meta["fingerprint"]:
             raise ValueError(
-                f"The frozen pass in {str(self.directory)!r} was made with another backbone (weights, active adapters, "
-                "layers or precision); write one for this model with `FrozenPassCache.write`."
+                f"The frozen pass in {str(self.directory)!r} holds {self.meta['keeps']}, made with another backbone or for "
+                "another adapter (weights, active adapters, layers, precision, what is read); write one for this model with `FrozenPassCache.write`."
             )
         self._state = _state(layer)
         layer.cache = self
@@ -163,9 +158,9 @@ class FrozenPassCache:
             layer.cache = None
 
     def look_up(
-        self, layer: VQTLayer, adapter: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[list[Frozen], torch.Tensor, BaseModelOutputWithPooling] | None:
-        """What the frozen pass would leave behind for these arguments of the backbone, and a stand-in for its output.
+        self, layer: ReaderLayer, adapter: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Kept | None:
+        """What the frozen pass would leave behind for these arguments of the backbone.
 
         `None`, in evaluation, if a sample is not in the cache.
         """
@@ -185,48 +180,32 @@ class FrozenPassCache:
             return None
         return self._assemble(layer, [row for row in rows if row is not None])
 
-    def _assemble(
-        self, layer: VQTLayer, rows: list[int]
-    ) -> tuple[list[Frozen], torch.Tensor, BaseModelOutputWithPooling]:
-
+    def _assemble(self, layer: ReaderLayer, rows: list[int]) -> Kept:
         meta, device = self.meta, next(layer.backbone.parameters()).device
         tokens = {self._tokens[row] for row in rows}
         if len(tokens) > 1:
             raise ValueError(f"One batch holds samples of {sorted(tokens)} tokens; pad all to one length.")
         (count,) = tokens
-        layers, width = len(meta["calls"]), meta["width"]
-        kept, dtype = getattr(torch, meta["kept"]), getattr(torch, meta["dtype"])
-        states = self._gather("states", rows, (2 * layers, count, width), kept).to(device).to(dtype)
-        class_token = self._gather("class_token", rows, (meta["class_features"],), kept).to(device).to(dtype)
-        masks = self._masks(rows, layers, count)
-        masks = None if masks is None else masks.to(device)
-        frozen = [
-            Frozen(
-                keys=states[:, 2 * place],
-                values=states[:, 2 * place + 1],
-                mask=None if masks is None else masks[:, place],
-                args=tuple(call["args"]),
-                kwargs=dict(call["kwargs"]),
-                dtype=dtype,
-            )
-            for place, call in enumerate(meta["calls"])
-        ]
-        # only its shape matters: the head's own input is replaced by the class token
-        nothing = class_token.new_zeros(())
-        stub = BaseModelOutputWithPooling(
-            last_hidden_state=nothing.expand(len(rows), count, layer.width),
-            pooler_output=nothing.expand(len(rows), layer.width),
+        stored, dtype = getattr(torch, meta["kept"]), getattr(torch, meta["dtype"])
+        states = self._gather("states", rows, (meta["states"], count, meta["width"]), stored)
+        class_token = self._gather("class_token", rows, (meta["class_features"],), stored)
+        mask = self._masks(rows, count)
+        return Kept(
+            states=states.to(device).to(dtype),
+            dtype=dtype,
+            class_token=class_token.to(device).to(dtype),
+            mask=None if mask is None else mask.to(device),
+            calls=meta["calls"],
         )
-        return frozen, class_token, stub
 
-    def _masks(self, rows: list[int], layers: int, count: int) -> torch.Tensor | None:
-        """`(B, L, heads or 1, 1, N)`; `None` if no sample has one, as of a batch without padding."""
+    def _masks(self, rows: list[int], count: int) -> torch.Tensor | None:
+        """`(B, ..., N)`; `None` if no sample has one, as of a batch without padding."""
         column = self._columns["mask"]
         masked = [place for place, row in enumerate(rows) if len(column[row].as_buffer())]
         if not masked:
             return None
         dtype = getattr(torch, self.meta["mask_dtype"])
-        shape = (layers, self.meta["mask_heads"], 1, count)
+        shape = (*self.meta["mask_shape"], count)
         masks = torch.full((len(rows), *shape), dtype == torch.bool, dtype=dtype)  # nothing is masked: True, or + 0
         masks[masked] = self._gather("mask", [rows[place] for place in masked], shape, dtype)
         return masks
@@ -234,6 +213,8 @@ class FrozenPassCache:
     def _gather(self, name: str, rows: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The entries of `rows` as one tensor `(B, *shape)`, copied once from the memory map."""
         batch = torch.empty(len(rows), *shape, dtype=dtype)
+        if not batch.numel():
+            return batch
         flat = batch.view(torch.uint8).numpy().reshape(len(rows), -1)
         for target, row in zip(flat, rows, strict=True):
             target[:] = np.frombuffer(self._columns[name][row].as_buffer(), dtype=np.uint8)
@@ -265,10 +246,10 @@ def sample_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[bytes]
     return [one.digest() for one in hashes]
 
 
-def fingerprint(layer: VQTLayer, adapter: str) -> str:
+def fingerprint(layer: ReaderLayer, adapter: str) -> str:
     """A hash of all that the frozen pass depends on besides the sample."""
     whole = blake2b(digest_size=16)
-    whole.update(repr((layer.family, list(layer.blocks(adapter)), _adapters(layer.backbone))).encode())
+    whole.update(repr((layer.keeps, layer.family, list(layer.blocks(adapter)), _adapters(layer.backbone))).encode())
     for name, tensor in sorted(layer.backbone.state_dict().items()):
         whole.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -284,13 +265,13 @@ def _adapters(backbone: nn.Module) -> list[tuple[str, bool, list[str]]]:
     ]
 
 
-def _state(layer: VQTLayer) -> tuple[Any, ...]:
+def _state(layer: ReaderLayer) -> tuple[Any, ...]:
     """Something cheap that changes when the backbone does."""
     versions = tuple((parameter.data_ptr(), parameter._version) for parameter in layer.backbone.parameters())
     return versions, tuple((name, off, tuple(on)) for name, off, on in _adapters(layer.backbone))
 
 
-def _refuse_trained_backbone(layer: VQTLayer) -> None:
+def _refuse_trained_backbone(layer: ReaderLayer) -> None:
     for name, parameter in layer.backbone.named_parameters():
         if parameter.requires_grad:
             raise ValueError(
@@ -304,46 +285,37 @@ def _count(batches: Iterable[Any]) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
 
 
-def _masks(frozen: list[Frozen], batch: int) -> torch.Tensor | None:
-    """`(B, L, heads or 1, 1, N)`."""
-    if frozen[0].mask is None:
-        return None
-    return torch.stack([one.mask.expand(batch, -1, -1, -1) for one in frozen if one.mask is not None], dim=1)
-
-
 def _raw(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _describe(
-    layer: VQTLayer, adapter: str, frozen: list[Frozen], class_token: torch.Tensor, kept: torch.dtype
-) -> dict[str, Any]:
+def _describe(layer: ReaderLayer, adapter: str, kept: Kept, stored: torch.dtype) -> dict[str, Any]:
     return {
         "format": _FORMAT,
+        "keeps": layer.keeps,
         "fingerprint": fingerprint(layer, adapter),
-        "dtype": str(frozen[0].dtype).removeprefix("torch."),
-        "kept": str(kept).removeprefix("torch."),
-        "width": frozen[0].keys.shape[-1],
-        "class_features": class_token.shape[-1],
-        "mask_heads": None,  # of the first batch that has a mask
+        "dtype": str(kept.dtype).removeprefix("torch."),
+        "kept": str(stored).removeprefix("torch."),
+        "states": kept.states.shape[1],
+        "width": kept.states.shape[3],
+        "class_features": kept.class_token.shape[1],
+        "mask_shape": None,  # of the first batch that has a mask; without samples and tokens
         "mask_dtype": None,
-        "calls": [
-            {"args": [_plain(value) for value in one.args], "kwargs": {k: _plain(v) for k, v in one.kwargs.items()}}
-            for one in frozen
-        ],
+        "calls": kept.calls,
     }
 
 
-def _note_mask(meta: dict[str, Any], masks: torch.Tensor | None) -> None:
+def _note_mask(meta: dict[str, Any], mask: torch.Tensor | None) -> None:
     """Transformers leaves the mask out where nothing is padded, so whether there is one is a matter of each batch."""
-    if masks is None:
+    if mask is None:
         return
-    found = {"mask_heads": masks.shape[2], "mask_dtype": str(masks.dtype).removeprefix("torch.")}
-    if meta["mask_heads"] is None:
+    found = {"mask_shape": list(mask.shape[1:-1]), "mask_dtype": str(mask.dtype).removeprefix("torch.")}
+    if meta["mask_shape"] is None:
         meta |= found
     elif any(meta[key] != value for key, value in found.items()):
         raise ValueError(
-            f"The attention masks of the batches differ in form: {found}, before {meta['mask_heads']} heads."
+            f"The attention masks of the batches differ in form: {found['mask_shape']} of {found['mask_dtype']}, before "
+            f"{meta['mask_shape']} of {meta['mask_dtype']}."
         )
 
 
@@ -375,17 +347,9 @@ def _read_meta(directory: Path) -> dict[str, Any]:
     return meta
 
 
-def _plain(value: Any) -> Any:
-    """`value` if JSON can hold it (a tuple becomes a list), else `None`, as for tensors: queries need no other."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return value if isinstance(value, (bool, int, float, str)) else None
-
-
-def _bytes_per_sample(frozen: list[Frozen], class_token: torch.Tensor, kept: torch.dtype) -> int:
-    numbers = class_token[0].numel() + sum(one.keys[0].numel() + one.values[0].numel() for one in frozen)
-    masks = sum(one.mask[0].numel() * one.mask.element_size() for one in frozen if one.mask is not None)
-    return numbers * kept.itemsize + masks
+def _bytes_per_sample(kept: Kept, stored: torch.dtype) -> int:
+    numbers = kept.class_token[0].numel() + kept.states[0].numel()
+    return numbers * stored.itemsize + (0 if kept.mask is None else kept.mask[0].numel() * kept.mask.element_size())
 
 
 def _announce(directory: Path, per_sample: int, num_samples: int | None) -> None:
