@@ -515,6 +515,18 @@ def test_a_second_run_keeps_what_the_first_has_learnt() -> None:
     assert all(learnt[i] == support_of(leaf)[i] for i in kept)
 
 
+@pytest.mark.parametrize("is_kept", [False, True], ids=["first optimizer gone", "first optimizer kept"])
+def test_a_second_optimizer_sees_the_backward_before_its_first_step(is_kept: bool) -> None:
+    model, leaf = one("spiel-ag", reselection_steps=2, accumulation_steps=1)
+    kept = []
+    for run in (1, 2):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if is_kept:
+            kept.append(optimizer)
+        run_steps(model, optimizer, range(1))  # the first step is the first reselection, and what sees no gradient warns
+        assert (leaf.tracker.step, len(leaf.tracker.reselections)) == (1, run)
+
+
 def test_one_warning_without_total_steps() -> None:
     model, leaf = one("spiel-ag", total_steps=None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -95,7 +95,15 @@ class AgTracker(SpielTracker):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._backwards_before = 0  # backwards seen up to the last reselection
         self._clear()
+
+    def _resume(self, leaf: SparseDelta, optimizer: Optimizer) -> None:
+        # an optimizer is new to us at its first step: what that step's backward has named and gathered is still right
+        under_way = (self.candidates, self._pending, self._raw, self._backward) if self.count == 0 else None
+        super()._resume(leaf, optimizer)
+        if under_way is not None and self.count == 0 and self.is_gathering(leaf.weight.numel()):
+            self.candidates, self._pending, self._raw, self._backward = under_way
 
     def _clear(self) -> None:
         self.candidates: torch.Tensor | None = None  # flat indices, sorted
@@ -226,7 +234,7 @@ class AgTracker(SpielTracker):
         if self.step == due:
             if number and self.candidates is not None:
                 self._reselect(leaf, optimizer, group, number)
-            elif number:
+            elif number and self.backwards == self._backwards_before:
                 warn_once(
                     self.said,
                     "compiled",
@@ -234,6 +242,7 @@ class AgTracker(SpielTracker):
                     "`torch.compile` the backward is not observed. Train without compiling.",
                 )
             self._clear()
+            self._backwards_before = self.backwards
         self._store(leaf, optimizer)
 
     def _tensors(self, leaf: SparseDelta) -> dict[str, torch.Tensor | int]:

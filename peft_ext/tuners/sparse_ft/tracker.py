@@ -76,6 +76,9 @@ class Tracker:
         if not self._searched:
             self._begin(leaf)
             optimizer = optimizer_of(leaf.weight)
+        elif self._optimizer is not None and optimizer is None:  # gone: another run begins, perhaps with this backward
+            self._optimizer = None  # searched for once, since that walks over all objects
+            optimizer = optimizer_of(leaf.weight)
         if optimizer is not None and id(optimizer.state) != self._known_state:
             self._resume(leaf, optimizer)
 
