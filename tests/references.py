@@ -77,3 +77,16 @@ def binary_low_rank(base: Tensors, adapter: Tensors, config: Any, training: bool
     weight = base["weight"]
     update = config.scale * adapter["binary_low_rank_up.weight"] @ adapter["binary_low_rank_down.weight"]
     return {"weight": weight + (update if update.shape == weight.shape else update.T)}
+
+
+def s2ft(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """W with a dense block added to chosen columns, or to chosen rows where the block is as wide as W."""
+    weight, block, chosen = base["weight"], adapter["s2ft_block.weight"], adapter["s2ft_block.indices"].long()
+    dim = 1 if block.shape == (len(weight), len(chosen)) else 0
+    return {"weight": weight.index_add(dim, chosen, block)}
+
+
+def low_rank_core(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """W + B R A."""
+    down, core, up = (adapter[f"low_rank_core_matrix.{part}"] for part in ("down", "weight", "up"))
+    return {"weight": base["weight"] + up @ core @ down}

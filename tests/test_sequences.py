@@ -9,7 +9,7 @@ from typing import Any
 import references
 from test_conformance import METHODS as CONFORMING
 
-from peft_ext import BinaryLoraConfig, MaskLoraConfig, SparseFTConfig
+from peft_ext import BinaryAdapterConfig, BinaryLoraConfig, MaskLoraConfig, SparseFTConfig
 from peft_ext.testing import Method
 from peft_ext.testing.method import NOTHING
 from peft_ext.testing.sequences import SequenceTests
@@ -31,7 +31,13 @@ METHODS = {
     ),
     "vqt": of("vqt"),
     "wegeft": of("wegeft"),
-    "low_rank_core": of("low_rank_core"),
+    "low_rank_core": of("low_rank_core", reference=references.low_rank_core),
+    "s2ft": of("s2ft", reference=references.s2ft),
+    "binary_adapter": of(
+        "binary_adapter", config=partial(BinaryAdapterConfig, r=2, bits=32, dropout=0.0), estimated=NOTHING
+    ),
+    "pasta": of("pasta"),
+    "vpt": of("vpt"),
     "binary_low_rank": of(
         "binary_low_rank",
         config=partial(BinaryLoraConfig, r=2, bits=32, dropout=0.0),
@@ -92,4 +98,23 @@ class TestWeGeFT(SequenceTests):
 
 class TestLoraSB(SequenceTests):
     method = METHODS["low_rank_core"]
+    sequences = 4
+
+
+class TestS2FT(SequenceTests):
+    method = METHODS["s2ft"]
+
+
+class TestBinaryAdapter(SequenceTests):
+    method = METHODS["binary_adapter"]
+    sequences = 8
+
+
+class TestPASTA(SequenceTests):
+    method = METHODS["pasta"]
+    sequences = 4
+
+
+class TestVPT(SequenceTests):
+    method = METHODS["vpt"]
     sequences = 4

@@ -523,7 +523,9 @@ def test_a_second_optimizer_sees_the_backward_before_its_first_step(is_kept: boo
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         if is_kept:
             kept.append(optimizer)
-        run_steps(model, optimizer, range(1))  # the first step is the first reselection, and what sees no gradient warns
+        run_steps(
+            model, optimizer, range(1)
+        )  # the first step is the first reselection, and what sees no gradient warns
         assert (leaf.tracker.step, len(leaf.tracker.reselections)) == (1, run)
 
 
