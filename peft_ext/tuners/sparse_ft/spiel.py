@@ -98,13 +98,6 @@ class AgTracker(SpielTracker):
         self._backwards_before = 0  # backwards seen up to the last reselection
         self._clear()
 
-    def _resume(self, leaf: SparseDelta, optimizer: Optimizer) -> None:
-        # an optimizer is new to us at its first step: what that step's backward has named and gathered is still right
-        under_way = (self.candidates, self._pending, self._raw, self._backward) if self.count == 0 else None
-        super()._resume(leaf, optimizer)
-        if under_way is not None and self.count == 0 and self.is_gathering(leaf.weight.numel()):
-            self.candidates, self._pending, self._raw, self._backward = under_way
-
     def _clear(self) -> None:
         self.candidates: torch.Tensor | None = None  # flat indices, sorted
         self.sums: torch.Tensor | None = None  # of g over the steps of this phase
@@ -141,6 +134,13 @@ class AgTracker(SpielTracker):
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         self._pending = found if self._pending is None else self._pending + found
         self._raw = values.clone() if self._raw is None else self._raw + values
+
+    def _resume(self, leaf: SparseDelta, optimizer: Optimizer) -> None:
+        # an optimizer is new to us at its first step: what that step's backward has named and gathered is still right
+        under_way = (self.candidates, self._pending, self._raw, self._backward) if self.count == 0 else None
+        super()._resume(leaf, optimizer)
+        if under_way is not None and self.count == 0 and self.is_gathering(leaf.weight.numel()):
+            self.candidates, self._pending, self._raw, self._backward = under_way
 
     def _name_candidates(self, leaf: SparseDelta, gradient: Gradient) -> torch.Tensor:
         """The indices, sorted, whose gradients are gathered from now on."""
