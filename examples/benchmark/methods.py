@@ -56,6 +56,12 @@ HEADS = {"classifier", "score", "lm_head", "pooler"}
 FIX_RATIO = 0.5  # of the steps, after which the masks of mask pruning are decided
 
 
+def rank_one(module: nn.Linear | nn.Conv2d) -> int:
+    """The weights of LoRA with rank 1."""
+    weight = module.weight
+    return weight[0].numel() + len(weight)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a method's config depends on.
@@ -86,16 +92,27 @@ class Setting:
         }
 
     @property
+    def targets(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """What is adapted: the Linear modules; in a network without any the convolutions that mix channels."""
+        if self.linears:
+            return dict(self.linears)
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Conv2d) and module.groups == 1
+        }
+
+    @property
     def budget(self) -> int:
         """Trained weights."""
-        return int(self.share * 8 * sum(linear.in_features + linear.out_features for linear in self.linears.values()))
+        return int(self.share * 8 * sum(map(rank_one, self.targets.values())))
 
     @property
     def common(self) -> dict[str, Any]:
-        return {"task_type": self.task_type, "target_modules": list(self.linears)}
+        return {"task_type": self.task_type, "target_modules": list(self.targets)}
 
     def ranked(self) -> dict[str, Any]:
-        """Rank and targets of a low-rank method: all Linears; below rank 1 on those, the queries and values.
+        """Rank and targets of a low-rank method: all of `targets`; below rank 1 on those, the queries and values.
 
         Raises:
             ValueError: The budget is below that, too.
@@ -105,7 +122,7 @@ class Setting:
             return {"r": rank, "lora_alpha": 2 * rank, **self.common}
         ends = ("query", "value", "q_proj", "v_proj")
         fewer = {name: linear for name, linear in self.linears.items() if name.endswith(ends)}
-        rank = self.budget // max(1, sum(linear.in_features + linear.out_features for linear in fewer.values()))
+        rank = self.budget // max(1, sum(map(rank_one, fewer.values())))
         if rank < 1:
             raise ValueError(f"a budget of {self.budget} weights is below rank 1 on the queries and values")
         return {"r": rank, "lora_alpha": 2 * rank, "task_type": self.task_type, "target_modules": list(fewer)}
@@ -152,7 +169,7 @@ def _shira(setting: Setting) -> PeftConfig:
 
 
 def _supertuning(setting: Setting) -> PeftConfig:
-    targeted = sum(linear.weight.numel() for linear in setting.linears.values())
+    targeted = sum(module.weight.numel() for module in setting.targets.values())
     return SupertuningConfig(sparsity=1 - setting.budget / targeted, **setting.common)
 
 

@@ -35,7 +35,12 @@ from methods import COST_NAMES, PROBE, TITLES
 from tasks import find_task
 
 
-COSTS = {"minilm": "minilm", "models/vit-tiny-imagenet32": "vit-tiny", "smollm2": "smollm2-135m"}
+COSTS = {
+    "minilm": "minilm",
+    "models/vit-tiny-imagenet32": "vit-tiny",
+    "smollm2": "smollm2-135m",
+    "dinov2-small": "dinov2-small",
+}
 LIKE = {"spt": "spt-random", "spiel-ma": "spiel-ag", "mask-50": "mask-25"}  # they cost the same
 AXES = {
     "parameters": "trained parameters, head included",
@@ -263,11 +268,16 @@ def main() -> None:
     rows = load_results(args.results)
     args.output.mkdir(parents=True, exist_ok=True)
     for task in args.tasks or dict.fromkeys(row["task"] for row in rows):
-        file = RESULTS.parent / f"cost-{COSTS[find_task(task).model]}-cpu.json"
+        model = find_task(task).model
+        file = RESULTS.parent / f"cost-{COSTS.get(model)}-cpu.json"
+        if not file.exists():
+            print(f"{task}: what the methods cost on {model} was not measured, so there is no figure")
+            continue
         found = points(task, rows, json.loads(file.read_text()))
         if len(found) > 2:
-            write(draw(task, found), args.output / f"pareto-{task}.png")
-            print(args.output / f"pareto-{task}.png")
+            path = args.output / f"pareto-{task.replace('@', '-')}.png"
+            write(draw(task, found), path)
+            print(path)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 `find_task` knows the sets of `TASKS`, and any data set on the Hub or on disk by a description of its own:
 `KIND:DATASET:INPUT:TARGET[:MODEL[:METRIC]]`, such as `text:dair-ai/emotion:text:label` or
 `image:uoft-cs/cifar10:img:label:google/vit-base-patch16-224-in21k`. Two input columns are joined by `+`.
+
+`TASK@MODEL` is a task on another model, `TASK@MODEL@PIXELS` one with images of that size, where the model takes any:
+`signdigits@dinov2-small` (98 pixels, 49 patches), `clothing10@dinov2-small@56` (16 patches).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ DEFAULTS = {  # model and metric by the kind of task
     "image": ("models/vit-tiny-imagenet32", "accuracy"),
     "causal": ("smollm2", "loss"),
 }
+PIXELS = {"dinov2-small": 98, "efficientnet-lite0": 128}  # unless a task says another number
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Task:
         columns: The columns of the inputs and, last, of the target.
         files: The files with the splits below `--data`; a split that is missing is taken from the training data.
         dataset: Instead of files, the name of a data set on the Hub or a directory.
+        pixels: The side of the images; `None` leaves it to the model's image processor.
     """
 
     kind: str
@@ -57,6 +62,7 @@ class Task:
     columns: tuple[str, ...]
     files: tuple[tuple[str, str], ...] = ()
     dataset: str = ""
+    pixels: int | None = None
 
     @property
     def less_is_better(self) -> bool:
@@ -103,19 +109,28 @@ def find_task(name: str) -> Task:
     """The task of this name, or the one that it describes.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither, or says a size of what are no images.
     """
-    if name in TASKS:
-        return TASKS[name]
+    name, _, other = name.partition("@")
+    task = TASKS[name] if name in TASKS else _described(name)
+    if not other:
+        return task
+    model, _, pixels = other.partition("@")
+    if pixels and (task.kind != "image" or not pixels.isdecimal() or int(pixels) == 0):
+        raise ValueError(f"{pixels!r} behind the second @ must be a number of pixels, of a task with images")
+    return replace(task, model=model, pixels=int(pixels) if pixels else PIXELS.get(model))
+
+
+def _described(name: str) -> Task:
     parts = name.split(":")
     if not 4 <= len(parts) <= 6 or parts[0] not in DEFAULTS:
         raise ValueError(
             f"no task {name!r}: take one of {', '.join(TASKS)}, or KIND:DATASET:INPUT:TARGET[:MODEL[:METRIC]] with "
-            f"KIND one of {', '.join(DEFAULTS)}"
+            f"KIND one of {', '.join(DEFAULTS)}; on another model TASK@MODEL, of other images TASK@MODEL@PIXELS"
         )
     kind, dataset, inputs, target = parts[:4]
     model, metric = (*parts[4:], *DEFAULTS[kind][len(parts) - 4 :])
-    return Task(kind, model, metric, (*inputs.split("+"), target), dataset=dataset)
+    return Task(kind, model, metric, (*inputs.split("+"), target), dataset=dataset, pixels=PIXELS.get(model))
 
 
 # Data
@@ -211,9 +226,14 @@ def _for_images(task: Task, name: str, data: dict[str, Dataset], length: int) ->
     source, target = task.columns
     number = numbers(data, target)
     processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    sizes: dict[str, Any] = {}
+    if task.pixels is not None:
+        sizes["crop_size"] = {"height": task.pixels, "width": task.pixels}
+        is_cropped = "shortest_edge" in processor.size
+        sizes["size"] = {"shortest_edge": task.pixels} if is_cropped else sizes["crop_size"]
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        pixels = processor(row[source].convert("RGB"), return_tensors="np")["pixel_values"][0]
+        pixels = processor(row[source].convert("RGB"), return_tensors="np", **sizes)["pixel_values"][0]
         return {"pixel_values": pixels, "labels": number[row[target]]}
 
     return encode, _classifier(AutoModelForImageClassification, name, len(number)), default_data_collator
