@@ -21,6 +21,7 @@ from .tuners import (
     mask_pruning,
     pasta,
     s2ft,
+    sct,
     sparse_ft,
     spt,
     ssf,
@@ -34,6 +35,7 @@ from .tuners.lora_sb import LoraSBConfig, LoraSBModel
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.pasta import PASTAConfig, PASTAModel
 from .tuners.s2ft import S2FTConfig, S2FTModel
+from .tuners.sct import SCTConfig, SCTModel
 from .tuners.sparse_ft import (
     SparseFTCallback,
     SparseFTConfig,
@@ -64,6 +66,7 @@ METHODS = (
     "S2FT",
     "LOW_RANK_CORE",
     "VPT",
+    "SCT",
 )  # the peft types that importing this package adds
 
 __all__ = [
@@ -86,6 +89,8 @@ __all__ = [
     "Probe",
     "S2FTConfig",
     "S2FTModel",
+    "SCTConfig",
+    "SCTModel",
     "SPTConfig",
     "SPTModel",
     "SSFConfig",
@@ -137,4 +142,5 @@ register_method("pasta", PASTAConfig, PASTAModel, about=pasta.ABOUT)
 register_method("s2ft", S2FTConfig, S2FTModel, about=s2ft.ABOUT)
 register_method("low_rank_core", LoraSBConfig, LoraSBModel, about=lora_sb.ABOUT)
 register_method("vpt", VPTConfig, VPTModel, about=vpt.ABOUT)
+register_method("sct", SCTConfig, SCTModel, about=sct.ABOUT)
 load_plugins()

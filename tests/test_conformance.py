@@ -18,6 +18,7 @@ from peft_ext import (
     MaskLoraConfig,
     PASTAConfig,
     S2FTConfig,
+    SCTConfig,
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
@@ -189,6 +190,31 @@ class TestVPT(MethodConformance):
     )
 
 
+class TestSCT(MethodConformance):
+    method = Method(
+        prefix="sct_",
+        config=partial(SCTConfig, num_channels=4, site="mlp"),
+        models=("mlp", "conv1d_embedding", "llama", "gpt2", "bert", "vit"),
+        fields={"mlp": {"target_modules": ["fc1", "fc2"]}, "conv1d_embedding": {"target_modules": ["conv1d"]}},
+        mixes_batches=True,
+        looks_at_data=True,
+    )
+
+
+class TestSCTOnTheStream(MethodConformance):
+    method = Method(
+        prefix="sct_",
+        config=partial(SCTConfig, num_channels=4),
+        models=("llama", "bert", "vit", "dinov2"),
+        merges=False,
+        mixes_batches=True,
+        looks_at_data=True,
+    )
+
+    @pytest.mark.skip("its targets are where attention joins the residual stream")
+    def test_targets(self) -> None: ...
+
+
 METHODS = {
     case.method.prefix.rstrip("_"): case
     for case in (
@@ -204,6 +230,7 @@ METHODS = {
         TestBinaryLora,
         TestBinaryAdapter,
         TestLoraSB,
+        TestSCT,
     )
 }
 

@@ -28,9 +28,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from peft_ext import SSFConfig
+from peft_ext import SSFConfig, core
 from peft_ext.tuners.ssf import ScaledLinear, ScaleShift, SSFLayer, functional
-from peft_ext.tuners.ssf.model import bias_flags
 
 
 class Net(nn.Module):
@@ -959,7 +958,7 @@ def test_asking_the_architecture_for_its_flags_draws_no_random_numbers() -> None
     expected_numbers = torch.rand(3)
     base = tiny("llama")
     torch.manual_seed(5)
-    bias_flags(base)
+    core.bias_flags(base)
     assert torch.equal(torch.rand(3), expected_numbers)
 
 

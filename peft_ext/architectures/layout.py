@@ -20,6 +20,10 @@ class Attention:
         head_size: The attribute of the attention module with the width of a head.
         scale: The attribute of the attention module with the factor of the scores, where the class has one.
         norm: The module whose output the projections read; empty: what the block is given. `None`: not known.
+        stream: The module at which the residual stream can be seen when this attention has been added to it: what it
+            reads or, where the block's norms come after the additions, what it puts out. Empty: not known.
+        joins: The module whose output is added to the stream, if that is not `o`.
+        enters: The norm that reads the stream before the addition, if that is not `norm`.
     """
 
     q: str
@@ -33,6 +37,9 @@ class Attention:
     head_size: str = "head_dim"
     scale: str = "scaling"
     norm: str | None = None
+    stream: str = ""
+    joins: str = ""
+    enters: str = ""
 
     @property
     def module(self) -> str:

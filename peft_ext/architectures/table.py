@@ -23,7 +23,10 @@ _BERT_CROSS = attention(
 _BERT = Architecture(
     attention=(
         attention(
-            "attention.self", "query key value", "attention.output.dense", head_size="attention_head_size", norm=""
+            *("attention.self", "query key value", "attention.output.dense"),
+            head_size="attention_head_size",
+            norm="",
+            stream="attention.output.LayerNorm",
         ),
         _BERT_CROSS,
     ),
@@ -80,7 +83,14 @@ _TEXT_ENCODERS = {
         unread=r"((.*\.)?pooler\..*)|((.*\.)?encoder\.(LayerNorm|conv\..*))",
     ),
     "distilbert": Architecture(
-        attention=(attention("attention", "q_lin k_lin v_lin out_lin", head_size="attention_head_size", norm=""),),
+        attention=(
+            attention(
+                *("attention", "q_lin k_lin v_lin out_lin"),
+                head_size="attention_head_size",
+                norm="",
+                stream="sa_layer_norm",
+            ),
+        ),
         ffn=(ffn("ffn.lin1", "ffn.lin2"),),
         embeddings=_TOKENS,
         classifier=Classifier(
@@ -118,6 +128,11 @@ _LLAMA = Architecture(
     ffn=(_GATED,),
     embeddings=("embed_tokens",),
     position="rotary",
+)
+# of the relatives, those whose blocks add first the attention and then, from a norm of the sum, the feed-forward part
+_SEQUENTIAL = replace(
+    _LLAMA,
+    attention=(attention("self_attn", _PROJECTIONS, stream="post_attention_layernorm", enters="input_layernorm"),),
 )
 _MOE = replace(
     _LLAMA,
@@ -162,7 +177,8 @@ _LANGUAGE_MODELS = {
         prunable=("ffn",),
         fixed=_FUSED,
     ),
-    **dict.fromkeys(("cohere", "cohere2", "gemma", "gemma2", "granite", "helium", "llama", "mistral"), _LLAMA),
+    **dict.fromkeys(("cohere", "cohere2", "gemma2", "granite"), _LLAMA),
+    **dict.fromkeys(("gemma", "helium", "llama", "mistral", "qwen2", "qwen3"), _SEQUENTIAL),
     "falcon": Architecture(
         attention=(attention("self_attention", "query_key_value dense", order="other"),),
         ffn=_NEOX.ffn,
@@ -176,7 +192,7 @@ _LANGUAGE_MODELS = {
     "glm": _GLM,
     "glm4": _GLM,
     "gpt2": Architecture(
-        attention=(attention("attn", "c_attn c_proj", order="blocks"),),
+        attention=(attention("attn", "c_attn c_proj", order="blocks", stream="ln_2", enters="ln_1"),),
         ffn=(_GPT2_FFN,),
         embeddings=("wte",),
     ),
@@ -237,8 +253,6 @@ _LANGUAGE_MODELS = {
         _LLAMA, attention=(attention("self_attn", "q_proj k_proj v_proj dense"),), ffn=(ffn("mlp.fc1", "mlp.fc2"),)
     ),
     "phi3": replace(_GLM, attention=(attention("self_attn", "qkv_proj o_proj", order="blocks"),)),
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
     "rwkv": Architecture(
         ffn=(ffn("feed_forward.key", "feed_forward.value"),),
         embeddings=("embeddings",),
@@ -304,11 +318,12 @@ _MLP = ffn("mlp.fc1", "mlp.fc2")
 _VIT_BLOCKS = ("layers", "encoder.layer")
 _VIT = Architecture(
     attention=(
-        attention("attention", _PROJECTIONS, norm="layernorm_before"),
+        attention("attention", _PROJECTIONS, norm="layernorm_before", stream="layernorm_after"),
         attention(
             *("attention.attention", "query key value", "attention.output.dense"),
             head_size="attention_head_size",
             norm="layernorm_before",
+            stream="layernorm_after",
         ),
     ),
     ffn=(replace(_MLP, norm="layernorm_after"), ffn("intermediate.dense", "output.dense", norm="layernorm_after")),
@@ -340,12 +355,16 @@ _BEIT = replace(
 )
 _DINOV2 = replace(
     _VIT,
-    attention=tuple(replace(names, norm="norm1") for names in _VIT.attention),
+    attention=tuple(replace(names, norm="norm1", stream="norm2", joins="layer_scale1") for names in _VIT.attention),
     ffn=(replace(_MLP, norm="norm2"), _GATED, ffn("mlp.weights_in", "mlp.weights_out", "mlp.weights_in", "norm2")),
     classifier=Classifier("Dinov2ForImageClassification", "dinov2", ("encoder.layer",), class_tokens=2),
 )
 _CLIP = Architecture(
-    attention=(attention("self_attn", "q_proj k_proj v_proj out_proj", scale="scale", norm="layer_norm1"),),
+    attention=(
+        attention(
+            "self_attn", "q_proj k_proj v_proj out_proj", scale="scale", norm="layer_norm1", stream="layer_norm2"
+        ),
+    ),
     ffn=(replace(_MLP, norm="layer_norm2"),),
     embeddings=("token_embedding", "patch_embedding"),
     classifier=Classifier("CLIPForImageClassification", "vision_model", ("encoder.layers",)),
@@ -410,7 +429,7 @@ _VISION_MODELS = {
     ),
     "dinov3_convnext": replace(_CONVNEXT, embeddings=("stages.0.downsample_layers.0",)),
     "dinov3_vit": Architecture(
-        attention=(attention("attention", _PROJECTIONS, norm="norm1"),),
+        attention=(attention("attention", _PROJECTIONS, norm="norm1", stream="norm2", joins="layer_scale1"),),
         ffn=(ffn("mlp.up_proj", "mlp.down_proj"), _GATED),
         embeddings=("patch_embeddings",),
         position="rotary",

@@ -6,6 +6,7 @@ A method is a config (`ExtConfig`), a layer (`ExtLayer`) with trainable leaves (
 
 from .about import About, Writer
 from .advice import warn_of_experts
+from .biases import bias_flags, set_bias_flags
 from .calibration import CalibratedConfig
 from .config import ExtConfig, after_saving
 from .files import (
@@ -38,6 +39,7 @@ from .targets import (
     backbone_linears,
     backbone_modules,
     count_parameters,
+    features_of,
     head_modules,
     is_admitted,
     is_named,
@@ -91,10 +93,12 @@ __all__ = [
     "after_saving",
     "backbone_linears",
     "backbone_modules",
+    "bias_flags",
     "carry_over",
     "count_parameters",
     "evaluating",
     "exempt_from_weight_decay",
+    "features_of",
     "head_modules",
     "is_admitted",
     "is_hooked",
@@ -114,6 +118,7 @@ __all__ = [
     "overlap_of",
     "owners_of",
     "register_method",
+    "set_bias_flags",
     "spread",
     "stable_generator",
     "stop_listening",

@@ -15,8 +15,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ..calibrate import ExactScores
-from ..core import ExtConfig, tuner_of
+from ..calibrate import ACTIVATION, ExactScores
+from ..channel_norms import ChannelNorms
+from ..core import ExtConfig, features_of, tuner_of, unadapted_modules
 from .models import PLAIN_TARGETS, tiny
 
 
@@ -75,12 +76,8 @@ class Method:
         targets = {"target_modules": PLAIN_TARGETS[name]} if name in PLAIN_TARGETS else {}
         config = self.config(**{**targets, **self.fields.get(name, {}), **fields})
         if self.looks_at_data:
-            model, tuner = model or tiny(name), tuner_of(config)
-            scores = ExactScores({key: p.numel() for key, p in tuner.candidates(config, model).items()})
-            generator = torch.Generator().manual_seed(0)
-            for sums in scores.sums.values():
-                sums.copy_(torch.rand(len(sums), generator=generator) * torch.rand(1, generator=generator))
-            tuner.take_scores(config, model, scores)
+            model = model or tiny(name)
+            tuner_of(config).take_scores(config, model, random_scores(config, model))
         return config
 
     @torch.no_grad()
@@ -98,6 +95,21 @@ class Method:
         model = get_peft_model(tiny(name).to(dtype or torch.float32), self.config_for(name, **fields))
         self.randomize(model)
         return model.eval()
+
+
+def random_scores(config: ExtConfig, model: nn.Module) -> Any:
+    """What a calibration with this config could have measured on the model: weights, or channels of activations."""
+    tuner, generator = tuner_of(config), torch.Generator().manual_seed(0)
+    if tuner.kind_for(config) == ACTIVATION:
+        norms, modules = ChannelNorms(), dict(unadapted_modules(model))
+        for key, site in tuner.channel_sites(config, model).items():
+            width = features_of(modules[site.module])[0 if site.side == "inputs" else 1]
+            norms.sums[key] = {0: torch.rand(width, generator=generator, dtype=torch.float64)}
+        return norms
+    scores = ExactScores({key: p.numel() for key, p in tuner.candidates(config, model).items()})
+    for sums in scores.sums.values():
+        sums.copy_(torch.rand(len(sums), generator=generator) * torch.rand(1, generator=generator))
+    return scores
 
 
 class ConformanceTests:
