@@ -35,6 +35,7 @@ from peft_ext import (
     MaskLoraConfig,
     PASTAConfig,
     S2FTConfig,
+    SCTConfig,
     SparseFTCallback,
     SparseFTConfig,
     SPTConfig,
@@ -64,6 +65,7 @@ FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
         [],
     ),
     "lora_sb": (LoraSBConfig(r=8, step_size=1e-4, modules_to_save=["classifier"]), 5e-3, []),
+    "sct": (SCTConfig(modules_to_save=["classifier"]), 5e-3, []),
     "mask_pruning": (
         MaskLoraConfig(target_sparsity=0.25, modules_to_save=["classifier"]),
         5e-3,
@@ -81,7 +83,7 @@ def draw(name: str, file: Path, epochs: int = 20) -> None:
     data = digits(range(5, 10), train=200, validation=200)
     inputs = with_pixels(data, AutoImageProcessor.from_pretrained(base))
     model = AutoModelForImageClassification.from_pretrained(base, **label_names(data), ignore_mismatched_sizes=True)
-    if isinstance(config, (SPTConfig, LoraSBConfig)):
+    if isinstance(config, (SPTConfig, LoraSBConfig, SCTConfig)):
         batches = make_trainer(model, inputs["train"], learning_rate, epochs)
         peft_ext.calibrate(model, config, trainer=batches, num_batches=8, progress=False)
     trainer = make_trainer(get_peft_model(model, config), inputs["train"], learning_rate, epochs)

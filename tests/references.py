@@ -90,3 +90,12 @@ def low_rank_core(base: Tensors, adapter: Tensors, config: Any, training: bool) 
     """W + B R A."""
     down, core, up = (adapter[f"low_rank_core_matrix.{part}"] for part in ("down", "weight", "up"))
     return {"weight": base["weight"] + up @ core @ down}
+
+
+def sct(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """W + E M E^T W, b + E M E^T b + E c."""
+    select = torch.eye(len(base["weight"]), dtype=torch.float64)[adapter["sct_map.indices"].long()]
+    change = torch.eye(len(base["weight"]), dtype=torch.float64) + select.T @ adapter["sct_map.weight"] @ select
+    bias = change @ base["bias"] if "bias" in base else 0.0
+    shift = adapter["sct_map.bias"] @ select if "sct_map.bias" in adapter else 0.0
+    return {"weight": change @ base["weight"], "bias": bias + shift}

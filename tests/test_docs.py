@@ -56,6 +56,7 @@ METHOD_PAGES = {
     "binary_adapter": peft_ext.BinaryAdapterConfig,
     "pasta": peft_ext.PASTAConfig,
     "lora_sb": peft_ext.LoraSBConfig,
+    "sct": peft_ext.SCTConfig,
 }
 # what the rows of a reader's data are
 IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"
@@ -65,6 +66,7 @@ DATA = {
     "docs/sparse.md": TOKENS,
     "docs/s2ft.md": TOKENS,
     "docs/vpt.md": IMAGES,
+    "docs/sct.md": IMAGES,
 }  # all others: SENTENCES
 DATA |= {"docs/binary_lora.md": IMAGES, "docs/binary_adapter.md": IMAGES}
 DATA["docs/linear_probe.md"] = IMAGES

@@ -38,6 +38,7 @@ METHODS = {
     ),
     "pasta": of("pasta"),
     "vpt": of("vpt"),
+    "sct": of("sct", reference=references.sct),
     "binary_low_rank": of(
         "binary_low_rank",
         config=partial(BinaryLoraConfig, r=2, bits=32, dropout=0.0),
@@ -118,3 +119,8 @@ class TestPASTA(SequenceTests):
 class TestVPT(SequenceTests):
     method = METHODS["vpt"]
     sequences = 4
+
+
+class TestSCT(SequenceTests):
+    method = METHODS["sct"]
+    sequences = 8

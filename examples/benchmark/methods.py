@@ -37,6 +37,7 @@ from peft_ext import (
     MaskLoraConfig,
     PASTAConfig,
     S2FTConfig,
+    SCTConfig,
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
@@ -47,7 +48,8 @@ from peft_ext import (
 )
 from peft_ext.architectures import describe
 from peft_ext.calibrate import ExactScores
-from peft_ext.core import about_of, methods, tuner_of
+from peft_ext.channel_norms import ChannelNorms
+from peft_ext.core import about_of, features_of, methods, tuner_of
 from peft_ext.tuners.mask_pruning import MaskLoraLayer
 
 
@@ -258,6 +260,24 @@ def _lora_sb(setting: Setting, start: bool | str = True) -> PeftConfig:
     return _calibrated(setting, config) if start is True else config
 
 
+def _sct(setting: Setting, site: str) -> PeftConfig:
+    """As many channels as the budget has room for, at random where there is no data to look at."""
+    tuner = tuner_of(SCTConfig(site=site))
+    sites = tuner.channel_sites(SCTConfig(site=site), setting.model)
+    modules = [setting.model.get_submodule(place.module) for place in sites.values()]
+    widths = [features_of(m)[place.side == "outputs"] for m, place in zip(modules, sites.values(), strict=True)]
+    channels = min(int((setting.budget / len(sites)) ** 0.5), *widths)
+    config = SCTConfig(site=site, num_channels=max(1, channels), task_type=setting.task_type)
+    if setting.batches is not None:
+        return _calibrated(setting, config)
+    chance, generator = ChannelNorms(), torch.Generator().manual_seed(setting.seed)
+    chance.sums = {
+        name: {0: torch.rand(width, generator=generator)} for name, width in zip(sites, widths, strict=True)
+    }
+    tuner.take_scores(config, setting.model, chance)
+    return config
+
+
 def _vpt(setting: Setting, **options: Any) -> PeftConfig:
     return VPTConfig(task_type=setting.task_type, **options)
 
@@ -335,6 +355,7 @@ WRITTEN_OUT = (
     SPTConfig,
     MaskLoraConfig,
     LoraSBConfig,
+    SCTConfig,
 )  # those with a budget, below
 
 
@@ -382,6 +403,8 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "spt-random": partial(_spt, at_random=True),
     "lora-sb": _lora_sb,
     "lora-xs": partial(_lora_sb, start="weights"),
+    "sct": partial(_sct, site="attn"),
+    "sct-mlp": partial(_sct, site="mlp"),
     "wegeft": partial(_wegeft, share="target"),
     "wegeft-apart": partial(_wegeft, share="none"),
     **{
@@ -414,6 +437,8 @@ COST_NAMES = {  # as `cost.py` calls them
     "spt-random": "SPT, at random",
     "wegeft": "WeGeFT",
     "lora-xs": "LoRA-XS",
+    "sct": "SCT",
+    "sct-mlp": "SCT on the feed-forward part",
     "mask-25": "mask-pruning LoRA r=8",
 }
 TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by its key

@@ -13,12 +13,14 @@ from peft import get_peft_model
 
 import peft_ext
 from peft_ext.calibrate import ExactScores
+from peft_ext.testing.method import random_scores
+from peft_ext.tuners.sct import SCTModel
 from peft_ext.tuners.spt import SPTModel
 
 
 Fields = dict[str, Any]
 
-SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT = (
+SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT, SCT = (
     peft_ext.SSFConfig,
     peft_ext.SparseFTConfig,
     peft_ext.SPTConfig,
@@ -28,6 +30,7 @@ SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT = (
     peft_ext.S2FTConfig,
     peft_ext.LoraSBConfig,
     peft_ext.VPTConfig,
+    peft_ext.SCTConfig,
 )
 BINARY = peft_ext.BinaryLoraConfig
 # of few bits it starts close to the base model, and not on it, which some of the tests ask for
@@ -39,6 +42,7 @@ _SPIEL: Fields = {"num_tunable_weights": 40}
 _CHANNELS: Fields = {"ratios": 0.5}
 _LOW_RANK: Fields = {"kinds": {"lin0.weight": "lora", "lin0.bias": "whole"}, "counts": {"lin0.bias": 20}}
 _LOW_RANK |= {"ranks": {"lin0.weight": 4}, "architecture": "MLP", "dropout": 0.0, "drop_path": 0.0}
+_SALIENT: Fields = {"site": "mlp", "num_channels": 4, "init_weights": "identity"}
 _LORA_XS: Fields = {"r": 2, "init_weights": "weights"}
 # the masks are learnt from the first step on
 _SCHEDULE: Fields = {"total_steps": 100, "warmup_ratio": 0.0}
@@ -86,6 +90,7 @@ CUSTOM_CASES = [
     _custom("MLP BinaryLora 2", "MLP", BINARY, ["lin0", "lin1"], **_PLAIN),
     _custom("MLP BinaryLora 3", "MLP", BINARY, ["lin0"], modules_to_save=["lin1"], **_PLAIN),
     _custom("EmbConv1D BinaryLora", "EmbConv1D", BINARY, ["conv1d"], **_PLAIN),
+    *(case for case in _on_common_models("SCT", SCT, _SALIENT) if case[1] != "Conv2d"),
     _custom("MLP MaskLora 1", "MLP", MASKS, "lin0", **_MASKED),
     _custom("MLP MaskLora 2", "MLP", MASKS, ["lin0", "lin1"], **_MASKED),
 ]
@@ -98,6 +103,7 @@ MULTI_ADAPTER_CASES = [
         ("BinaryLora", BINARY, {"r": 4, "dropout": 0.0, "init_weights": False}),
         ("LoRA-XS", LORA_SB, {"r": 2, "init_weights": False}),
         ("WeGeFT", WEGEFT, {"r": 4, "init_weights": False}),
+        ("SCT", SCT, {**_SALIENT, "init_weights": False}),
         ("S2FT", S2FT, {**_CHANNELS, "init_weights": False}),
     )
     for kind, targets in (("same", ("lin0", "lin0")), ("different", ("lin0", "lin1")))
@@ -108,7 +114,12 @@ MIXED_BATCH_CASES = [
         config(target_modules=["lin0"], init_weights=False, **fields),
         config(target_modules=[other], init_weights=False, **fields),
     )
-    for name, config, fields in (("SSF", SSF, {}), ("S2FT", S2FT, _CHANNELS), ("WeGeFT", WEGEFT, {}))
+    for name, config, fields in (
+        ("SSF", SSF, {}),
+        ("S2FT", S2FT, _CHANNELS),
+        ("WeGeFT", WEGEFT, {}),
+        ("SCT", SCT, {"site": "mlp"}),
+    )
     for kind, other in (("same", "lin0"), ("different", "lin1"))
 ]
 TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
@@ -122,14 +133,15 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
     (WEGEFT, {"target_modules": None, "r": 4, **_BACKBONE}),
     (S2FT, {"target_modules": None, "ratios": 0.2}),
     (VPT, {"target_modules": None, "num_tokens": 3}),
+    (SCT, {"target_modules": None, **_SALIENT}),
 ]
 _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}
 # of methods that do not take part in all; VPT is for encoders
 TASKS = {VQT: ("SEQ_CLS",), VPT: ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")}
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_weights": 2000})]
 
-SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB)
-SUPPORTS_MIXED_BATCHES = (SSF, BINARY, WEGEFT, S2FT, LORA_SB)
+SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB, SCT)
+SUPPORTS_MIXED_BATCHES = (SSF, BINARY, WEGEFT, S2FT, LORA_SB, SCT)
 CANNOT_MERGE = (VQT, VPT)
 
 NOT_APPLICABLE = [
@@ -240,5 +252,18 @@ def _calibrate_by_magnitude() -> None:
     SPTModel.check_targets = classmethod(calibrated)  # type: ignore[assignment]
 
 
+def _choose_channels_without_data() -> None:
+    """The same for SCT."""
+    check_targets = SCTModel.check_targets.__func__  # type: ignore[attr-defined]
+
+    def chosen(cls: type[SCTModel], config: Any, model: Any) -> None:
+        if not (config.calibrated or config.awaits_weights):
+            cls.take_scores(config, model, random_scores(config, model))
+        check_targets(cls, config, model)
+
+    SCTModel.check_targets = classmethod(chosen)  # type: ignore[assignment]
+
+
 _skip_unknown_architectures()
+_choose_channels_without_data()
 _calibrate_by_magnitude()

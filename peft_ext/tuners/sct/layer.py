@@ -39,6 +39,7 @@ class ChannelMap(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.zeros(k, k))
         self.register_parameter("bias", nn.Parameter(torch.zeros(k)) if has_bias else None)
+        self.bias: nn.Parameter | None
         self.indices: torch.Tensor
         chosen = torch.full((k,), -1, dtype=torch.int32) if indices is None else indices
         self.register_buffer("indices", chosen.clone())
