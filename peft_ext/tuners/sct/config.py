@@ -35,7 +35,7 @@ class SCTConfig(CalibratedConfig):
     SIZES: ClassVar[tuple[str, ...]] = ("num_channels",)
     NAMED_STARTS: ClassVar[tuple[str, ...]] = ("identity",)
     # no field, so not in the JSON
-    places = None  # type: Any  # where the maps go, while the adapter is put on
+    places = None  # type: object  # where the maps go, while the adapter is put on
 
     num_channels: int | None = field(default=None, metadata={"help": "Tuned channels of each site."})
     site: str = field(default="attn", metadata={"help": f"What the maps act on: one of {', '.join(SITES)}."})
