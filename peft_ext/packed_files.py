@@ -7,7 +7,8 @@ metadata name the tensors that are packed, in order, with their shapes:
   are not, in the code of Elias and Fano, `signs` a bit for each (1: positive), `magnitude` m.
 - `"codes"`: each tensor's entries are levels, see `peft_ext.low_bit`; `codes` and `stats` by the tensor's key.
 
-What is not packed (heads, indices) is in the file as it was.
+What is not packed (heads, indices) is in the file as it was. With `"start"` in the metadata the packed tensors are what
+is to be added to the start of a LoRA adapter, see `lora_start.py`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .core import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BadInput
+from .lora_start import DTYPES, STARTS, LoraStart
 from .low_bit import BITS, Coded, decode
 from .low_bit import encode as encode_levels
 from .sparse import decode as decode_indices
@@ -33,11 +36,10 @@ from .sparse import pack_bits, top_indices, unpack_bits
 
 
 PACKED = "adapter_packed.safetensors"
-HEADER, VERSION = "peft_ext_packed", 1
+HEADER, VERSIONS = "peft_ext_packed", (1, 2)  # 2: relative to a start
 TERNARY, CODES = "ternary", "codes"
 EXPANSION = 1 << 14  # entries for each byte of an index, at most
 Tensors = dict[str, torch.Tensor]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Packed:
         dtypes: Likewise; the names in torch.
         tensors: What is in the file.
         bits: Of a code.
+        start: What the packed tensors are added to; `None`: to zero.
     """
 
     kind: str
@@ -57,6 +60,7 @@ class Packed:
     dtypes: dict[str, str]
     tensors: Tensors = field(default_factory=dict)
     bits: int = 0
+    start: LoraStart | None = None
 
     @property
     def nbytes(self) -> int:
@@ -65,13 +69,15 @@ class Packed:
 
     def save(self, directory: Path) -> None:
         """Writes the file into `directory`."""
-        header = {
-            "version": VERSION,
+        header: dict[str, object] = {
+            "version": VERSIONS[0] if self.start is None else VERSIONS[1],
             "kind": self.kind,
             "bits": self.bits,
             "shapes": self.shapes,
             "dtypes": self.dtypes,
         }
+        if self.start is not None:
+            header["start"] = asdict(self.start)
         metadata = {"format": "pt", HEADER: json.dumps(header)}
         save_file({key: t.contiguous() for key, t in self.tensors.items()}, directory / PACKED, metadata=metadata)
 
@@ -84,6 +90,12 @@ class Packed:
         rest = dict(self.tensors)
         try:
             found = self._ternary(rest) if self.kind == TERNARY else self._codes(rest)
+            if self.start is not None:
+                if any(self.shapes.get(key) != shape for key, shape in self.start.shapes().items()):
+                    raise ValueError("the start is of other tensors")
+                found |= {key: found[key] + tensor for key, tensor in self.start.tensors().items()}
+        except BadInput:
+            raise
         except (KeyError, ValueError, RuntimeError) as error:
             raise BadInput(
                 f"{PACKED} is damaged, its parts do not fit together ({error}): restore the file."
@@ -123,15 +135,27 @@ def read_packed(file: Path) -> Packed:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         version, kind, bits = header["version"], header["kind"], header["bits"]
         shapes, dtypes = dict(header["shapes"]), dict(header["dtypes"])
+        start = _start(header["start"]) if version == VERSIONS[1] else None
         sizes_are_whole = all(type(size) is int and size >= 0 for shape in shapes.values() for size in shape)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{file} is no packed adapter, or is damaged ({type(error).__name__} {error}).") from error
-    if version != VERSION:
+    if version not in VERSIONS:
         raise BadInput(f"{file} was packed in version {version!r} of the format: `pip install -U peft-ext`.")
     is_sound = kind == TERNARY or (kind == CODES and bits in BITS)
     if not (is_sound and sizes_are_whole and shapes.keys() == dtypes.keys() and set(dtypes.values()) <= set(DTYPES)):
         raise BadInput(f"The metadata of {file} are damaged: restore the file that was written.")
-    return Packed(kind, shapes, dtypes, tensors, bits)
+    return Packed(kind, shapes, dtypes, tensors, bits, start)
+
+
+def _start(header: dict[str, Any]) -> LoraStart:
+    """The start in a header; its values are looked at here, since a file may hold anything."""
+    modules = {
+        name: (*(int(size) for size in sizes), str(dtype)) for name, (*sizes, dtype) in header["modules"].items()
+    }
+    is_sound = bool(modules) and all(len(m) == 4 and min(m[:3]) > 0 and m[3] in DTYPES for m in modules.values())
+    if not is_sound or header["init"] not in STARTS or not all(name and ".." not in f".{name}." for name in modules):
+        raise ValueError("the start cannot be drawn")
+    return LoraStart(int(header["seed"]), header["init"], modules, str(header["digest"]))  # type: ignore[arg-type]
 
 
 def ternary(tensors: Mapping[str, torch.Tensor], packed: list[str], keep: float, magnitude: float) -> Packed:

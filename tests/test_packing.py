@@ -137,6 +137,98 @@ def test_the_scale_is_tuned() -> None:
     assert all(torch.equal(get_peft_model_state_dict(model)[key], tensor) for key, tensor in before.items())
 
 
+def seeded(
+    seed: int = 7, dtype: torch.dtype = torch.float32, **fields: Any
+) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+    """LoRA that was made after `torch.manual_seed(seed)` and then moved a little, and its tensors at the start."""
+    base = tiny("llama").to(dtype)
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(**{"r": 8, "target_modules": "all-linear", **fields}))
+    start = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
+    return model.eval(), start
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 4, "layers.1.mlp.down_proj": 2}},
+        {"init_lora_weights": "orthogonal", "target_modules": ["v_proj", "up_proj"]},
+    ],
+    ids=["default", "bfloat16", "ranks", "orthogonal"],
+)
+def test_what_is_kept_of_the_change_since_the_start(fields: dict[str, Any], tmp_path: Path) -> None:
+    """The start as PEFT drew it, plus the largest changes; loading needs neither the seed nor the base's weights."""
+    model, start = seeded(**fields)
+    own = get_peft_model_state_dict(model)
+    change = vector({key: own[key] - start[key] for key in own})
+    random_state = torch.get_rng_state()
+    packed = compress(model, 0.1, seed=7)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    kept = change.abs().argsort(descending=True, stable=True)[: round(0.1 * len(change))]
+    expected = vector(start)
+    expected[kept] += change[kept].sign() * change.std()
+    assert (vector(packed.tensors()) - expected).abs().max() < 1e-6
+    assert abs(packed.nbytes - compress(model, 0.1).nbytes) <= 2
+    packed.save_pretrained(tmp_path)
+    torch.manual_seed(99)
+    loaded = get_peft_model_state_dict(peft_ext.load(tmp_path, tiny("llama")))
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in packed.tensors().items())
+    assert packed.original_nbytes == sum(tensor.nbytes for tensor in own.values())
+
+
+def test_a_start_that_is_not_the_adapters() -> None:
+    model, _ = seeded()
+    with pytest.raises(ValueError, match="did not start from seed 8: it is no nearer"):
+        compress(model, seed=8)
+    with pytest.raises(ValueError, match="`seed` must be an integer of at least 0, got -1"):
+        compress(model, seed=-1)
+    with pytest.raises(ValueError, match="`seed` needs the model with the adapter"):
+        compress("somewhere", seed=7)
+    with pytest.raises(ValueError, match="`init_lora_weights` is 'pissa'"):
+        compress(seeded(init_lora_weights="pissa")[0], seed=7)
+    with pytest.raises(ValueError, match=r"for LoRA on Linear modules, and '.*embed_tokens' is none"):
+        compress(seeded(target_modules=["embed_tokens", "q_proj"])[0], seed=7)
+    with pytest.raises(ValueError, match="`seed` is for LoRA, whose start is random; the adapter is of SSF"):
+        compress(trained(SSFConfig()), seed=7)
+
+
+def test_a_start_that_is_drawn_otherwise(tmp_path: Path) -> None:
+    """As with another version of torch: the file says so, and nothing else is loaded in its place."""
+    model, _ = seeded()
+    compress(model, seed=7).save_pretrained(tmp_path)
+    file = tmp_path / PACKED
+    header, good = read_packed(file), load_file(file)
+    assert header.start is not None
+
+    def write(**changes: Any) -> None:
+        fields = {"version": 2, "kind": "ternary", "bits": 0, "shapes": header.shapes, "dtypes": header.dtypes}
+        start = {**vars(header.start), **changes}
+        save_file(good, file, metadata={"peft_ext_packed": json.dumps({**fields, "start": start})})
+
+    write()
+    read_packed(file).unpacked()
+    write(seed=8)
+    with pytest.raises(BadInput, match=r"start of seed 8.* is no longer drawn as it was"):
+        read_packed(file).unpacked()
+    name, (rank, inputs_, outputs, dtype) = next(iter(header.start.modules.items()))
+    for changes, message in (
+        ({"init": "pissa"}, "is damaged"),
+        ({"modules": {}}, "is damaged"),
+        ({"modules": {name: [rank, inputs_, dtype]}}, "is damaged"),
+        ({"modules": {name: [rank, inputs_, outputs, "int8"]}}, "is damaged"),
+        ({"modules": {name: [rank + 1, inputs_, outputs, dtype]}}, "parts do not fit together"),
+    ):
+        write(**changes)
+        with pytest.raises(BadInput, match=message):
+            read_packed(file).unpacked()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

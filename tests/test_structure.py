@@ -29,6 +29,7 @@ SHARED = (
     "delta",
     "groups",
     "lora_files",
+    "lora_start",
     "low_bit",
     "packed_files",
     "reading",

@@ -44,13 +44,13 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from methods import LORA, METHODS, OF_THEIR_OWN_SIZE, Setting, adapt, callbacks, is_experiment
-from tasks import TASKS, Limits, Prepared, exact_match, find_task, prepare, scores, splits
+from tasks import TASKS, Limits, Prepared, Task, exact_match, find_task, prepare, scores, splits
 
 import peft_ext
 
@@ -76,46 +76,15 @@ class Plan:
 
 def run(plan: Plan, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
     """Trains once; returns the line for the results."""
-    task, data = find_task(plan.task), made.data
-    set_seed(plan.seed)
-    steps = math.ceil(len(data["train"]) / args.batch) * args.epochs
-    task_type = "CAUSAL_LM" if task.kind == "causal" else "SEQ_CLS"
-    batches = DataLoader(data["train"], batch_size=32, collate_fn=made.collate)  # type: ignore[arg-type]
-    setting = Setting(made.make_model(), task_type, plan.budget, steps, plan.seed, batches)
+    task = find_task(plan.task)
+    setting = setting_of(plan, args, made)
     with tempfile.TemporaryDirectory() as directory:
 
         def make_trainer(model: nn.Module) -> Trainer:
             # the dense phase of LT-SFT, like full fine-tuning, wants a smaller rate than the adapter of the second
             dense = plan.method == "lt-sft" and not isinstance(model, PeftModel)
-            arguments = TrainingArguments(
-                directory,
-                learning_rate=plan.learning_rate / 10 if dense else plan.learning_rate,
-                num_train_epochs=args.epochs,
-                per_device_train_batch_size=args.batch,
-                per_device_eval_batch_size=4 * args.batch if task.kind != "causal" else args.batch,
-                lr_scheduler_type="cosine",
-                warmup_steps=max(1, steps // 20),
-                weight_decay=0.0,
-                seed=plan.seed,
-                report_to="none",
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-                label_names=["labels"],
-                prediction_loss_only=task.metric == "loss",
-                remove_unused_columns=False,
-            )
-            trainer = Trainer(
-                model=model,
-                args=arguments,
-                train_dataset=data["train"],
-                data_collator=made.collate,
-                compute_metrics=scores(task),
-                callbacks=callbacks(plan.method, setting),
-            )
-            trainer.remove_callback(PrinterCallback)
-            return trainer
+            rate = plan.learning_rate / 10 if dense else plan.learning_rate
+            return trainer_of(model, plan, args, made, directory, rate, callbacks(plan.method, setting))
 
         start = time.perf_counter()
         model, config = adapt(plan.method, setting)
@@ -126,19 +95,81 @@ def run(plan: Plan, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
             trainer = make_trainer(model)
             trainer.train()
         seconds = time.perf_counter() - start
-        key = "eval_loss" if task.metric == "loss" else "eval_score"
-        found = {split: trainer.evaluate(data[split])[key] for split in ("validation", "test")}
+        found = scored(trainer, task, made)
     if args.answers and task.kind == "causal":
         rows = splits(task, limits(args), args.data)["test"]
         rows = rows.select(range(min(args.answers, len(rows))))
         found["exact_match"] = exact_match(model, task, rows, args.data, args.length)
+    return {**asdict(plan), **found, **about_run(model, seconds, task, made)}
+
+
+def setting_of(plan: Plan, args: argparse.Namespace, made: Prepared) -> Setting:
+    """The pretrained model under the seed of the run, and what a method's config depends on."""
+    set_seed(plan.seed)
+    task_type = "CAUSAL_LM" if find_task(plan.task).kind == "causal" else "SEQ_CLS"
+    batches = DataLoader(made.data["train"], batch_size=32, collate_fn=made.collate)  # type: ignore[arg-type]
+    return Setting(made.make_model(), task_type, plan.budget, steps_of(args, made), plan.seed, batches)
+
+
+def steps_of(args: argparse.Namespace, made: Prepared) -> int:
+    return math.ceil(len(made.data["train"]) / args.batch) * args.epochs
+
+
+def trainer_of(
+    model: nn.Module,
+    plan: Plan,
+    args: argparse.Namespace,
+    made: Prepared,
+    directory: str,
+    learning_rate: float,
+    more: list[TrainerCallback],
+) -> Trainer:
+    """The stock `Trainer` as all runs have it: AdamW, cosine, no weight decay."""
+    task = find_task(plan.task)
+    arguments = TrainingArguments(
+        directory,
+        learning_rate=learning_rate,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=4 * args.batch if task.kind != "causal" else args.batch,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps_of(args, made) // 20),
+        weight_decay=0.0,
+        seed=plan.seed,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        label_names=["labels"],
+        prediction_loss_only=task.metric == "loss",
+        remove_unused_columns=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=made.data["train"],
+        data_collator=made.collate,
+        compute_metrics=scores(task),
+        callbacks=more,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def scored(trainer: Trainer, task: Task, made: Prepared) -> dict[str, float]:
+    """The scores on validation and test."""
+    key = "eval_loss" if task.metric == "loss" else "eval_score"
+    return {split: trainer.evaluate(made.data[split])[key] for split in ("validation", "test")}  # type: ignore[arg-type]
+
+
+def about_run(model: nn.Module, seconds: float, task: Task, made: Prepared) -> dict[str, Any]:
+    """What a line of the results says beside plan and scores."""
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     return {
-        **asdict(plan),
-        **found,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 1),
-        "sizes": {split: len(rows) for split, rows in data.items()},
+        "sizes": {split: len(rows) for split, rows in made.data.items()},
         "metric": task.metric,
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else machine,
@@ -147,6 +178,12 @@ def run(plan: Plan, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
 
 def limits(args: argparse.Namespace) -> Limits:
     return Limits(args.train, args.held_out, args.length)
+
+
+def settings_of(args: argparse.Namespace) -> str:
+    """What else the scores depend on, in words."""
+    size = f"{args.train} examples" if args.train else "all examples"
+    return f"{size}, {args.epochs} epochs of batches of {args.batch}, at most {args.length} tokens"
 
 
 def load_results(file: Path) -> list[dict[str, Any]]:
@@ -187,8 +224,7 @@ def beyond(rates: dict[float, Any]) -> float | None:
 
 def plans(args: argparse.Namespace) -> Iterator[Plan]:
     """All runs that are asked for; the learning rate of the later seeds is known only when the first are done."""
-    size = f"{args.train} examples" if args.train else "all examples"
-    settings = f"{size}, {args.epochs} epochs of batches of {args.batch}, at most {args.length} tokens"
+    settings = settings_of(args)
     cells = [
         (task, method, budget)
         for task in args.tasks
@@ -292,6 +328,16 @@ def write_table(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     file.write_text(text, encoding="utf-8")
 
 
+def quiet(threads: int) -> None:
+    """No progress bars, no warnings of libraries."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", help=f"{', '.join(TASKS)}, or a description of another (tasks.py)")
@@ -322,12 +368,7 @@ def main() -> None:
         parser.error(str(error))
     if unknown := [name for name in args.methods if name not in METHODS and not is_experiment(name)]:
         parser.error(f"no method and no folder with an adapter_config.json: {unknown[0]!r}")
-    torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    quiet(args.threads)
     args.results.parent.mkdir(exist_ok=True)
     made: dict[str, Prepared] = {}
     bar = tqdm(plans(args), desc="runs", unit="run", disable=not (args.tasks and sys.stderr.isatty()))

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file
 
 from ..core import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BadInput, about_of
+from ..lora_start import LoraStart, lora_start
 from ..low_bit import BITS
 from ..packed_files import Packed, coded, ternary
 
@@ -72,6 +73,7 @@ def compress(
     scale: float | str = "std",
     *,
     evaluate: Evaluate | None = None,
+    seed: int | None = None,
     adapter_name: str = "default",
 ) -> PackedAdapter:
     """Thins an adapter out to the signs of its largest values, all of one magnitude (ComPEFT).
@@ -85,10 +87,14 @@ def compress(
         scale: `"std"` is 1; `"tune"` tries `SCALES` and takes the one with the largest value of `evaluate`.
         evaluate: Given the model with the compressed adapter on it, returns what is to be large. The model is left as it
             was.
+        seed: Of a LoRA adapter, given as a model: what `torch.manual_seed` got directly before `get_peft_model`. Then
+            only what the training has changed is thinned out: A starts at random, and its start, which is drawn again
+            when the file is loaded, takes no bytes.
         adapter_name: Which adapter of a model.
 
     Raises:
-        ValueError: A value cannot be used, or the adapter's method does not say that its values may be thinned out.
+        ValueError: A value cannot be used, the adapter did not start from `seed`, or its method does not say that its
+            values may be thinned out.
     """
     if isinstance(keep, bool) or not (isinstance(keep, (int, float)) and 0 < keep <= 1):
         raise ValueError(f"`keep` is a share above 0 and up to 1, got {keep!r}.")
@@ -99,13 +105,21 @@ def compress(
         raise ValueError("`scale='tune'` and `evaluate` go together: a function of the model that returns a number.")
     if scale == "tune" and not isinstance(adapter, PeftModel):
         raise ValueError("`scale='tune'` needs the model with the adapter, not its directory: `peft_ext.load(...)`.")
+    if seed is not None and not isinstance(adapter, PeftModel):
+        raise ValueError("`seed` needs the model with the adapter, not its directory: `peft_ext.load(...)`.")
     config, tensors, names = _read(adapter, adapter_name)
+    own, start = tensors, None
+    if seed is not None:
+        assert isinstance(adapter, PeftModel)
+        start = lora_start(adapter, seed, adapter_name)
+        tensors = _since(start, tensors)
     std = torch.cat([tensors[key].double().flatten() for key in names]).std().item()
     if not std > 0:
         raise ValueError("All values of the adapter are equal, so there is nothing to keep: was it trained?")
 
     def at(number: float) -> PackedAdapter:
-        return PackedAdapter(ternary(tensors, names, keep, number * std), config, _bytes(tensors), number)
+        packed = replace(ternary(tensors, names, keep, number * std), start=start)
+        return PackedAdapter(packed, config, _bytes(own), number)
 
     if evaluate is None:
         return at(number)
@@ -116,7 +130,7 @@ def compress(
             set_peft_model_state_dict(adapter, at(candidate).tensors(), adapter_name)
             results[candidate] = evaluate(adapter)
     finally:
-        set_peft_model_state_dict(adapter, tensors, adapter_name)
+        set_peft_model_state_dict(adapter, own, adapter_name)
     return at(max(results, key=lambda candidate: results[candidate]))
 
 
@@ -141,6 +155,23 @@ def binarize(
     config, tensors, names = _read(adapter, adapter_name)
     large = [key for key in names if tensors[key].numel() * bits / 8 + 9 < _bytes({key: tensors[key]})]
     return PackedAdapter(coded(tensors, large, bits), config, _bytes(tensors))
+
+
+def _since(start: LoraStart, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors less their start.
+
+    Raises:
+        ValueError: They are no nearer to it than to zero.
+    """
+    first = start.tensors()
+    changed = {key: (tensors[key].float() - first[key]).to(tensors[key].dtype) for key in first}
+    before, after = (sum(t[key].double().square().sum() for key in first) for t in (tensors, changed))
+    if not after < before:
+        raise ValueError(
+            f"The adapter did not start from seed {start.seed}: it is no nearer to that start than to zero. Give what "
+            "`torch.manual_seed` was given directly before `get_peft_model`, or leave `seed` out."
+        )
+    return {**tensors, **changed}
 
 
 def _bytes(tensors: dict[str, torch.Tensor]) -> int:

@@ -1,0 +1,108 @@
+"""What ComPEFT leaves of a trained LoRA: bytes, and the score before and after.
+
+    python examples/benchmark/compress_check.py                          # TREC and sign digits; stops and goes on
+    python examples/benchmark/compress_check.py --write docs/export.md   # the table, between its markers
+
+LoRA r=8 on all Linears is trained as in `compare.py` and compressed at `--keep`: all values as they are, or A relative to
+its random start; of the magnitude of the standard deviation, or of the one that is best on the validation split. Bytes
+are those of LoRA's own tensors: the head is trained and stays as it is. Lines go to `results/compress-check.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from compare import load_results, scored
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from runs import Job, Trained, caption, jobs, markdown, parsed, parser, score, train, work, write_between
+from tasks import Prepared, find_task
+
+from peft_ext.export import compress
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "std": {"scale": "std"},
+    "tuned": {"scale": "tune"},
+    "std, from the start": {"scale": "std", "seed": True},
+    "tuned, from the start": {"scale": "tune", "seed": True},
+}
+
+
+def run(job: Job, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
+    trained = train(job, args, made)
+    return {**trained.row, "keep": args.keep, "forms": compressed(trained, job, args.keep, made)}
+
+
+def compressed(trained: Trained, job: Job, keep: float, made: Prepared) -> dict[str, Any]:
+    """Bytes, scale and scores of each form; the model is left as it was."""
+    model, trainer, task = trained.model, trained.trainer, find_task(job.task)
+    own = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    besides = sum(tensor.nbytes for key, tensor in own.items() if "lora_" not in key)
+
+    def on_validation(_: Any) -> float:
+        return trainer.evaluate(made.data["validation"])["eval_score"]  # type: ignore[arg-type]
+
+    found = {}
+    for form, fields in FORMS.items():
+        tuned = {"evaluate": on_validation} if fields["scale"] == "tune" else {}
+        seed = job.seed if "seed" in fields else None
+        packed = compress(model, keep, fields["scale"], seed=seed, **tuned)
+        set_peft_model_state_dict(model, packed.tensors())
+        sizes = {"bytes": packed.nbytes - besides, "original_bytes": packed.original_nbytes - besides}
+        found[form] = {**sizes, "scale": packed.scale, **scored(trainer, task, made)}
+        set_peft_model_state_dict(model, own)
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each task, share and form; means over the seeds."""
+    cells: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        for form in row["forms"]:
+            cells.setdefault((row["task"], row["variant"], form), {})[row["seed"]] = row
+    lines = []
+    for (task, variant, form), seeds in cells.items():
+        forms = [row["forms"][form] for row in seeds.values()]
+        before = [row["test"] for row in seeds.values()]
+        change = statistics.mean(f["test"] - b for f, b in zip(forms, before, strict=True))
+        ratio = statistics.mean(f["original_bytes"] / f["bytes"] for f in forms)
+        scales = ", ".join(f"{f['scale']:g}" for f in forms)
+        sizes = f"{forms[0]['original_bytes']:,} | {forms[0]['bytes']:,}"
+        after = score([f["test"] for f in forms])
+        cell = (task, variant, form, str(len(seeds)), sizes, f"{ratio:.1f}", scales, score(before), after)
+        lines.append((*cell, f"{change:+.3f}"))
+    head = (
+        "task",
+        "kept",
+        "scale",
+        "seeds",
+        "bytes of LoRA",
+        "compressed",
+        "times smaller",
+        "scales",
+        "before",
+        "after",
+    )
+    return f"{markdown((*head, 'difference'), lines, 3)}\n\n{caption(rows)}"
+
+
+def main() -> None:
+    made = parser(__doc__, ("trec", "signdigits"))
+    made.add_argument("--keep", type=float, default=0.1)
+    args = parsed(made, "compress-check.jsonl")
+    work(args, jobs(args, [("lora", f"keep {args.keep:g}")]), run)
+    if args.write:
+        write_between(args.write, {"compressed": table(load_results(args.results))})
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
