@@ -7,6 +7,7 @@ the CPU. It is made here again on modules of the same sizes that hold no weights
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class LoraStart:
         common = max(ranks.values(), key=list(ranks.values()).count)
         config = LoraConfig(
             r=common,
-            rank_pattern={f"^{name.replace('.', '[.]')}$": rank for name, rank in ranks.items() if rank != common},
+            rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != common},
             target_modules=list(self.modules),
             init_lora_weights=self.init,  # type: ignore[arg-type]
         )
@@ -122,10 +123,12 @@ def _modules(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, tuple[i
         down: Any = module.lora_A[adapter_name].weight if adapter_name in module.lora_A else None
         if down is None or down.ndim != 2 or model.peft_config[adapter_name].target_parameters:  # type: ignore[attr-defined]
             raise ValueError(f"`seed` is for LoRA on Linear modules, and {name!r} is none: leave `seed` out.")
-        dtype = module.get_base_layer().weight.dtype
-        text = str(dtype if dtype.is_floating_point else torch.float32).removeprefix("torch.")
-        sizes = (down.shape[0], down.shape[1], module.lora_B[adapter_name].weight.shape[0])
-        yield name.removeprefix(PREFIX), (*sizes, text if text in DTYPES else "float32")
+        weight: Any = getattr(module.get_base_layer(), "weight", None)
+        # PEFT makes the adapter in the precision of the base, unless that is quantised
+        dtype = str(weight.dtype).removeprefix("torch.") if weight is not None else ""
+        up: Any = module.lora_B[adapter_name].weight
+        sizes = (int(down.shape[0]), int(down.shape[1]), int(up.shape[0]))
+        yield name.removeprefix(PREFIX), (*sizes, dtype if dtype in DTYPES else "float32")
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

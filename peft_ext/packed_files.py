@@ -149,13 +149,13 @@ def read_packed(file: Path) -> Packed:
 
 def _start(header: dict[str, Any]) -> LoraStart:
     """The start in a header; its values are looked at here, since a file may hold anything."""
-    modules = {
-        name: (*(int(size) for size in sizes), str(dtype)) for name, (*sizes, dtype) in header["modules"].items()
-    }
-    is_sound = bool(modules) and all(len(m) == 4 and min(m[:3]) > 0 and m[3] in DTYPES for m in modules.values())
+    modules: dict[str, tuple[int, int, int, str]] = {}
+    for name, (rank, inputs, outputs, dtype) in header["modules"].items():
+        modules[name] = (int(rank), int(inputs), int(outputs), str(dtype))
+    is_sound = bool(modules) and all(min(m[:3]) > 0 and m[3] in DTYPES for m in modules.values())
     if not is_sound or header["init"] not in STARTS or not all(name and ".." not in f".{name}." for name in modules):
         raise ValueError("the start cannot be drawn")
-    return LoraStart(int(header["seed"]), header["init"], modules, str(header["digest"]))  # type: ignore[arg-type]
+    return LoraStart(int(header["seed"]), header["init"], modules, str(header["digest"]))
 
 
 def ternary(tensors: Mapping[str, torch.Tensor], packed: list[str], keep: float, magnitude: float) -> Packed:

@@ -182,6 +182,7 @@ def test_what_is_kept_of_the_change_since_the_start(fields: dict[str, Any], tmp_
     assert packed.original_nbytes == sum(tensor.nbytes for tensor in own.values())
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_a_start_that_is_not_the_adapters() -> None:
     model, _ = seeded()
     with pytest.raises(ValueError, match="did not start from seed 8: it is no nearer"):
