@@ -19,7 +19,8 @@ from transformers import Trainer, TrainingArguments
 
 import peft_ext
 from peft_ext import SparseFTConfig, SSFConfig
-from peft_ext.calibrate import KINDS, ExactScores, PooledScores, measure
+from peft_ext.calibrate import KINDS, measure
+from peft_ext.scores import ExactScores, PooledScores
 
 
 def batches(count: int = 3, size: int = 4, length: int = 9) -> list[dict[str, torch.Tensor]]:

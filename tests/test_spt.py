@@ -16,8 +16,8 @@ from torch import nn
 
 import peft_ext
 from peft_ext import SPTConfig
-from peft_ext.calibrate import ExactScores, Scores
 from peft_ext.core import layer_and_type
+from peft_ext.scores import ExactScores, Scores
 from peft_ext.tuners.spt import allocate
 from peft_ext.tuners.spt.allocation import Prices
 from peft_ext.tuners.spt.model import SPTModel

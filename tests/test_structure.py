@@ -33,6 +33,7 @@ SHARED = (
     "low_bit",
     "packed_files",
     "reading",
+    "scores",
     "sparse",
     "sparse_files",
 )

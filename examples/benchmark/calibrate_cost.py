@@ -37,8 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import question_answers, resolve_model
 
 from peft_ext import SPTConfig
-from peft_ext.calibrate import Scores, measure
+from peft_ext.calibrate import measure
 from peft_ext.core import tuner_of
+from peft_ext.scores import Scores
 
 
 RESULTS = Path(__file__).parent / "results" / "calibrate-cost.json"

@@ -47,9 +47,9 @@ from peft_ext import (
     fix_masks,
 )
 from peft_ext.architectures import describe
-from peft_ext.calibrate import ExactScores
 from peft_ext.channel_norms import ChannelNorms
 from peft_ext.core import about_of, features_of, methods, tuner_of
+from peft_ext.scores import ExactScores
 from peft_ext.tuners.mask_pruning import MaskLoraLayer
 
 
@@ -193,11 +193,10 @@ def _calibrated(setting: Setting, config: PeftConfig) -> PeftConfig:
     return peft_ext.calibrate(setting.model, config, setting.batches, num_batches=16, progress=False)
 
 
-def _spt(setting: Setting, at_random: bool) -> PeftConfig:
+def _spt(setting: Setting, at_random: bool = False, spread: float = 0.0) -> PeftConfig:
     """Without dropout, as LoRA here: only where the parameters are differs."""
-    config = SPTConfig(
-        task_type=setting.task_type, budget=setting.budget, r=8, lora_alpha=16, dropout=0.0, drop_path=0.0
-    )
+    plain: dict[str, Any] = {"r": 8, "lora_alpha": 16, "dropout": 0.0, "drop_path": 0.0}
+    config = SPTConfig(task_type=setting.task_type, budget=setting.budget, spread=spread, seed=setting.seed, **plain)
     if not at_random:
         return _calibrated(setting, config)
     tuner = tuner_of(config)  # the same budget, the same kinds of module, but spent without having looked
@@ -396,10 +395,13 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     # not replacing the whole support at first
     "spiel-ag-cosine": partial(_sparse, selection="spiel-ag", reselection_policy="cosine"),
     "spiel-ag-100": partial(_sparse, selection="spiel-ag", reselection_steps=100),  # instead of 20, as published
+    "spiel-ag-drawn": partial(_sparse, selection="spiel-ag", spread=1.0),  # candidates in proportion to |g|
     "sensitivity": lambda setting: _calibrated(setting, _sparse(setting, "sensitivity")),
+    "sensitivity-drawn": lambda setting: _calibrated(setting, _sparse(setting, "sensitivity", spread=2.0)),
     "s2ft": _s2ft,
     "s2ft-activation": partial(_s2ft, selection="activation"),
-    "spt": partial(_spt, at_random=False),
+    "spt": _spt,
+    "spt-drawn": partial(_spt, spread=2.0),  # in proportion to |g|, as scores are squares
     "spt-random": partial(_spt, at_random=True),
     "lora-sb": _lora_sb,
     "lora-xs": partial(_lora_sb, start="weights"),
@@ -455,7 +457,10 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "lt-sft": "LT-SFT",
     "random": "sparse, at random",
     "smallest": "sparse, smallest weights",
+    "spiel-ag-drawn": "SpIEL-AG, drawn",
     "sensitivity": "sparse, by sensitivity",
+    "sensitivity-drawn": "sparse, drawn by sensitivity",
+    "spt-drawn": "SPT, drawn",
     "s2ft-activation": "S2FT, small activations",
     "spt": "SPT",
     "lora-sb": "LoRA-SB",

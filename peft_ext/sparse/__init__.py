@@ -28,7 +28,7 @@ from .operations import (
     operation_of,
 )
 from .product import Observer, SparseProduct, add_product, can_be_written, sparse_apply
-from .selection import CHUNK, is_in, random_indices, top_indices
+from .selection import CHUNK, check_spread, drawn_keys, is_in, random_indices, top_indices
 
 
 __all__ = [
@@ -42,10 +42,12 @@ __all__ = [
     "SparseProduct",
     "add_product",
     "can_be_written",
+    "check_spread",
     "csr",
     "decode",
     "decode_alone",
     "decode_unchecked",
+    "drawn_keys",
     "encode",
     "encoded_size",
     "index_dtype",

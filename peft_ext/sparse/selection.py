@@ -1,4 +1,4 @@
-"""Which indices are taken: at random, or those of the largest scores."""
+"""Which indices are taken: at random, those of the largest scores, or some drawn by their scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 
 LARGEST_KEY = 0x7F7FFFFF  # the bits of the largest finite float
+SMALLEST_SPREAD = 1e-9
 CHUNK = 1 << 20  # entries that are looked at together where a whole weight is gone through
 
 
@@ -49,6 +50,38 @@ def top_indices(scores: Callable[[int, int], torch.Tensor], n: int, k: int, smal
             if held == k:
                 floor = int(keys[0].min()) if k else LARGEST_KEY
     return places[0] if places else torch.zeros(0, dtype=torch.long)
+
+
+def drawn_keys(scores: torch.Tensor, power: float, generator: torch.Generator) -> torch.Tensor:
+    """Numbers, in fp32 and from zero on, whose k largest are k scores drawn without replacement, for any k.
+
+    The chances are in proportion to score^power: the keys sort like power * log(score) + G with G = -log E,
+    E ~ Exp(1). A score of zero has the key zero; one below zero has NaN, which `top_indices` leaves out as well.
+
+    Args:
+        scores: Of any shape.
+        power: Positive.
+        generator: The noise is drawn on its device, in the order of the scores.
+    """
+    parts = [_drawn(part, power, generator) for part in scores.reshape(-1).split(CHUNK)]
+    return torch.cat(parts).view(scores.shape)
+
+
+def _drawn(scores: torch.Tensor, power: float, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.empty(scores.shape, dtype=torch.float64, device=generator.device).exponential_(generator=generator)
+    keys = power * scores.to(noise).log() - noise.log()
+    # rises with the key, and is positive, without under- or overflow: fp32 keeps the relative precision
+    keys = torch.where(keys > 0, 1 + keys, 1 / (1 - keys))
+    return keys.to(scores.device, torch.float32)
+
+
+def check_spread(spread: object) -> None:
+    """`ValueError` unless it is 0, or positive and not so small that its inverse is no use as a power."""
+    if not (isinstance(spread, (int, float)) and (spread == 0 or spread >= SMALLEST_SPREAD)):
+        raise ValueError(
+            f"`spread` must be 0, which takes the largest scores, or a number from {SMALLEST_SPREAD:g} on, such as 1, "
+            f"got {spread!r}."
+        )
 
 
 def _keys(scores: torch.Tensor, smallest: bool) -> torch.Tensor:

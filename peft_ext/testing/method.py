@@ -15,9 +15,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ..calibrate import ACTIVATION, ExactScores
+from ..calibrate import ACTIVATION
 from ..channel_norms import ChannelNorms
 from ..core import ExtConfig, features_of, tuner_of, unadapted_modules
+from ..scores import ExactScores
 from .models import PLAIN_TARGETS, tiny
 
 

@@ -12,7 +12,7 @@ import transformers as tf
 from peft import get_peft_model
 
 import peft_ext
-from peft_ext.calibrate import ExactScores
+from peft_ext.scores import ExactScores
 from peft_ext.testing.method import random_scores
 from peft_ext.tuners.sct import SCTModel
 from peft_ext.tuners.spt import SPTModel

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...calibrate import Scores
 from ...core import ExtLayer, ExtModel, backbone_linears, linear_features, matched_targets, warn_of_experts
+from ...scores import Scores
 from .config import CORE, DOWN, UP, LoraSBConfig
 from .layer import LoraSBLinear, factors
 

@@ -9,6 +9,7 @@ import torch
 
 from ...core import ExtConfig
 from ...groups import KINDS
+from ...sparse import check_spread
 
 
 DEFAULT_SPARSITY = 0.25
@@ -49,6 +50,8 @@ class MaskLoraConfig(ExtConfig):
         mask_lr_ratio: How many times faster than LoRA the logits learn (with Adam; its square with SGD).
         init_logits: `"constant"`: all begin at `initial_logit`; `"sensitivity"`: in the order that
             `peft_ext.calibrate(model, config, dataloader)` finds.
+        spread: Of `init_logits="sensitivity"`: 0 is the order of the scores; above 0 it is drawn, each place with
+            chances in proportion to score^(1 / spread) among those that are left.
         initial_logit: Logit of a unit at the beginning; it is kept with the probability sigmoid(logit).
         uniform: Remove as much from every layer, so that a stock model class can load what is left.
         round_to: Keep multiples of so many feed-forward channels.
@@ -57,7 +60,7 @@ class MaskLoraConfig(ExtConfig):
             and its heads, but without masks. `None`: `"self"` if the adapter trains a fresh head, which makes the
             frozen model's output meaningless, else `"frozen"`.
         distillation_temperature: Of both distributions in that divergence.
-        seed: Of the masks' noise.
+        seed: Of the masks' noise, and of what is drawn.
         unit_costs: Seconds of a unit of each group, for `cost="latency"`; measured if it is left out.
         lora_modules: Modules with LoRA, where these are fewer than those with masks; filled in by itself.
 
@@ -89,13 +92,14 @@ class MaskLoraConfig(ExtConfig):
     final_temperature: float = field(default=0.3, metadata={"help": "Of the sigmoid, at last."})
     mask_lr_ratio: float = field(default=50.0, metadata={"help": "Learning rate of the logits over LoRA's."})
     init_logits: str = field(default="constant", metadata={"help": "'constant' or 'sensitivity'."})
+    spread: float = field(default=0.0, metadata={"help": "Of calibrated logits: how far their order is drawn."})
     initial_logit: float = field(default=3.0, metadata={"help": "Logit of a unit at the beginning."})
     uniform: bool = field(default=False, metadata={"help": "Remove as much from every layer."})
     round_to: int = field(default=1, metadata={"help": "Keep multiples of so many channels."})
     distillation: float = field(default=0.0, metadata={"help": "Weight of the divergence from a model without masks."})
     distillation_teacher: str | None = field(default=None, metadata={"help": f"Which: {', '.join(TEACHERS)}."})
     distillation_temperature: float = field(default=2.0, metadata={"help": "Of that divergence."})
-    seed: int = field(default=0, metadata={"help": "Of the masks' noise."})
+    seed: int = field(default=0, metadata={"help": "Of the masks' noise, and of what is drawn."})
     unit_costs: dict[str, float] | None = field(default=None, metadata={"help": "Measured, for cost='latency'."})
     lora_modules: list[str] | None = field(default=None, metadata={"help": "Modules with LoRA; leave empty."})
 
@@ -132,6 +136,9 @@ class MaskLoraConfig(ExtConfig):
             )
         if self.init_logits not in ("constant", "sensitivity"):
             raise ValueError(f"`init_logits` must be 'constant' or 'sensitivity', got {self.init_logits!r}.")
+        check_spread(self.spread)
+        if self.spread and self.init_logits != "sensitivity":
+            raise ValueError("`spread` has no effect without `init_logits='sensitivity'`: set that, or leave it out.")
         if not (isinstance(self.round_to, int) and self.round_to > 0):
             raise ValueError(f"`round_to` must be a positive integer, got {self.round_to!r}.")
         for name in ("lora_dropout", "ramp_ratio"):

@@ -19,7 +19,6 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...calibrate import Scores
 from ...core import (
     ExtConfig,
     ExtLayer,
@@ -27,10 +26,13 @@ from ...core import (
     backbone_linears,
     linear_features,
     matched_targets,
+    stable_generator,
     without_adapters,
 )
 from ...core.advice import trains_fresh_head
 from ...groups import Group, find_groups
+from ...scores import Scores
+from ...sparse import drawn_keys
 from .config import MaskLoraConfig
 from .distillation import divergence, without_masks
 from .gate import MaskGate, MaskSchedule, check_reachable
@@ -181,7 +183,10 @@ class MaskLoraModel(ExtModel):
                 is_transposed = isinstance(model.get_submodule(name), Conv1D)
                 matrix = found.view(features, -1).T if is_transposed else found.view(-1, features)
                 values.append(matrix.sum(0).view(group.units, group.width).sum(1))
-            ranks = torch.cat(values).argsort().argsort()
+            of_units = torch.cat(values)
+            if config.spread:
+                of_units = drawn_keys(of_units, 1 / config.spread, stable_generator(config.seed, kind))
+            ranks = of_units.argsort().argsort()
             quantiles = config.initial_logit + 2 * torch.special.ndtri((ranks + 0.5) / len(ranks))
             config.initial_logits |= zip(names, quantiles.split([groups[name].units for name in names]), strict=True)
 

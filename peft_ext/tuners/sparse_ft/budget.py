@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...core import count_parameters
+from ...core import count_parameters, stable_generator
 from ...delta import layer_operation
+from ...sparse import drawn_keys
 from .config import GIVEN, SPIEL, UNBUDGETED, WHERE_FROM, SparseFTConfig
 from .deltas import best_of_all
 
@@ -122,4 +123,10 @@ def _best_scores(
             got = "none" if name not in scores else f"{scores[name].numel()}"
             raise ValueError(f"`use_scores` needs {sizes[name]} scores for the target {name!r}, got {got}.")
     budget = budget_of(config, model, sum(sizes[name] for name in targets))
-    return best_of_all({name: scores[name].reshape(-1) for name in targets}, budget)
+    flat = {name: scores[name].reshape(-1) for name in targets}
+    if config.spread:
+        flat = {
+            name: drawn_keys(values, 1 / config.spread, stable_generator(config.seed, name))
+            for name, values in flat.items()
+        }
+    return best_of_all(flat, budget)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...core import ExtConfig
+from ...sparse import check_spread
 
 
 DEFAULT_DENSITY = 0.01
@@ -45,8 +46,13 @@ class SparseFTConfig(ExtConfig):
             budget. `"below"` (SaRA): all weights smaller than `threshold`, of which those that have left that range in
             the middle of the training are frozen then; takes no budget. `"growing"` (ID3): empty at first, it grows
             to the budget step by step, by |gradient| / (|weight| + `growth_eps`) ^ `growth_power`, over `total_steps`.
-            `"lt-sft"`: found by `peft_ext.lt_sft`. `"sensitivity"`: the largest scores of `use_scores`.
+            `"lt-sft"`: found by `peft_ext.lt_sft`. `"sensitivity"`: by the scores of a calibration, or of `use_scores`.
             `"given"`: the support of `use_support`.
+        spread: `"sensitivity"` and SpIEL: 0 takes the weights of largest score, as published. Above 0 they are drawn
+            without replacement, with chances in proportion to score^(1 / spread): 1 draws in proportion to the score,
+            more spreads them wider. The score is the calibration's (a square of gradients by default, so that 2 draws
+            in proportion to gradients); for `"spiel-ag"` the magnitude of the gradient, by which the candidates are
+            named; for `"spiel-ma"` the product of the row's and the column's statistics. What is dropped is the same.
         reselection_steps: SpIEL: optimizer steps between two reselections.
         accumulation_steps: SpIEL: optimizer steps for which gradients are gathered before a reselection.
         reselection_rate: SpIEL: fraction of the support that is replaced at a reselection, at the start of training.
@@ -59,7 +65,7 @@ class SparseFTConfig(ExtConfig):
         reselect_at: `"below"`: optimizer steps before the reselection, half of `total_steps` if `None`.
         growth_power: `"growing"`: how much small weights are preferred; 0 goes by the gradient alone.
         growth_eps: `"growing"`: added to a weight's magnitude, so that those near zero do not outdo all others.
-        seed: Of the random supports; the same in all processes.
+        seed: Of the random supports, and of what is drawn; the same in all processes.
         save_dtype: Type of the values on disk: `"float32"`, which is exact, `"bfloat16"` or `"float16"`. It holds for
             the checkpoints of a training too.
         num_weights_per_module: Tuned weights of every target, by module name (`"<module>.bias"` for a bias). Filled in
@@ -79,6 +85,9 @@ class SparseFTConfig(ExtConfig):
         default="spiel-ag",
         metadata={"help": f"Which weights are tuned: one of {', '.join((*SPIEL, *FIXED, *GRADUAL, *GIVEN))}."},
     )
+    spread: float = field(
+        default=0.0, metadata={"help": "0: the largest scores are taken; above: drawn by score^(1 / spread)."}
+    )
     reselection_steps: int = field(default=20, metadata={"help": "Optimizer steps between two reselections."})
     accumulation_steps: int = field(
         default=5, metadata={"help": "Optimizer steps over which gradients are gathered before a reselection."}
@@ -94,7 +103,7 @@ class SparseFTConfig(ExtConfig):
     reselect_at: int | None = field(default=None, metadata={"help": "SaRA: optimizer steps before its reselection."})
     growth_power: float = field(default=1.0, metadata={"help": "ID3: how much small weights are preferred."})
     growth_eps: float = field(default=1e-3, metadata={"help": "ID3: added to a weight's magnitude."})
-    seed: int = field(default=0, metadata={"help": "Seed of the random supports."})
+    seed: int = field(default=0, metadata={"help": "Seed of what is drawn at random."})
     save_dtype: str = field(
         default="float32", metadata={"help": f"Type of the values on disk: {', '.join(SAVE_DTYPES)}."}
     )
@@ -112,6 +121,11 @@ class SparseFTConfig(ExtConfig):
             )
         self._check_budget()
         self._check_gradual()
+        check_spread(self.spread)
+        if self.spread and self.selection not in ("sensitivity", *SPIEL):
+            raise ValueError(
+                f"`spread` has no effect with `selection={self.selection!r}`, only with 'sensitivity' and SpIEL."
+            )
         for name in ("reselection_steps", "accumulation_steps", "total_steps", "reselect_at"):
             value = getattr(self, name)
             may_be_open = name in ("total_steps", "reselect_at")
@@ -200,7 +214,7 @@ class SparseFTConfig(ExtConfig):
 
         Args:
             scores: By module name a non-negative score for every weight, in the weight's shape. The budget goes to
-                the largest scores of all modules together, not in proportion to the modules' sizes.
+                the largest scores of all modules together (with `spread`, to those drawn), not in proportion to the modules' sizes.
         """
         if self.selection != "sensitivity":
             raise ValueError(f"`use_scores` needs `selection='sensitivity'`, the config says {self.selection!r}.")

@@ -44,7 +44,7 @@ class SparseFTLayer(DeltaLayer):
             if config.selection == "lt-sft":
                 leaf.exempt_from_decay()  # as published; a decay would pull the values to the base
             if config.selection in TRACKERS and not config.inference_mode:
-                leaf.track(TRACKERS[config.selection](config, self.op, said))
+                leaf.track(TRACKERS[config.selection](config, self.op, said, key))
             elif placeholder and not config.inference_mode:
                 listen_to_steps(leaf)
             container[adapter_name] = leaf

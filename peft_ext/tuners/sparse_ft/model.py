@@ -125,8 +125,9 @@ class SparseFTModel(ExtModel):
 
     @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Any) -> None:
-        """The budget goes to the largest scores of all targets together."""
-        config.use_support(scores.top(budget_of(config, model, scores.total)))
+        """The budget goes to the largest scores of all targets together; with `spread`, to those drawn."""
+        chosen = scores.spread_out(config.spread, config.seed)
+        config.use_support(chosen.top(budget_of(config, model, scores.total)))
 
     @classmethod
     def inject_layer(

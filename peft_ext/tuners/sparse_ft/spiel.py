@@ -19,6 +19,9 @@ A grown one starts at value 0 with the moments that it would have if its gradien
 the maxima over the support, so that accumulators never fall, and the indices outside it of largest r_i c_j grow. The
 learning rate and the weight decay are those of the optimizer that owns the values; its own update is left out.
 
+**With `spread`**, AG's candidates, and the indices that MA grows, are drawn with chances in proportion to |g|^(1/spread)
+and (r_i c_j)^(1/spread), instead of being the largest. What is dropped, and which of the candidates grow, stays as it is.
+
 **Where this differs from the published code, and why.** Per-element ages are one step count per tensor, that of the
 optimizer, so that any optimizer will do; with the seeds above no age is off by one. Sums are of the gradients of whole
 optimizer steps, unscaled and clipped like the optimizer's own, and not of micro-batch gradients, whose size depends on
@@ -32,13 +35,15 @@ the values were zero when the run began: an adapter that is trained further keep
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
 from torch.optim import Optimizer
 
-from ...sparse import Gradient, is_in, top_indices
+from ...core import stable_generator
+from ...sparse import Gradient, drawn_keys, is_in, top_indices
 from .optimizer_state import PER_VALUE, SPLIT, STATE, movable_state, seeds_of
 from .tracker import Tracker, warn_once
 
@@ -78,6 +83,19 @@ class SpielTracker(Tracker):
         due = self.next_reselection()
         begin = due - self.config.accumulation_steps
         return self.step >= max(0, begin - 1) and self.number_at(k, due) > 0
+
+    def _drawing(self, leaf: SparseDelta) -> Callable[[torch.Tensor, int, int], torch.Tensor] | None:
+        """Turns scores into those whose largest are a draw; `None` without `spread`.
+
+        The numbers follow from the seed, the module and the step, so that they are the same in all processes, and after
+        a training was resumed.
+        """
+        if not self.config.spread:
+            return None
+        generator = stable_generator(self.config.seed, f"{self.name} {self.step}")
+        if leaf.weight.device.type == "cuda":  # as many numbers as the weight has entries
+            generator = torch.Generator(leaf.weight.device).manual_seed(generator.initial_seed())
+        return lambda scores, start, stop: drawn_keys(scores, 1 / self.config.spread, generator)
 
     def miss_total_steps(self) -> None:
         """Says that the replaced fraction will not fall."""
@@ -144,7 +162,7 @@ class AgTracker(SpielTracker):
 
     def _name_candidates(self, leaf: SparseDelta, gradient: Gradient) -> torch.Tensor:
         """The indices, sorted, whose gradients are gathered from now on."""
-        return gradient.top_indices(leaf.weight.numel())
+        return gradient.top_indices(leaf.weight.numel(), self._drawing(leaf))
 
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Takes the step's gradients while nothing has changed them any more."""
@@ -361,6 +379,7 @@ class MaTracker(SpielTracker):
     def _reselect(self, leaf: SparseDelta, optimizer: Optimizer, number: int) -> None:
         rows, columns = self._accumulators(leaf)
         indices = leaf.indices().long()
+        drawing = self._drawing(leaf)
 
         def scores(start: int, stop: int) -> torch.Tensor:
             first, last = start // len(columns), -(-stop // len(columns))
@@ -368,7 +387,8 @@ class MaTracker(SpielTracker):
             offset = first * len(columns)
             block = block[start - offset : stop - offset]
             inside = indices[torch.searchsorted(indices, start) : torch.searchsorted(indices, stop)] - start
-            return block.index_fill_(0, inside, -1.0)
+            block = block.index_fill_(0, inside, -1.0)
+            return block if drawing is None else drawing(block, start, stop)
 
         grown = top_indices(scores, self.op.n, number)
         leaving = leaf.weight.data.abs().sort(stable=True).indices[: len(grown)]

@@ -33,9 +33,10 @@ def warn_once(said: set[str], key: str, message: str) -> None:
 class Tracker:
     """Where one delta stands in its schedule. The base of all variants, which fill in when and where indices move."""
 
-    def __init__(self, config: SparseFTConfig, op: Operation | None, said: set[str]) -> None:
+    def __init__(self, config: SparseFTConfig, op: Operation | None, said: set[str], name: str = "") -> None:
         self.config = config
         self._op = op
+        self.name = name  # of the module
         self.said = said
         self._layer: weakref.ref[DeltaLayer] | None = None  # weak, so that a model goes with its last reference
         self.step = 0  # optimizer steps that moved the values

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...calibrate import Scores
+from ...scores import Scores
 from ...sparse import CHUNK
 from .config import SPTConfig
 from .structures import STRUCTURES

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from ...core import CalibratedConfig
+from ...sparse import check_spread
 from .structures import STRUCTURES
 
 
@@ -37,6 +38,10 @@ class SPTConfig(CalibratedConfig):
         use_rslora: Scale by `lora_alpha / sqrt(r)` instead.
         dropout: Of the structure's input.
         drop_path: Probability with which a sample goes without the low-rank output during training.
+        spread: 0: the tau most sensitive weights are those of largest score, as published. Above 0 they are drawn
+            without replacement, with chances in proportion to score^(1 / spread); scores are squares of gradients by
+            default, so that 2 draws in proportion to gradients.
+        seed: Of what is drawn; the same in all processes.
         matrix_threshold: alpha: a matrix is structured if it has `cost / matrix_threshold` sensitive weights.
         vector_threshold: beta: a vector (a bias, the weight of a norm) is tuned whole if a `1 / vector_threshold` of it
             is sensitive, also with `unstructured=False`; `None`: never.
@@ -67,6 +72,10 @@ class SPTConfig(CalibratedConfig):
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     dropout: float = field(default=0.1, metadata={"help": "Dropout of the structure's input."})
     drop_path: float = field(default=0.1, metadata={"help": "Drop-path probability of the low-rank output."})
+    spread: float = field(
+        default=0.0, metadata={"help": "0: the largest scores are sensitive; above: drawn by score^(1 / spread)."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of what is drawn."})
     matrix_threshold: float = field(default=10.0, metadata={"help": "alpha of the paper."})
     vector_threshold: float | None = field(
         default=5.0, metadata={"help": "beta of the paper; None tunes no vector whole."}
@@ -110,6 +119,7 @@ class SPTConfig(CalibratedConfig):
             value = getattr(self, name)
             if not (name == "vector_threshold" and value is None) and not value >= 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
+        check_spread(self.spread)
         if self.use_rslora and self.lora_alpha is None:
             raise ValueError("`use_rslora` changes what `lora_alpha` is divided by: set `lora_alpha` too.")
         self._check_allocation()

@@ -13,7 +13,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...architectures import architecture_of
-from ...calibrate import Scores
 from ...core import (
     ExtConfig,
     ExtLayer,
@@ -27,6 +26,7 @@ from ...core import (
     warn_of_experts,
 )
 from ...delta import layer_operation
+from ...scores import Scores
 from ...sparse import LinearOperation
 from .allocation import allocate
 from .config import SPTConfig
@@ -171,7 +171,8 @@ class SPTModel(ExtModel):
         targets = cls.resolved_targets(config, model)
         parameters = named_parameters(config, model)
         shapes = shapes_of(targets) | shapes_of_matrices(parameters)
-        found = allocate(ScoresByMatrix(scores, parameters), shapes, config, budget_of(config, model))
+        by_matrix = ScoresByMatrix(scores.spread_out(config.spread, config.seed), parameters)
+        found = allocate(by_matrix, shapes, config, budget_of(config, model))
         config.kinds, config.counts, config.ranks = found.kinds, found.counts, found.ranks
         config.support = found.support
         config.architecture = type(model).__name__

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...calibrate import Scores
 from ...core import is_admitted, layer_and_type, linear_features, unadapted_modules
 from ...core.schedule import listen_to_steps
 from ...delta import SparseDelta
+from ...scores import Scores
 from ...sparse import Operation
 from .config import SPTConfig
 from .layer import SPTLayer
