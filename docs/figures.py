@@ -40,6 +40,7 @@ from peft_ext import (
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
+    UniPTConfig,
     VPTConfig,
     WeGeFTConfig,
     plots,
@@ -51,6 +52,7 @@ FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
     "binary_lora": (BinaryLoraConfig(r=8, modules_to_save=["classifier"]), 5e-3, []),
     "binary_adapter": (BinaryAdapterConfig(r=8, modules_to_save=["classifier"]), 5e-3, []),
     "ssf": (SSFConfig(modules_to_save=["classifier"]), 1e-2, []),
+    "unipt": (UniPTConfig(reduction_factor=4), 1e-2, []),
     "vpt": (VPTConfig(num_tokens=5, modules_to_save=["classifier"]), 3e-2, []),
     "sparse": (
         SparseFTConfig(density=0.02, modules_to_save=["classifier"]),

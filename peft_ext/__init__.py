@@ -25,6 +25,7 @@ from .tuners import (
     sparse_ft,
     spt,
     ssf,
+    unipt,
     vpt,
     vqt,
     wegeft,
@@ -47,6 +48,7 @@ from .tuners.sparse_ft import (
 )
 from .tuners.spt import SPTConfig, SPTModel
 from .tuners.ssf import SSFConfig, SSFModel
+from .tuners.unipt import UniPTConfig, UniPTModel, layer_confidence
 from .tuners.vpt import VPTConfig, VPTModel, attention_to_prompts, prune_prompts
 from .tuners.vqt import FrozenPassCache, VQTConfig, VQTModel, attention_maps, select_features
 from .tuners.wegeft import WeGeFTConfig, WeGeFTModel
@@ -67,6 +69,7 @@ METHODS = (
     "LOW_RANK_CORE",
     "VPT",
     "SCT",
+    "UNIPT",
 )  # the peft types that importing this package adds
 
 __all__ = [
@@ -99,6 +102,8 @@ __all__ = [
     "SparseFTCallback",
     "SparseFTConfig",
     "SparseFTModel",
+    "UniPTConfig",
+    "UniPTModel",
     "VPTConfig",
     "VPTModel",
     "VQTConfig",
@@ -114,6 +119,7 @@ __all__ = [
     "graft",
     "import_lt_sft",
     "keep_ratios",
+    "layer_confidence",
     "layer_sampling",
     "linear_probe",
     "load",
@@ -143,4 +149,5 @@ register_method("s2ft", S2FTConfig, S2FTModel, about=s2ft.ABOUT)
 register_method("low_rank_core", LoraSBConfig, LoraSBModel, about=lora_sb.ABOUT)
 register_method("vpt", VPTConfig, VPTModel, about=vpt.ABOUT)
 register_method("sct", SCTConfig, SCTModel, about=sct.ABOUT)
+register_method("unipt", UniPTConfig, UniPTModel, about=unipt.ABOUT)
 load_plugins()

@@ -22,6 +22,7 @@ from peft_ext import (
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
+    UniPTConfig,
     VPTConfig,
     VQTConfig,
     WeGeFTConfig,
@@ -215,6 +216,16 @@ class TestSCTOnTheStream(MethodConformance):
     def test_targets(self) -> None: ...
 
 
+class TestUniPT(MethodConformance):
+    method = Method(
+        prefix="unipt_",
+        config=UniPTConfig,
+        models=("bert", "roberta", "vit"),
+        merges=False,
+        adapts_modules=False,
+    )
+
+
 METHODS = {
     case.method.prefix.rstrip("_"): case
     for case in (
@@ -226,6 +237,7 @@ METHODS = {
         TestVQT,
         TestS2FT,
         TestVPT,
+        TestUniPT,
         TestWeGeFT,
         TestBinaryLora,
         TestBinaryAdapter,

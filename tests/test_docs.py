@@ -46,6 +46,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", *DOCS]
 METHOD_PAGES = {
     "ssf": peft_ext.SSFConfig,
     "vqt": peft_ext.VQTConfig,
+    "unipt": peft_ext.UniPTConfig,
     "vpt": peft_ext.VPTConfig,
     "sparse": peft_ext.SparseFTConfig,
     "spt": peft_ext.SPTConfig,
@@ -63,6 +64,7 @@ IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"
 DATA = {
     "docs/ssf.md": IMAGES,
     "docs/vqt.md": IMAGES,
+    "docs/unipt.md": IMAGES,
     "docs/sparse.md": TOKENS,
     "docs/s2ft.md": TOKENS,
     "docs/vpt.md": IMAGES,

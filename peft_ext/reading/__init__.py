@@ -22,7 +22,7 @@ from .kept import Kept, KeptPass
 from .keys_values import Frozen, KeysValuesCapture, query_mask
 from .layer import BackboneCall, ReaderLayer, Reading, reader_of
 from .model import ReaderModel
-from .rerun import same_autocast, split_call, with_backward
+from .rerun import recomputed, same_autocast, split_call, with_backward
 from .states import StatesCapture, padding_mask, skipped_blocks
 
 
@@ -50,6 +50,7 @@ __all__ = [
     "padding_mask",
     "query_mask",
     "reader_of",
+    "recomputed",
     "records_outputs",
     "replaced_forward",
     "run_as_before",

@@ -279,10 +279,14 @@ class ReaderLayer(ExtLayer):
         self._show_labels()
 
     def leave(self, model: nn.Module) -> None:
-        for handle in self._handles:
-            handle.remove()
         self.enable_adapters(False)
         delattr(model, self.child)
+        self.let_go(model)
+
+    def let_go(self, model: nn.Module) -> None:
+        """Takes away what was put on `model`, whose child this layer is not, or no more."""
+        for handle in self._handles:
+            handle.remove()
         if not readers_of(model):
             run_as_before(model)
 

@@ -68,7 +68,13 @@ class ReaderModel(ExtModel):
         if is_new:
             layer = cls.tuner_layer_cls(model, cls._family(model.config.model_type, model))
             layer.activate_only(adapter_name)
-        layer.update_layer(adapter_name, config)
+        try:
+            layer.update_layer(adapter_name, config)
+        except ValueError:
+            layer.configs.pop(adapter_name, None)
+            if is_new:
+                layer.let_go(model)
+            raise
         if is_new:
             model.add_module(child, layer)
         if adapter_name not in tuner.active_adapters:

@@ -47,6 +47,36 @@ def with_backward(
     return found
 
 
+class _Recomputed(torch.autograd.Function):
+    """Computes something without keeping what autograd would keep, and again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.function, ctx.autocast = function, same_autocast(tensors[0].device.type)
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad(), ctx.autocast():
+            output = ctx.function(*leaves)
+        needed = [leaf for leaf, needs in zip(leaves, ctx.needs_input_grad[1:], strict=True) if needs]
+        found = iter(torch.autograd.grad(output, needed, grad))
+        return (None, *[next(found) if needs else None for needs in ctx.needs_input_grad[1:]])
+
+
+def recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """`function(*tensors)`, of which autograd keeps the `tensors` alone and computes the rest again.
+
+    For what is cheap to compute and large to keep. `function` must be differentiable by each of them, and depend on
+    nothing else that is trained.
+    """
+    found: torch.Tensor = _Recomputed.apply(function, *tensors)
+    return found
+
+
 def split_call(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[list[torch.Tensor], Callable[[Sequence[torch.Tensor]], tuple[list[Any], dict[str, Any]]]]:

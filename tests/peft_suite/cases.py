@@ -20,7 +20,7 @@ from peft_ext.tuners.spt import SPTModel
 
 Fields = dict[str, Any]
 
-SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT, SCT = (
+SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT, SCT, UNIPT, PASTA = (
     peft_ext.SSFConfig,
     peft_ext.SparseFTConfig,
     peft_ext.SPTConfig,
@@ -31,6 +31,8 @@ SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT, SCT = (
     peft_ext.LoraSBConfig,
     peft_ext.VPTConfig,
     peft_ext.SCTConfig,
+    peft_ext.UniPTConfig,
+    peft_ext.PASTAConfig,
 )
 BINARY = peft_ext.BinaryLoraConfig
 # of few bits it starts close to the base model, and not on it, which some of the tests ask for
@@ -134,15 +136,18 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
     (S2FT, {"target_modules": None, "ratios": 0.2}),
     (VPT, {"target_modules": None, "num_tokens": 3}),
     (SCT, {"target_modules": None, **_SALIENT}),
+    (UNIPT, {"target_modules": None}),
+    # those tests draw any ids, so that every token counts as special
+    (PASTA, {"target_modules": None, "special_tokens": list(range(1000)), "by_token": True, "dropout": 0.0}),
 ]
 _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}
 # of methods that do not take part in all; VPT is for encoders
-TASKS = {VQT: ("SEQ_CLS",), VPT: ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")}
+TASKS = {VQT: ("SEQ_CLS",), UNIPT: ("SEQ_CLS",), VPT: ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")}
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_weights": 2000})]
 
 SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB, SCT)
 SUPPORTS_MIXED_BATCHES = (SSF, BINARY, WEGEFT, S2FT, LORA_SB, SCT)
-CANNOT_MERGE = (VQT, VPT)
+CANNOT_MERGE = (VQT, VPT, UNIPT, PASTA)
 
 NOT_APPLICABLE = [
     (
@@ -155,8 +160,8 @@ NOT_APPLICABLE = [
         "these tests have a model of their own, and the config would have to say which of its channels hang together",
     ),
     (
-        r"test_modules_to_save_correctly_set\[VQTConfig",
-        "VQT trains a head of its own in the place of the classifier that PEFT would train",
+        r"test_modules_to_save_correctly_set\[(VQT|UniPT)Config",
+        "VQT and UniPT train a head of their own in the place of the classifier that PEFT would train",
     ),
     (
         r"test_training_encoder_decoders_gradient_checkpointing\[.*SPTConfig.*T5",
@@ -165,7 +170,7 @@ NOT_APPLICABLE = [
             "a ReLU may cut off in one of them"
         ),
     ),
-    (r"V[PQ]TConfig.*LlamaForSeq", "VQT and VPT are for encoders, and refuse decoders"),
+    (r"(VPT|VQT|UniPT)Config.*LlamaForSeq", "VQT, VPT and UniPT are for encoders, and refuse decoders"),
     (
         r"VPTConfig.*Deberta",
         "DeBERTa's attention depends on relative positions, and a prompt has none; VPT refuses it",
@@ -205,16 +210,16 @@ EXPECTED_FAILURES = [
         ),
     ),
     (
-        r"test_valid_task_type\[(?!SEQ_CLS|None).*-VQTConfig",
-        "VQT classifies; its config refuses other tasks at once, where methods of PEFT fail when the model is made",
+        r"test_valid_task_type\[(?!SEQ_CLS|None).*-(VQT|UniPT)Config",
+        "VQT and UniPT classify; their configs refuse other tasks at once, where methods of PEFT fail when the model is made",
     ),
     (
         r"test_training_((encoder_)?decoders_)?layer_indexing\[WeGeFTConfig",
         "it counts the trained tensors of each layer, and maps that layers share belong to the model",
     ),
     (
-        r"test_config_layers_to_transform_index_zero\[V[PQ]TConfig",
-        "VQT and VPT know the layers of the architectures they take: `layers_pattern` would have no effect, so it is refused",
+        r"test_config_layers_to_transform_index_zero\[(VPT|VQT|UniPT|PASTA)Config",
+        "VQT, VPT, UniPT and PASTA know the layers of the architectures they take: `layers_pattern` would have no effect, so it is refused",
     ),
 ]
 
