@@ -24,7 +24,7 @@ from peft_ext.testing.models import tiny
 FIELDS: dict[str, dict[str, Any]] = {"SPARSE_FT": {"selection": "random"}, "MASK_PRUNING": {"prune": ["ffn"]}}
 MODELS = {"VQT": "vit", "VPT": "vit", "UNIPT": "vit"}
 HOLDERS = (dict, set, list, nn.ModuleDict)
-OURS = ["SSF", "VQT", "SPT", "SPARSE_FT", "MASK_PRUNING", "VPT"]
+OURS = ["SSF", "VQT", "UNIPT", "SPT", "SPARSE_FT", "MASK_PRUNING", "VPT"]
 
 
 def config_of(peft_type: str, base: nn.Module, **fields: Any) -> Any:

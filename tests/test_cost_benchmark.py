@@ -37,7 +37,7 @@ def _load() -> ModuleType:
 
 
 cost = _load()
-VQT, PASTA = cost.COST_NAMES["vqt"], cost.COST_NAMES["pasta"]
+VQT, PASTA, UNIPT = (cost.COST_NAMES[name] for name in ("vqt", "pasta", "unipt"))
 UNMERGED = {cost.COST_NAMES[name.lower()] for name, method in methods().items() if not method.about.merges}
 SETTINGS = cost.Settings(rounds=2, warmup=1, threads=1)
 ONE_ROUND = cost.Settings(rounds=1, warmup=0, threads=1)
@@ -85,7 +85,9 @@ def test_every_method_has_a_row_with_one_time_a_round(vit: dict[str, Any]) -> No
         assert set(row["seconds"]) == {"step", "forward", "backward", "optimizer"} | forwards
         assert all(len(times) == SETTINGS.rounds for times in row["seconds"].values())
         assert all(time > 0 for times in row["seconds"].values() for time in times)
-        assert row["trainable_with_head"] - row["trainable"] == (0 if method == VQT else HEAD)  # it has its own
+        assert row["trainable_with_head"] - row["trainable"] == (
+            0 if method in (VQT, UNIPT) else HEAD  # which have their own
+        )
     assert vit["machine"]["torch"] == torch.__version__
     assert vit["machine"]["threads"] == 1
 
@@ -137,7 +139,7 @@ def test_file_bytes_are_those_of_the_trained_tensors(vit: dict[str, Any]) -> Non
 def test_other_kinds_of_model(workload: Any) -> None:
     results = cost.measure(workload, settings=ONE_ROUND, quiet=True)
     without = {
-        "tiny-llama": {"linear probe", VQT, *PROMPTS},
+        "tiny-llama": {"linear probe", VQT, UNIPT, *PROMPTS},
         "stack": {"linear probe", "LN-tuning", MASKS, PASTA, *(cost.COST_NAMES[name] for name in cost.COMPARED)},
     }.get(workload.name, set())
     assert set(results["skipped"]) == without

@@ -30,6 +30,7 @@ METHODS = {
         reference=references.mask_pruning,
     ),
     "vqt": of("vqt"),
+    "unipt": of("unipt"),
     "wegeft": of("wegeft"),
     "low_rank_core": of("low_rank_core", reference=references.low_rank_core),
     "s2ft": of("s2ft", reference=references.s2ft),
@@ -79,6 +80,11 @@ class TestMaskPruning(SequenceTests):
 
 class TestVQT(SequenceTests):
     method = METHODS["vqt"]
+    sequences = 4
+
+
+class TestUniPT(SequenceTests):
+    method = METHODS["unipt"]
     sequences = 4
 
 

@@ -297,7 +297,19 @@ def _pasta(model: nn.Module, common: dict[str, Any]) -> PeftConfig:
 
 
 COMPARED = (  # configured as in the comparison, for models of transformers only
-    *("dora", "adalora", "super-tuning", "spiel-ag", "s2ft", "spt-random", "vqt", "lora-xs", "sct", "sct-mlp"),
+    *(
+        "dora",
+        "adalora",
+        "super-tuning",
+        "spiel-ag",
+        "s2ft",
+        "spt-random",
+        "vqt",
+        "unipt",
+        "lora-xs",
+        "sct",
+        "sct-mlp",
+    ),
     *PROMPTS,
     *REGISTERED,
 )

@@ -41,6 +41,7 @@ from peft_ext import (
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
+    UniPTConfig,
     VPTConfig,
     VQTConfig,
     WeGeFTConfig,
@@ -227,6 +228,27 @@ def _vqt(setting: Setting) -> PeftConfig:
     return VQTConfig(task_type=setting.task_type if hasattr(setting.model, "bert") else None, num_queries=4)
 
 
+def _unipt(setting: Setting, identity: str = "attention") -> PeftConfig:
+    """A side network as wide as the budget allows.
+
+    Raises:
+        ValueError: The budget is below a side network of one channel.
+    """
+    config: Any = setting.model.config
+    width, states = config.hidden_size, config.num_hidden_layers + 1
+    sizes = {}
+    for factor in (factor for factor in range(1, width + 1) if width % factor == 0):
+        channels = width // factor
+        sizes[factor] = states * channels * (width + 1) + channels + (channels + 1) * width
+        if identity == "attention":  # its norms, and a projection with one more
+            sizes[factor] += 2 * states * channels + channels * (channels + 3)
+    factor = next((factor for factor, size in sizes.items() if size <= setting.budget), None)
+    if factor is None:
+        raise ValueError(f"a budget of {setting.budget} weights is below a side network of one channel")
+    task_type = setting.task_type if hasattr(setting.model, "bert") else None
+    return UniPTConfig(task_type=task_type, identity=identity, reduction_factor=factor)
+
+
 def _wegeft(setting: Setting, share: str) -> PeftConfig:
     """On all Linears; maps that all layers share have a higher rank at the same size.
 
@@ -348,6 +370,7 @@ def _binary_adapter(setting: Setting, bits: int) -> PeftConfig:
 WRITTEN_OUT = (
     SSFConfig,
     S2FTConfig,
+    UniPTConfig,
     VPTConfig,
     VQTConfig,
     SparseFTConfig,
@@ -383,6 +406,8 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "super-tuning": _supertuning,
     "ssf": lambda setting: SSFConfig(task_type=setting.task_type),
     "vqt": _vqt,
+    "unipt": _unipt,
+    "unipt-states": partial(_unipt, identity="states"),
     "bi-lora": partial(_binary_lora, bits=1),
     "bi-adaptformer": partial(_binary_adapter, bits=1),
     "adapter": partial(_binary_adapter, bits=32),
@@ -429,6 +454,7 @@ COST_NAMES = {  # as `cost.py` calls them
     "super-tuning": "Super-Tuning",
     "ssf": "SSF",
     "vqt": "VQT, 4 queries",
+    "unipt": "UniPT",
     "pasta": "PASTA",
     "vpt": "VPT, 10 prompts",
     "vpt-50": "VPT, 50 prompts",
@@ -451,6 +477,7 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "bi-lora": "Bi-LoRA, 1 bit",
     "bi-adaptformer": "Bi-AdaptFormer, 1 bit",
     "adapter": "bottleneck adapter",
+    "unipt-states": "UniPT, states",
     "spiel-ma": "SpIEL-MA",
     "spiel-ag-cosine": "SpIEL-AG, cosine policy",
     "spiel-ag-100": "SpIEL-AG, every 100 steps",

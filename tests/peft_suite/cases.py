@@ -142,7 +142,8 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
 ]
 _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}
 # of methods that do not take part in all; VPT is for encoders
-TASKS = {VQT: ("SEQ_CLS",), UNIPT: ("SEQ_CLS",), VPT: ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")}
+_ENCODERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASKS = {VQT: ("SEQ_CLS",), UNIPT: ("SEQ_CLS",), VPT: _ENCODERS, PASTA: ("CAUSAL_LM", *_ENCODERS)}
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_weights": 2000})]
 
 SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB, SCT)
@@ -170,6 +171,7 @@ NOT_APPLICABLE = [
             "a ReLU may cut off in one of them"
         ),
     ),
+    (r"test_passing_input_embeds_works\[PASTAConfig", "PASTA finds special tokens by their ids, and there are none"),
     (r"(VPT|VQT|UniPT)Config.*LlamaForSeq", "VQT, VPT and UniPT are for encoders, and refuse decoders"),
     (
         r"VPTConfig.*Deberta",
