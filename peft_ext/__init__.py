@@ -22,6 +22,7 @@ from .tuners import (
     pasta,
     s2ft,
     sct,
+    snell,
     sparse_ft,
     spt,
     ssf,
@@ -37,6 +38,7 @@ from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel
 from .tuners.pasta import PASTAConfig, PASTAModel
 from .tuners.s2ft import S2FTConfig, S2FTModel
 from .tuners.sct import SCTConfig, SCTModel
+from .tuners.snell import SNELLConfig, SNELLModel
 from .tuners.sparse_ft import (
     SparseFTCallback,
     SparseFTConfig,
@@ -70,6 +72,7 @@ METHODS = (
     "VPT",
     "SCT",
     "UNIPT",
+    "SNELL",
 )  # the peft types that importing this package adds
 
 __all__ = [
@@ -94,6 +97,8 @@ __all__ = [
     "S2FTModel",
     "SCTConfig",
     "SCTModel",
+    "SNELLConfig",
+    "SNELLModel",
     "SPTConfig",
     "SPTModel",
     "SSFConfig",
@@ -150,4 +155,5 @@ register_method("low_rank_core", LoraSBConfig, LoraSBModel, about=lora_sb.ABOUT)
 register_method("vpt", VPTConfig, VPTModel, about=vpt.ABOUT)
 register_method("sct", SCTConfig, SCTModel, about=sct.ABOUT)
 register_method("unipt", UniPTConfig, UniPTModel, about=unipt.ABOUT)
+register_method("snell", SNELLConfig, SNELLModel, about=snell.ABOUT)
 load_plugins()

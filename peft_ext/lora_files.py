@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from .core import ADAPTER_WEIGHTS, ExtConfig, tuner_of
@@ -38,24 +38,36 @@ def write_lora(
     lora: LoraConfig,
     tensors: Mapping[str, torch.Tensor],
 ) -> LoraConfig:
-    """Writes LoRA's tensors, by their keys in the file, with what the adapter trains besides (heads, tokens).
+    """`write_adapter` for a LoRA."""
+    write_adapter(model, path, adapter_name, lora, tensors)
+    return lora
 
-    What all configs have, such as the base model and the task, `lora` takes over from the adapter's config.
+
+def write_adapter(
+    model: PeftModel,
+    path: str | os.PathLike[str],
+    adapter_name: str,
+    made: PeftConfig,
+    tensors: Mapping[str, torch.Tensor],
+) -> PeftConfig:
+    """Writes the tensors of another method, by their keys in the file, with what the adapter trains besides (heads, tokens).
+
+    What all configs have, such as the base model and the task, `made` takes over from the adapter's config.
     """
     config: Any = model.peft_config[adapter_name]
     assert isinstance(config, ExtConfig)
     for field in ("modules_to_save", "trainable_token_indices", "task_type", "base_model_name_or_path", "revision"):
-        setattr(lora, field, getattr(config, field))
-    lora.inference_mode = True
+        setattr(made, field, getattr(config, field))
+    made.inference_mode = True
     prefix = f".{config.METHOD.lower()}_"
     own = get_peft_model_state_dict(model, adapter_name=adapter_name)
     besides = {key: tensor for key, tensor in own.items() if prefix not in key}
     os.makedirs(path, exist_ok=True)
-    lora.save_pretrained(os.fspath(path))
+    made.save_pretrained(os.fspath(path))
     # cloned, since modules may share a factor, and safetensors takes no tensors that share memory
     kept = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in {**tensors, **besides}.items()
     }
     save_file(kept, Path(path, ADAPTER_WEIGHTS), metadata={"format": "pt"})
-    return lora
+    return made

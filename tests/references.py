@@ -99,3 +99,12 @@ def sct(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors
     bias = change @ base["bias"] if "bias" in base else 0.0
     shift = adapter["sct_map.bias"] @ select if "sct_map.bias" in adapter else 0.0
     return {"weight": change @ base["weight"], "bias": bias + shift}
+
+
+def snell(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """W + D g(D): distances of points, above their quantile; no gradient goes through the gate."""
+    outputs, inputs = adapter["snell_outputs.weight"], adapter["snell_inputs.weight"]
+    near, far = (torch.linalg.vector_norm(outputs[h][:, None] - inputs[h], dim=-1) for h in (0, 1))
+    matrix = 0.1 * (near - far)
+    size = matrix.detach().abs()
+    return {"weight": base["weight"] + matrix * (size - torch.quantile(size, config.sparsity)).clamp_min(0)}

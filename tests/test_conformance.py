@@ -19,6 +19,7 @@ from peft_ext import (
     PASTAConfig,
     S2FTConfig,
     SCTConfig,
+    SNELLConfig,
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
@@ -202,6 +203,18 @@ class TestSCT(MethodConformance):
     )
 
 
+class TestSNELL(MethodConformance):
+    method = Method(
+        prefix="snell_",
+        config=partial(SNELLConfig, r=4, sparsity=0.5),
+        models=("mlp", "conv1d_embedding", "llama", "gpt2", "bert", "vit"),
+        fields={"mlp": {"target_modules": ["fc1", "fc2"]}, "conv1d_embedding": {"target_modules": ["conv1d"]}},
+        mixes_batches=True,
+        keeps_fp32=r".*",
+        estimated=r".*",  # no gradient goes through the gate
+    )
+
+
 class TestSCTOnTheStream(MethodConformance):
     method = Method(
         prefix="sct_",
@@ -243,6 +256,7 @@ METHODS = {
         TestBinaryAdapter,
         TestLoraSB,
         TestSCT,
+        TestSNELL,
     )
 }
 

@@ -40,6 +40,7 @@ METHODS = {
     "pasta": of("pasta"),
     "vpt": of("vpt"),
     "sct": of("sct", reference=references.sct),
+    "snell": of("snell", reference=references.snell, estimated=NOTHING),
     "binary_low_rank": of(
         "binary_low_rank",
         config=partial(BinaryLoraConfig, r=2, bits=32, dropout=0.0),
@@ -129,4 +130,9 @@ class TestVPT(SequenceTests):
 
 class TestSCT(SequenceTests):
     method = METHODS["sct"]
+    sequences = 8
+
+
+class TestSNELL(SequenceTests):
+    method = METHODS["snell"]
     sequences = 8

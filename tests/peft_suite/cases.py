@@ -44,7 +44,7 @@ _SPIEL: Fields = {"num_tunable_weights": 40}
 _CHANNELS: Fields = {"ratios": 0.5}
 _LOW_RANK: Fields = {"kinds": {"lin0.weight": "lora", "lin0.bias": "whole"}, "counts": {"lin0.bias": 20}}
 _LOW_RANK |= {"ranks": {"lin0.weight": 4}, "architecture": "MLP", "dropout": 0.0, "drop_path": 0.0}
-_SALIENT: Fields = {"site": "mlp", "num_channels": 4, "init_weights": "identity"}
+_SALIENT: Fields = {"site": "mlp", "init_weights": "identity"}
 _LORA_XS: Fields = {"r": 2, "init_weights": "weights"}
 # the masks are learnt from the first step on
 _SCHEDULE: Fields = {"total_steps": 100, "warmup_ratio": 0.0}
