@@ -36,6 +36,7 @@ from peft_ext import (
     PASTAConfig,
     S2FTConfig,
     SCTConfig,
+    SNELLConfig,
     SparseFTCallback,
     SparseFTConfig,
     SPTConfig,
@@ -68,6 +69,11 @@ FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
     ),
     "lora_sb": (LoraSBConfig(r=8, step_size=1e-4, modules_to_save=["classifier"]), 5e-3, []),
     "sct": (SCTConfig(modules_to_save=["classifier"]), 5e-3, []),
+    "snell": (
+        SNELLConfig(sparsity=0.8, allocation="adaptive", total_steps=140, modules_to_save=["classifier"]),
+        2e-2,
+        [],
+    ),
     "mask_pruning": (
         MaskLoraConfig(target_sparsity=0.25, modules_to_save=["classifier"]),
         5e-3,

@@ -58,6 +58,7 @@ METHOD_PAGES = {
     "pasta": peft_ext.PASTAConfig,
     "lora_sb": peft_ext.LoraSBConfig,
     "sct": peft_ext.SCTConfig,
+    "snell": peft_ext.SNELLConfig,
 }
 # what the rows of a reader's data are
 IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"
@@ -69,6 +70,7 @@ DATA = {
     "docs/s2ft.md": TOKENS,
     "docs/vpt.md": IMAGES,
     "docs/sct.md": IMAGES,
+    "docs/snell.md": IMAGES,
 }  # all others: SENTENCES
 DATA |= {"docs/binary_lora.md": IMAGES, "docs/binary_adapter.md": IMAGES}
 DATA["docs/linear_probe.md"] = IMAGES

@@ -309,6 +309,7 @@ COMPARED = (  # configured as in the comparison, for models of transformers only
         "lora-xs",
         "sct",
         "sct-mlp",
+        "snell",
     ),
     *PROMPTS,
     *REGISTERED,

@@ -38,6 +38,7 @@ from peft_ext import (
     PASTAConfig,
     S2FTConfig,
     SCTConfig,
+    SNELLConfig,
     SparseFTConfig,
     SPTConfig,
     SSFConfig,
@@ -299,6 +300,16 @@ def _sct(setting: Setting, site: str) -> PeftConfig:
     return config
 
 
+def _snell(setting: Setting, **options: Any) -> PeftConfig:
+    """LoRA's rank, rounded to an even number, since half of it is for each of two distances."""
+    ranked = setting.ranked()
+    del ranked["lora_alpha"]
+    ranked["r"] = max(2, 2 * (ranked["r"] // 2))
+    if "allocation" in options:
+        options = {**options, "total_steps": setting.steps}
+    return SNELLConfig(**options, **ranked)
+
+
 def _vpt(setting: Setting, **options: Any) -> PeftConfig:
     return VPTConfig(task_type=setting.task_type, **options)
 
@@ -378,6 +389,7 @@ WRITTEN_OUT = (
     MaskLoraConfig,
     LoraSBConfig,
     SCTConfig,
+    SNELLConfig,
 )  # those with a budget, below
 
 
@@ -430,6 +442,9 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "spt-random": partial(_spt, at_random=True),
     "lora-sb": _lora_sb,
     "lora-xs": partial(_lora_sb, start="weights"),
+    "snell": _snell,
+    "snell-weight": partial(_snell, gate="weight"),
+    "snella": partial(_snell, sparsity=0.8, allocation="adaptive"),
     "sct": partial(_sct, site="attn"),
     "sct-mlp": partial(_sct, site="mlp"),
     "wegeft": partial(_wegeft, share="target"),
@@ -465,6 +480,7 @@ COST_NAMES = {  # as `cost.py` calls them
     "spt-random": "SPT, at random",
     "wegeft": "WeGeFT",
     "lora-xs": "LoRA-XS",
+    "snell": "SNELL",
     "sct": "SCT",
     "sct-mlp": "SCT on the feed-forward part",
     "mask-25": "mask-pruning LoRA r=8",
@@ -491,6 +507,8 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "s2ft-activation": "S2FT, small activations",
     "spt": "SPT",
     "lora-sb": "LoRA-SB",
+    "snell-weight": "SNELL, gate of the code",
+    "snella": "SNELL, adaptive",
     "wegeft-apart": "WeGeFT, maps not shared",
     **{f"mask-{percent}": f"mask-pruning LoRA, {percent} %" for percent in (20, 25, 50)},
     **{f"magnitude-{percent}": f"LoRA, {percent} % cut by magnitude" for percent in (20, 25, 50)},

@@ -20,7 +20,7 @@ from peft_ext.tuners.spt import SPTModel
 
 Fields = dict[str, Any]
 
-SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT, SCT, UNIPT, PASTA = (
+SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT, SCT, UNIPT, PASTA, SNELL = (
     peft_ext.SSFConfig,
     peft_ext.SparseFTConfig,
     peft_ext.SPTConfig,
@@ -33,6 +33,7 @@ SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT, SCT, UNIPT, PASTA = (
     peft_ext.SCTConfig,
     peft_ext.UniPTConfig,
     peft_ext.PASTAConfig,
+    peft_ext.SNELLConfig,
 )
 BINARY = peft_ext.BinaryLoraConfig
 # of few bits it starts close to the base model, and not on it, which some of the tests ask for
@@ -45,6 +46,7 @@ _CHANNELS: Fields = {"ratios": 0.5}
 _LOW_RANK: Fields = {"kinds": {"lin0.weight": "lora", "lin0.bias": "whole"}, "counts": {"lin0.bias": 20}}
 _LOW_RANK |= {"ranks": {"lin0.weight": 4}, "architecture": "MLP", "dropout": 0.0, "drop_path": 0.0}
 _SALIENT: Fields = {"site": "mlp", "init_weights": "identity"}
+_POINTS: Fields = {"r": 4, "sparsity": 0.5}
 _LORA_XS: Fields = {"r": 2, "init_weights": "weights"}
 # the masks are learnt from the first step on
 _SCHEDULE: Fields = {"total_steps": 100, "warmup_ratio": 0.0}
@@ -93,6 +95,7 @@ CUSTOM_CASES = [
     _custom("MLP BinaryLora 3", "MLP", BINARY, ["lin0"], modules_to_save=["lin1"], **_PLAIN),
     _custom("EmbConv1D BinaryLora", "EmbConv1D", BINARY, ["conv1d"], **_PLAIN),
     *(case for case in _on_common_models("SCT", SCT, _SALIENT) if case[1] != "Conv2d"),
+    *(case for case in _on_common_models("SNELL", SNELL, _POINTS) if case[1] != "Conv2d"),
     _custom("MLP MaskLora 1", "MLP", MASKS, "lin0", **_MASKED),
     _custom("MLP MaskLora 2", "MLP", MASKS, ["lin0", "lin1"], **_MASKED),
 ]
@@ -106,6 +109,7 @@ MULTI_ADAPTER_CASES = [
         ("LoRA-XS", LORA_SB, {"r": 2, "init_weights": False}),
         ("WeGeFT", WEGEFT, {"r": 4, "init_weights": False}),
         ("SCT", SCT, {**_SALIENT, "init_weights": False}),
+        ("SNELL", SNELL, {**_POINTS, "init_weights": False}),
         ("S2FT", S2FT, {**_CHANNELS, "init_weights": False}),
     )
     for kind, targets in (("same", ("lin0", "lin0")), ("different", ("lin0", "lin1")))
@@ -121,6 +125,7 @@ MIXED_BATCH_CASES = [
         ("S2FT", S2FT, _CHANNELS),
         ("WeGeFT", WEGEFT, {}),
         ("SCT", SCT, {"site": "mlp"}),
+        ("SNELL", SNELL, _POINTS),
     )
     for kind, other in (("same", "lin0"), ("different", "lin1"))
 ]
@@ -139,6 +144,7 @@ TRANSFORMERS_CASES: list[tuple[type, Fields]] = [
     (UNIPT, {"target_modules": None}),
     # those tests draw any ids, so that every token counts as special
     (PASTA, {"target_modules": None, "special_tokens": list(range(1000)), "by_token": True, "dropout": 0.0}),
+    (SNELL, {"target_modules": None, **_POINTS, **_BACKBONE}),
 ]
 _VISION: Fields = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}
 # of methods that do not take part in all; VPT is for encoders
@@ -146,8 +152,8 @@ _ENCODERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 TASKS = {VQT: ("SEQ_CLS",), UNIPT: ("SEQ_CLS",), VPT: _ENCODERS, PASTA: ("CAUSAL_LM", *_ENCODERS)}
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_weights": 2000})]
 
-SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB, SCT)
-SUPPORTS_MIXED_BATCHES = (SSF, BINARY, WEGEFT, S2FT, LORA_SB, SCT)
+SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB, SCT, SNELL)
+SUPPORTS_MIXED_BATCHES = (SSF, BINARY, WEGEFT, S2FT, LORA_SB, SCT, SNELL)
 CANNOT_MERGE = (VQT, VPT, UNIPT, PASTA)
 
 NOT_APPLICABLE = [
@@ -182,6 +188,10 @@ NOT_APPLICABLE = [
         "these tests give a config without arguments to a model at once, and LoRA-SB has to look at data first",
     ),
     (
+        r"test_custom_models.*\[((False|True)-)?SCTConfig\]",
+        "these tests give a config without arguments to a model of their own, which has no residual stream",
+    ),
+    (
         r"test_disable_adapters(_with_merging)?\[MLP_LoRA-XS",
         "LoRA-XS starts at R ~ N(0, 1e-5), close to the base model, and not on it, as this test asks",
     ),
@@ -196,12 +206,12 @@ _EXACT = (
 )
 EXPECTED_FAILURES = [
     (
-        r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora|S2FT|LoraSB|BinaryLora)Config",
+        r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora|S2FT|LoraSB|BinaryLora|SNELL)Config",
         _EXACT,
     ),
     # T5 has parts in fp32 if the rest is in fp16 (dtype0), so that the test takes either
     (
-        r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora|S2FT|LoraSB|BinaryLora)Config",
+        r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora|S2FT|LoraSB|BinaryLora|SNELL)Config",
         _EXACT,
     ),
     (

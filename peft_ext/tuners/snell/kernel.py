@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 SCALE = 0.1  # of the distances, as published
 CHUNK = 1 << 22  # entries of an update that are alive at once
-DIRECT = 1 << 24  # entries up to which a quantile is taken from all at once
+DIRECT = 1 << 24  # entries up to which all are held while their quantile is looked for
 Chunks = Callable[[], Iterator[torch.Tensor]]
 
 
@@ -79,14 +79,14 @@ def quantile(chunks: Chunks, total: int, q: float) -> torch.Tensor:
     rank = q * (total - 1)
     low = min(int(rank), total - 1)
     if total <= DIRECT:
-        values = torch.cat(list(chunks()))
-        first = values.kthvalue(low + 1).values
-        parts: Chunks = lambda: iter((values,))
-    else:
-        first, parts = _select(chunks, low), chunks
-    if rank == low:
-        return first
-    return torch.lerp(first, _next(parts, first, low), rank - low)
+        held = list(chunks())
+        if held[0].is_cuda:  # where it is fast, and waits for nothing
+            values = torch.cat(held)
+            first, second = (values.kthvalue(min(low + k, total)).values for k in (1, 2))
+            return torch.lerp(first, second, rank - low)
+        chunks = lambda: iter(held)
+    first = _select(chunks, low)
+    return first if rank == low else torch.lerp(first, _next(chunks, first, low), rank - low)
 
 
 def _select(chunks: Chunks, rank: int) -> torch.Tensor:
