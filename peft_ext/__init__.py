@@ -17,6 +17,7 @@ from .training import (
 from .tuners import (
     binary_adapter,
     binary_lora,
+    lora_fusion,
     lora_sb,
     mask_pruning,
     pasta,
@@ -33,6 +34,7 @@ from .tuners import (
 )
 from .tuners.binary_adapter import BinaryAdapterConfig, BinaryAdapterModel
 from .tuners.binary_lora import BinaryLoraConfig, BinaryLoraModel
+from .tuners.lora_fusion import LoraFusionConfig, LoraFusionModel
 from .tuners.lora_sb import LoraSBConfig, LoraSBModel
 from .tuners.mask_pruning import MaskLoraCallback, MaskLoraConfig, MaskLoraModel, fix_masks, keep_ratios
 from .tuners.pasta import PASTAConfig, PASTAModel
@@ -73,6 +75,7 @@ METHODS = (
     "SCT",
     "UNIPT",
     "SNELL",
+    "FUSED_LOW_RANK",
 )  # the peft types that importing this package adds
 
 __all__ = [
@@ -83,6 +86,8 @@ __all__ = [
     "BinaryLoraModel",
     "ExtConfig",
     "FrozenPassCache",
+    "LoraFusionConfig",
+    "LoraFusionModel",
     "LoraSBConfig",
     "LoraSBModel",
     "MaskLoraCallback",
@@ -156,4 +161,5 @@ register_method("vpt", VPTConfig, VPTModel, about=vpt.ABOUT)
 register_method("sct", SCTConfig, SCTModel, about=sct.ABOUT)
 register_method("unipt", UniPTConfig, UniPTModel, about=unipt.ABOUT)
 register_method("snell", SNELLConfig, SNELLModel, about=snell.ABOUT)
+register_method("fused_low_rank", LoraFusionConfig, LoraFusionModel, about=lora_fusion.ABOUT)
 load_plugins()

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from loras import LorasFor
 from models import tiny
 from peft import PeftModel
 
@@ -14,6 +15,7 @@ import peft_ext
 from peft_ext import (
     BinaryAdapterConfig,
     BinaryLoraConfig,
+    LoraFusionConfig,
     LoraSBConfig,
     MaskLoraConfig,
     PASTAConfig,
@@ -29,6 +31,7 @@ from peft_ext import (
     WeGeFTConfig,
 )
 from peft_ext.testing import Method, MethodConformance
+from peft_ext.testing.method import among, shows
 from peft_ext.testing.models import VOCABULARY
 
 
@@ -183,6 +186,22 @@ class TestLoraSB(MethodConformance):
     )
 
 
+class TestLoraFusion(MethodConformance):
+    method = Method(
+        prefix="fused_low_rank_",
+        config=LoraFusionConfig,
+        models=("mlp", "llama", "gpt2", "bert", "vit"),
+        fields=LorasFor("mlp", "llama", "gpt2", "bert", "vit"),
+        mixes_batches=True,
+        keeps_fp32=r".*",
+    )
+
+    @shows("Auto classes")
+    @among("llama", "gpt2", "bert")  # `AutoModel` gives a ViT without head, and LoRAs of one with it do not fit that
+    def test_auto_classes(self, name: str, tmp_path: Path) -> None:
+        super().test_auto_classes(name, tmp_path)
+
+
 class TestVPT(MethodConformance):
     method = Method(
         prefix="vpt_",
@@ -257,6 +276,7 @@ METHODS = {
         TestLoraSB,
         TestSCT,
         TestSNELL,
+        TestLoraFusion,
     )
 }
 

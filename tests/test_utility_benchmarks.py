@@ -15,9 +15,10 @@ sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
 import compress_check
 import head_check
 import razor_check
-import runs
 import sampling_loss
 import tasks
+
+import runs
 
 
 SIZES = {"train": 24, "held_out": 8, "epochs": 1, "batch": 8, "length": 8}

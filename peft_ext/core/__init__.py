@@ -25,7 +25,8 @@ from .files import (
 )
 from .hooks import MethodHooks
 from .layer import ExtLayer
-from .leaves import HALF, AdapterVector, ExactLeaf, SharedLeaf
+from .leaves import HALF, AdapterVector, ExactLeaf, SharedLeaf, keeping_precision
+from .lora import scale_at
 from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
 from .modes import evaluating, is_hooked, needs_plain_operations, without_adapters
@@ -35,6 +36,7 @@ from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
 from .registry import Method, about_of, is_registered, method_of, methods, register_method
 from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps, owners_of, stop_listening
 from .seeds import stable_generator
+from .sharing import SharingModel, StandIn
 from .targets import (
     backbone_linears,
     backbone_modules,
@@ -82,8 +84,10 @@ __all__ = [
     "Reading",
     "Row",
     "SharedLeaf",
+    "SharingModel",
     "Site",
     "Sparse",
+    "StandIn",
     "StepListener",
     "Support",
     "Update",
@@ -105,6 +109,7 @@ __all__ = [
     "is_named",
     "is_registered",
     "is_trained",
+    "keeping_precision",
     "layer_and_type",
     "linear_features",
     "linear_out_features",
@@ -118,6 +123,7 @@ __all__ = [
     "overlap_of",
     "owners_of",
     "register_method",
+    "scale_at",
     "set_bias_flags",
     "spread",
     "stable_generator",

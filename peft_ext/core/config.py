@@ -6,7 +6,7 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Self
 
@@ -236,27 +236,33 @@ class ExtConfig(PeftConfig):
         return config
 
     def check_sizes(self, directory: str, subfolder: str | None = None) -> None:
-        """Compares `SIZES` with an adapter's file, if that is on this machine, before anything of such a size is made.
+        """Compares `sizes` with an adapter's file, if that is on this machine, before anything of such a size is made.
 
         Raises:
             ValueError: No tensor in the file has such a size.
         """
         file = os.path.join(directory, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if not (self.SIZES and os.path.isfile(file)):
+        sizes = list(self.sizes())
+        if not (sizes and os.path.isfile(file)):
             return
         try:
             with safe_open(file, "pt") as tensors:
                 there = {size for key in tensors.keys() for size in tensors.get_slice(key).get_shape()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file!r} cannot be read, it is damaged or not complete: {error}") from None
+        for name, size in sizes:
+            if size not in there:
+                raise ValueError(
+                    f"`{name}` of adapter_config.json says {size}, and no tensor in {file!r} has such a size: the "
+                    "two are not of one adapter. Restore the files that were saved."
+                )
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Of what sizes there must be tensors in the adapter's file, with the field that says so."""
         for name in self.SIZES:
             value = getattr(self, name)
             for size in value.values() if isinstance(value, dict) else () if value is None else (value,):
-                if size not in there:
-                    raise ValueError(
-                        f"`{name}` of adapter_config.json says {size}, and no tensor in {file!r} has such a size: the "
-                        "two are not of one adapter. Restore the files that were saved."
-                    )
+                yield name, size
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types; names come sorted, so that equal configs are written alike."""

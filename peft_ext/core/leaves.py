@@ -44,7 +44,7 @@ class AdapterVector(nn.Module):
 
 
 class SharedLeaf(nn.Module):
-    """Stands in a layer for a linear leaf that another module of the model owns and several layers use.
+    """Stands in a layer for a leaf that another module of the model owns and several layers use: a linear map or a vector.
 
     It has no parameters of its own, so that these are saved, sharded and counted once, at their owner's.
 
@@ -65,13 +65,13 @@ class SharedLeaf(nn.Module):
         container, key = leaf._owner
         return container[key]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x `(..., in)`, on any device: a layer may be on another one than the leaf."""
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """What the leaf makes of x `(..., in)`, if it takes one, on any device: a layer may be on another one than it."""
         leaf = self.owned(self)
-        if leaf.weight.device == x.device:
-            output: torch.Tensor = leaf(x)
+        if all(leaf.weight.device == x.device for x in inputs):
+            output: torch.Tensor = leaf(*inputs)
             return output
-        return functional_call(leaf, {"weight": leaf.weight.to(x.device)}, (x,))
+        return functional_call(leaf, {"weight": leaf.weight.to(inputs[0].device)}, inputs)
 
 
 def copy_state(source: nn.Module, target: nn.Module) -> bool:
@@ -86,6 +86,20 @@ def copy_state(source: nn.Module, target: nn.Module) -> bool:
     if buffers:
         target.load_state_dict(target.state_dict() | buffers)  # its own parameters, so that nothing is missing
     return True
+
+
+Cast = Callable[[torch.Tensor], torch.Tensor]
+
+
+def keeping_precision(cast: Cast) -> Cast:
+    """The cast or move of a module, `_apply`'s, without the step to half precision of what has more."""
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        moved = cast(tensor)
+        loses = tensor.is_floating_point() and moved.dtype in HALF and tensor.dtype not in HALF
+        return tensor.to(moved.device) if loses else moved
+
+    return keep
 
 
 class ExactLeaf(nn.Module):
@@ -107,13 +121,8 @@ class ExactLeaf(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._exact = self.weight.data
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExactLeaf:
-        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            loses = tensor.is_floating_point() and moved.dtype in HALF and tensor.dtype not in HALF
-            return tensor.to(moved.device) if loses else moved
-
-        super()._apply(keep_precision, recurse)
+    def _apply(self, fn: Cast, recurse: bool = True) -> ExactLeaf:
+        super()._apply(keeping_precision(fn), recurse)
         self._exact = self.weight.data
         return self
 

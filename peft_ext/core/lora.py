@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from .about import About
 from .files import Adapter, Column, Reading, Site
 from .updates import lora_scale
+
+
+def scale_at(config: Mapping[str, Any], module: str, r: int) -> float:
+    """The factor of the update that a LoRA of the fields `config` makes, with rank `r`, on a module."""
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    return lora_scale(config, r, config.get("lora_alpha") if alpha is None else alpha)
 
 
 class LoraAbout(About):
@@ -21,10 +30,7 @@ class LoraAbout(About):
         first = site.matrix(*down)
         if first is None:
             return {}, {}
-        patterns: dict[str, float] = config.get("alpha_pattern") or {}
-        alpha = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", site.module)), None)
-        alpha = config.get("lora_alpha") if alpha is None else alpha
-        update = site.low_rank(down, up, lora_scale(config, len(first), alpha))
+        update = site.low_rank(down, up, scale_at(config, site.module, len(first)))
         # a leaf besides the two (the magnitude of DoRA, a bias) makes the update another one
         is_plain = update is not None and set(site.leaves) <= {*down, *up}
         return {"rank": len(first)}, {"weight": update} if is_plain and update is not None else {}

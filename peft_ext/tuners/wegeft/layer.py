@@ -14,14 +14,6 @@ from ...core import ExtLayer, SharedLeaf, linear_features
 from .config import WeGeFTConfig
 
 
-class Reader(nn.Identity):
-    """Stands for all modules that share a pair of maps: they read vectors of `in_features`."""
-
-    def __init__(self, in_features: int) -> None:
-        super().__init__()
-        self.in_features = self.out_features = in_features
-
-
 class WeGeFTLayer(ExtLayer):
     """Two maps: `wegeft_down` holds Q^T `(r, in)`, `wegeft_up` P^T `(in, r)`, as weights of `nn.Linear`.
 

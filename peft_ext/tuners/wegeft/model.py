@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...architectures import describe
-from ...core import ExtLayer, ExtModel, backbone_linears, linear_features, matched_targets
+from ...core import ExtLayer, SharingModel, StandIn, backbone_linears, linear_features, matched_targets
 from .config import WeGeFTConfig
-from .layer import SHARED, Reader, WeGeFTLayer, WeGeFTLinear, check_linear
+from .layer import SHARED, WeGeFTLayer, WeGeFTLinear, check_linear
 
 
-class WeGeFTModel(ExtModel):
+class WeGeFTModel(SharingModel):
     """Puts the maps on the targets of a model; used through `get_peft_model(model, WeGeFTConfig(...))`."""
 
     prefix = "wegeft_"
     tuner_layer_cls = WeGeFTLayer
+    shared = SHARED
 
     @classmethod
     def default_modules(cls, config: Any, model: nn.Module) -> set[str]:
@@ -37,7 +38,7 @@ class WeGeFTModel(ExtModel):
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
         """`TypeError` for what is no linear module."""
-        if isinstance(base_layer, Reader):
+        if isinstance(base_layer, StandIn):
             return WeGeFTLayer
         check_linear(base_layer)
         return WeGeFTLinear
@@ -58,39 +59,25 @@ class WeGeFTModel(ExtModel):
                 f"width: {found}. Use `share='target'`, or leave the targets of other widths out."
             )
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Puts an adapter on the model.
-
-        Which modules it is on is read from the config, also where PEFT would read it from a file's keys: of modules
-        that share maps these say nothing.
-        """
-        super().inject_adapter(model, adapter_name, *args, **{**kwargs, "state_dict": None})
+    @classmethod
+    def group_of(cls, name: str, base_layer: nn.Module, config: Any) -> str | None:
+        """By `share`; modules of unequal width never share maps."""
+        if config.share == "none":
+            return None
+        names = [part for part in name.split(".") if not part.isdecimal()] if config.share == "target" else ["all"]
+        return "-".join([*names, str(width_of(base_layer))])
 
     @classmethod
-    def inject_layer(
-        cls, tuner: BaseTuner, config: Any, adapter_name: str, target: nn.Module, name: str
-    ) -> ExtLayer | None:
-        """Of a module that shares its maps, puts these on the model first, if they are not there."""
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        group = None if isinstance(base_layer, Reader) else group_of(name, base_layer, config)
-        if group is not None:
-            groups = getattr(tuner.model, SHARED, None)
-            if groups is None:
-                groups = nn.ModuleDict()
-                setattr(tuner.model, SHARED, groups)
-            maps = groups[group] if group in groups else Reader(width_of(base_layer))
-            if not (isinstance(maps, WeGeFTLayer) and adapter_name in maps.wegeft_down):
-                layer = super().inject_layer(tuner, config, adapter_name, maps, f"{SHARED}.{group}")
-                groups[group] = maps if layer is None else layer
-        return super().inject_layer(tuner, config, adapter_name, target, name)
+    def stand_in(cls, base_layer: nn.Module) -> StandIn:
+        """Reads vectors of the modules' width."""
+        return StandIn(width_of(base_layer))
 
     @classmethod
     def layer_kwargs(cls, tuner: BaseTuner, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
         """The shared maps of this module, if it has no own ones."""
-        if isinstance(base_layer, Reader):
+        if isinstance(base_layer, StandIn):
             return {}
-        group = group_of(name, base_layer, config)
-        return {"maps": None if group is None else getattr(tuner.model, SHARED)[group]}
+        return {"maps": cls.shared_layer(tuner.model, name, base_layer, config)}
 
     @classmethod
     def as_lora(
@@ -112,14 +99,6 @@ class WeGeFTModel(ExtModel):
             fan_in_fan_out=transposed,
         )
         return lora, {name: layer.factors(adapter_name) for name, layer in layers.items()}
-
-
-def group_of(name: str, module: nn.Module, config: WeGeFTConfig) -> str | None:
-    """The group of modules with which this one shares its maps, a name without dots; `None` if with no other."""
-    if config.share == "none":
-        return None
-    names = [part for part in name.split(".") if not part.isdecimal()] if config.share == "target" else ["all"]
-    return "-".join([*names, str(width_of(module))])
 
 
 def width_of(module: nn.Module) -> int:
