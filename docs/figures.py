@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 
@@ -30,6 +31,7 @@ import peft_ext
 from peft_ext import (
     BinaryAdapterConfig,
     BinaryLoraConfig,
+    LoraFusionConfig,
     LoraSBConfig,
     MaskLoraCallback,
     MaskLoraConfig,
@@ -67,6 +69,7 @@ FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
         5e-3,
         [],
     ),
+    "lora_fusion": (LoraFusionConfig(modules_to_save=["classifier"]), 5e-2, []),
     "lora_sb": (LoraSBConfig(r=8, step_size=1e-4, modules_to_save=["classifier"]), 5e-3, []),
     "sct": (SCTConfig(modules_to_save=["classifier"]), 5e-3, []),
     "snell": (
@@ -83,6 +86,25 @@ FIGURES: dict[str, tuple[Any, float, list[Any]]] = {
 }
 
 
+def loras_on_pairs(base: str, folder: Path, epochs: int) -> list[str]:
+    """Three LoRAs, each trained on two of the digits; their heads are left out."""
+    found = []
+    for pair in (range(5, 7), range(7, 9), range(8, 10)):
+        data = digits(pair, train=80, validation=40)
+        inputs = with_pixels(data, AutoImageProcessor.from_pretrained(base))
+        model = AutoModelForImageClassification.from_pretrained(
+            base, **label_names(data), ignore_mismatched_sizes=True
+        )
+        lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "fc1", "fc2"], modules_to_save=["classifier"])
+        trainer = make_trainer(get_peft_model(model, lora), inputs["train"], 5e-3, epochs)
+        trainer.train()
+        path = folder / "-".join(map(str, pair))
+        trainer.model.peft_config["default"].modules_to_save = None
+        trainer.model.save_pretrained(path)
+        found.append(str(path))
+    return found
+
+
 def draw(name: str, file: Path, epochs: int = 20) -> None:
     """Trains the adapter of the method `name` and writes its figure, a PNG, to `file`."""
     config, learning_rate, callbacks = FIGURES[name]
@@ -91,10 +113,16 @@ def draw(name: str, file: Path, epochs: int = 20) -> None:
     data = digits(range(5, 10), train=200, validation=200)
     inputs = with_pixels(data, AutoImageProcessor.from_pretrained(base))
     model = AutoModelForImageClassification.from_pretrained(base, **label_names(data), ignore_mismatched_sizes=True)
+    if isinstance(config, LoraFusionConfig):
+        with tempfile.TemporaryDirectory() as folder:
+            config.adapters = loras_on_pairs(base, Path(folder), epochs)
+            model = get_peft_model(model, config)
+        config = None
     if isinstance(config, (SPTConfig, LoraSBConfig, SCTConfig)):
         batches = make_trainer(model, inputs["train"], learning_rate, epochs)
         peft_ext.calibrate(model, config, trainer=batches, num_batches=8, progress=False)
-    trainer = make_trainer(get_peft_model(model, config), inputs["train"], learning_rate, epochs)
+    adapted = model if config is None else get_peft_model(model, config)
+    trainer = make_trainer(adapted, inputs["train"], learning_rate, epochs)
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train()

@@ -108,3 +108,16 @@ def snell(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tenso
     matrix = 0.1 * (near - far)
     size = matrix.detach().abs()
     return {"weight": base["weight"] + matrix * (size - torch.quantile(size, config.sparsity)).clamp_min(0)}
+
+
+def fused_low_rank(base: Tensors, adapter: Tensors, config: Any, training: bool) -> Tensors:
+    """W + sum of w_i s_i B_i A_i, of modules with coefficients of their own."""
+    coefficients = adapter["fused_low_rank_coefficients.weight"]
+    down, up = adapter["fused_low_rank_factors.down"], adapter["fused_low_rank_factors.up"]
+    scales = adapter["fused_low_rank_factors.scales"]
+    weight, start = base["weight"], 0
+    for i, rank in enumerate(config.ranks):
+        rows = slice(start, start + rank)
+        weight = weight + coefficients[i] * scales[i] * up[:, rows] @ down[rows]
+        start += rank
+    return {"weight": weight}

@@ -71,7 +71,9 @@ def code_blocks(text: str) -> list[str]:
 def test_every_method_says_what_it_is(peft_type: str) -> None:
     method = about_of(peft_type)
     assert method.idea.endswith(".")
-    assert re.fullmatch(r"https://(arxiv\.org/abs/\d{4}\.\d{5}|par\.nsf\.gov/biblio/\d+)", method.paper)
+    assert re.fullmatch(
+        r"https://(arxiv\.org/abs/\d{4}\.\d{5}|doi\.org/10\.[\d./]+|par\.nsf\.gov/biblio/\d+)", method.paper
+    )
     assert method.paper in method.bibtex
     assert method.bibtex.count("{") == method.bibtex.count("}")
 

@@ -35,7 +35,14 @@ from test_conformance import METHODS
 from test_integrations import tokenizer
 from test_sparse_ft import lt_sft_file
 from torch.utils.data import DataLoader
-from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments, ViTModel, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainingArguments,
+    ViTModel,
+    set_seed,
+)
 
 import peft_ext
 
@@ -59,6 +66,7 @@ METHOD_PAGES = {
     "lora_sb": peft_ext.LoraSBConfig,
     "sct": peft_ext.SCTConfig,
     "snell": peft_ext.SNELLConfig,
+    "lora_fusion": peft_ext.LoraFusionConfig,
 }
 # what the rows of a reader's data are
 IMAGES, TOKENS, SENTENCES = "images", "tokens", "sentences"
@@ -130,6 +138,11 @@ def prepare(data: str) -> dict[str, Any]:
     get_peft_model(llama, german).save_pretrained("me/sft-german")
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(vit, lora).save_pretrained("my-lora")
+    for name, r in (("reviews", 4), ("news", 8)):
+        lora = LoraConfig(r=r, target_modules=["query", "value"], init_lora_weights=False)
+        get_peft_model(AutoModelForSequenceClassification.from_pretrained(BERT), lora).save_pretrained(
+            f"me/lora-{name}"
+        )
 
     train_set = rows(data)
     args = TrainingArguments(

@@ -366,7 +366,7 @@ def test_bad_input(tmp_path: Path) -> None:
     key = "base_model__model__model__layers__0__self_attn__q_proj__lora_A__weight"
     odd = rewritten(second, tmp_path / "odd", **{key: torch.zeros(3, 5)})
     refused(
-        ValueError, r"odd' does not fit this Llama.*\(3, 5\) and \(16, 3\), and the module has 16 inputs", first, odd
+        ValueError, r"odd' does not fit this model.*\(3, 5\) and \(16, 3\), and the module has 16 inputs", first, odd
     )
     broken = rewritten(second, tmp_path / "broken", **{key: torch.full((3, 16), torch.nan)})
     refused(ValueError, "no A and B of .* matrices of finite values", broken)
@@ -383,12 +383,19 @@ def test_what_else_a_lora_has_trained_is_left_out_with_a_warning(tmp_path: Path)
         get_peft_model(tiny("llama"), LoraFusionConfig(adapters=[headed]))
 
 
+def test_a_module_that_is_trained_in_full_is_not_fused() -> None:
+    config = LoraFusionConfig(adapters=two_loras("mlp"), modules_to_save=["fc2"])
+    model = get_peft_model(tiny("mlp"), config)
+    assert model.base_model.targeted_module_names == ["fc1"]
+    model.add_adapter("second", LoraFusionConfig(adapters=two_loras("mlp"), modules_to_save=["fc2"]))
+
+
 def test_a_damaged_file(tmp_path: Path) -> None:
     get_peft_model(tiny("llama"), LoraFusionConfig(adapters=two_loras("llama"))).save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
     fields = json.loads(file.read_text())
     file.write_text(json.dumps({**fields, "ranks": [2, 10**9]}))
-    with pytest.raises(ValueError, match="`ranks` of adapter_config.json says 1000000002, and no tensor"):
+    with pytest.raises(ValueError, match=r"`ranks` of adapter_config\.json says 1000000002, and no tensor"):
         PeftModel.from_pretrained(tiny("llama"), str(tmp_path))
 
 
@@ -412,23 +419,30 @@ def test_inspection_and_figure(tmp_path: Path, loras: list[str]) -> None:
 @pytest.mark.filterwarnings("ignore:.*ecompile.*", "ignore:.*quant_state.*")
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_4bit_base(magnitude: bool) -> None:
-    base = quantised_llama()
+    """Also where bitsandbytes has reordered weights for the CPU, as a forward without gradients makes it do."""
+    base, batch = quantised_llama(), inputs("llama")
     names = [name for name, module in base.named_modules() if name.endswith("q_proj")]
     config = LoraFusionConfig(adapters=["a", "b"], magnitude=magnitude, target_modules=names, ranks=[2, 1])
     model = get_peft_model(base, config)
-    for layer in [module for module in model.modules() if isinstance(module, LoraFusionLinear)]:
+    layers = [module for module in model.modules() if isinstance(module, LoraFusionLinear)]
+    torch.manual_seed(0)
+    for layer in layers:
         for tensor in layer.fused_low_rank_factors["default"].buffers():
             tensor.normal_(std=0.3)
         if magnitude:
-            layer.fused_low_rank_magnitude["default"].weight.data.fill_(2.0)
-    batch = inputs("llama")
+            layer.fused_low_rank_magnitude["default"].weight.data.fill_(1.0)
     model(**batch).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    expected = logits(model.eval(), batch)
+    weights = [layer.get_base_weight().clone() for layer in layers]
+    with torch.no_grad():
+        expected = logits(model.eval(), batch)
+    for layer, weight in zip(layers, weights, strict=True):
+        torch.testing.assert_close(layer.get_base_weight().float(), weight.float(), atol=2e-3, rtol=1e-2)
     model.merge_adapter()  # requantises to 4 bits
     assert (logits(model, batch) - expected).abs().max() < 0.5 * expected.abs().max()
+    assert all(not torch.equal(layer.get_base_weight(), w) for layer, w in zip(layers, weights, strict=True))
     model.unmerge_adapter()
-    torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(logits(model, batch), expected, atol=0.05, rtol=0.05)
 
 
 class TestMagnitudes(SavingTests, MergingTests, TrainingTests):

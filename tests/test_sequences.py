@@ -41,6 +41,7 @@ METHODS = {
     "vpt": of("vpt"),
     "sct": of("sct", reference=references.sct),
     "snell": of("snell", reference=references.snell, estimated=NOTHING),
+    "fused_low_rank": of("fused_low_rank", reference=references.fused_low_rank),
     "binary_low_rank": of(
         "binary_low_rank",
         config=partial(BinaryLoraConfig, r=2, bits=32, dropout=0.0),
@@ -136,3 +137,8 @@ class TestSCT(SequenceTests):
 class TestSNELL(SequenceTests):
     method = METHODS["snell"]
     sequences = 8
+
+
+class TestLoraFusion(SequenceTests):
+    method = METHODS["fused_low_rank"]
+    sequences = 4

@@ -6,7 +6,9 @@ the methods that cannot choose. The classification head is trained with each and
 
 from __future__ import annotations
 
+import copy
 import re
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ from peft import (
     ShiraConfig,
     SupertuningConfig,
     get_peft_model,
+    get_peft_model_state_dict,
 )
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, TrainerCallback
@@ -33,6 +37,7 @@ import peft_ext
 from peft_ext import (
     BinaryAdapterConfig,
     BinaryLoraConfig,
+    LoraFusionConfig,
     LoraSBConfig,
     MaskLoraConfig,
     PASTAConfig,
@@ -310,6 +315,36 @@ def _snell(setting: Setting, **options: Any) -> PeftConfig:
     return SNELLConfig(**options, **ranked)
 
 
+LORAS = tempfile.TemporaryDirectory(prefix="peft_ext_loras_")  # they are read when the model is adapted
+GIVEN = 4
+
+
+def _fused(setting: Setting) -> PeftConfig:
+    """Of four LoRAs, each trained on a fourth of the training batches, with a head that is left out of it.
+
+    Without data, for what a step costs, of LoRAs that are as they start.
+    """
+    paths = []
+    for part in range(GIVEN):
+        torch.manual_seed(setting.seed + part)
+        model = get_peft_model(copy.deepcopy(setting.model), LoraConfig(**setting.ranked()))
+        if setting.batches is not None:
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+            for number, batch in enumerate(setting.batches):
+                if number % GIVEN == part:
+                    model(**batch).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        path = Path(tempfile.mkdtemp(dir=LORAS.name))
+        tensors = get_peft_model_state_dict(model)
+        model.peft_config["default"].save_pretrained(str(path))
+        save_file(
+            {key: t.contiguous() for key, t in tensors.items() if ".lora_" in key}, path / "adapter_model.safetensors"
+        )
+        paths.append(str(path))
+    return LoraFusionConfig(adapters=paths, task_type=setting.task_type)
+
+
 def _vpt(setting: Setting, **options: Any) -> PeftConfig:
     return VPTConfig(task_type=setting.task_type, **options)
 
@@ -447,6 +482,7 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "snella": partial(_snell, sparsity=0.8, allocation="adaptive"),
     "sct": partial(_sct, site="attn"),
     "sct-mlp": partial(_sct, site="mlp"),
+    "fused_low_rank": _fused,
     "wegeft": partial(_wegeft, share="target"),
     "wegeft-apart": partial(_wegeft, share="none"),
     **{

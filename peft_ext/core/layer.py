@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 
 from .config import ExtConfig
-from .leaves import SharedLeaf
+from .leaves import FirstGradient, SharedLeaf
 from .targets import features_of
 
 
@@ -202,7 +201,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
                 for parameter in leaf.parameters():
                     if parameter.requires_grad and adapter not in self.learnt and not parameter._backward_hooks:
                         self.watched.add(adapter)
-                        parameter.register_hook(_FirstGradient(self, adapter))
+                        parameter.register_hook(FirstGradient(self, adapter))
 
     def finish_update(self, adapter_name: str, config: ExtConfig) -> None:
         """To be called at the end of `update_layer`: device, dtype, `requires_grad` and, for tests, a random start."""
@@ -300,6 +299,14 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         self._unmerged.setdefault(key, parameter.data)
         parameter.data = value.to(parameter.dtype)
 
+    def get_base_weight(self) -> torch.Tensor:
+        """The base layer's weight, dequantised."""
+        base = self.get_base_layer()
+        state = getattr(getattr(base, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            base.state_dict()  # bitsandbytes reorders weights for some CPUs in a forward; this puts them back
+        return super().get_base_weight()
+
     def unmerged_weight(self) -> torch.Tensor:
         """The base layer's weight as it was before any adapter of this layer was merged, dequantised."""
         if "weight" not in self._unmerged:
@@ -335,16 +342,3 @@ class ExtLayer(nn.Module, BaseTunerLayer):
                 getattr(base, key).data = value
         self._unmerged = {}
         self.merged_adapters.clear()
-
-
-class _FirstGradient:
-    """A hook on a parameter that notes in its layer that there was a gradient."""
-
-    def __init__(self, layer: ExtLayer, adapter_name: str) -> None:
-        self.layer = weakref.ref(layer)
-        self.adapter_name = adapter_name
-
-    def __call__(self, grad: torch.Tensor) -> None:
-        layer = self.layer()
-        if layer is not None:
-            layer.learnt.add(self.adapter_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -140,3 +141,16 @@ class ExactLeaf(nn.Module):
             self._exact = self.weight.data
         super().train(mode)
         return self
+
+
+class FirstGradient:
+    """A hook on a parameter that notes in its layer that there was a gradient."""
+
+    def __init__(self, layer: Any, adapter_name: str) -> None:
+        self.layer = weakref.ref(layer)
+        self.adapter_name = adapter_name
+
+    def __call__(self, grad: torch.Tensor) -> None:
+        layer = self.layer()
+        if layer is not None:
+            layer.learnt.add(self.adapter_name)

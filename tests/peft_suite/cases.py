@@ -6,10 +6,14 @@ that is clearly not the identity.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from typing import Any
 
+import torch
 import transformers as tf
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
 import peft_ext
 from peft_ext.scores import ExactScores
@@ -35,7 +39,7 @@ SSF, SPARSE, SPT, MASKS, VQT, WEGEFT, S2FT, LORA_SB, VPT, SCT, UNIPT, PASTA, SNE
     peft_ext.PASTAConfig,
     peft_ext.SNELLConfig,
 )
-BINARY = peft_ext.BinaryLoraConfig
+BINARY, FUSION = peft_ext.BinaryLoraConfig, peft_ext.LoraFusionConfig
 # of few bits it starts close to the base model, and not on it, which some of the tests ask for
 _PLAIN: Fields = {"bits": 32, "r": 4, "dropout": 0.0}
 # The published start of SSF, gamma ~ N(1, 0.02), is not quite the base model, which some of the tests ask for.
@@ -53,6 +57,27 @@ _SCHEDULE: Fields = {"total_steps": 100, "warmup_ratio": 0.0}
 _MASKED: Fields = {"groups": [{"kind": "ffn", "rows": ["lin0"], "columns": "lin1"}], "prune": ["ffn"], **_SCHEDULE}
 # the pooler of an encoder, of which the loss of the tests for features takes no notice
 _BACKBONE: Fields = {"exclude_modules": ["pooler.dense"]}
+
+
+def _loras_for_mlp() -> list[str]:
+    """Two LoRAs of the MLP in PEFT's tests, of which only the tensors are needed."""
+    found = []
+    for rank in (2, 3):
+        folder = os.path.join(_LORAS.name, f"rank{rank}")
+        LoraConfig(r=rank, target_modules=["lin0", "lin1"]).save_pretrained(folder)
+        generator = torch.Generator().manual_seed(rank)
+        sizes = {"lin0": (10, 20), "lin1": (20, 2)}
+        tensors = {}
+        for name, (inputs, outputs) in sizes.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator)
+        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
+        found.append(folder)
+    return found
+
+
+_LORAS = tempfile.TemporaryDirectory(prefix="peft_ext_loras_")
+_FUSED: Fields = {"adapters": _loras_for_mlp()}
 
 
 def _custom(name: str, model: str, config: type, targets: list[str] | str, **fields: Any) -> tuple[Any, ...]:
@@ -96,6 +121,9 @@ CUSTOM_CASES = [
     _custom("EmbConv1D BinaryLora", "EmbConv1D", BINARY, ["conv1d"], **_PLAIN),
     *(case for case in _on_common_models("SCT", SCT, _SALIENT) if case[1] != "Conv2d"),
     *(case for case in _on_common_models("SNELL", SNELL, _POINTS) if case[1] != "Conv2d"),
+    _custom("MLP LoraFusion 1", "MLP", FUSION, "lin0", init_weights="zero", **_FUSED),
+    _custom("MLP LoraFusion 2", "MLP", FUSION, ["lin0", "lin1"], init_weights="zero", **_FUSED),
+    _custom("MLP LoraFusion 3", "MLP", FUSION, ["lin0"], modules_to_save=["lin1"], init_weights="zero", **_FUSED),
     _custom("MLP MaskLora 1", "MLP", MASKS, "lin0", **_MASKED),
     _custom("MLP MaskLora 2", "MLP", MASKS, ["lin0", "lin1"], **_MASKED),
 ]
@@ -111,6 +139,7 @@ MULTI_ADAPTER_CASES = [
         ("SCT", SCT, {**_SALIENT, "init_weights": False}),
         ("SNELL", SNELL, {**_POINTS, "init_weights": False}),
         ("S2FT", S2FT, {**_CHANNELS, "init_weights": False}),
+        ("LoraFusion", FUSION, {**_FUSED, "init_weights": False}),
     )
     for kind, targets in (("same", ("lin0", "lin0")), ("different", ("lin0", "lin1")))
 ] + [("SPT same", "ours", SPT, {**_LOW_RANK, "init_weights": False}, {**_LOW_RANK, "init_weights": False})]
@@ -126,6 +155,7 @@ MIXED_BATCH_CASES = [
         ("WeGeFT", WEGEFT, {}),
         ("SCT", SCT, {"site": "mlp"}),
         ("SNELL", SNELL, _POINTS),
+        ("LoraFusion", FUSION, _FUSED),
     )
     for kind, other in (("same", "lin0"), ("different", "lin1"))
 ]
@@ -152,8 +182,8 @@ _ENCODERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 TASKS = {VQT: ("SEQ_CLS",), UNIPT: ("SEQ_CLS",), VPT: _ENCODERS, PASTA: ("CAUSAL_LM", *_ENCODERS)}
 VISION_CASES = [SSF(**_VISION), SPARSE(**_VISION, **{**_RANDOM, "num_tunable_weights": 2000})]
 
-SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB, SCT, SNELL)
-SUPPORTS_MIXED_BATCHES = (SSF, BINARY, WEGEFT, S2FT, LORA_SB, SCT, SNELL)
+SUPPORTS_CONV1D = (SSF, SPARSE, SPT, MASKS, BINARY, WEGEFT, S2FT, LORA_SB, SCT, SNELL, FUSION)
+SUPPORTS_MIXED_BATCHES = (SSF, BINARY, WEGEFT, S2FT, LORA_SB, SCT, SNELL, FUSION)
 CANNOT_MERGE = (VQT, VPT, UNIPT, PASTA)
 
 NOT_APPLICABLE = [
@@ -192,6 +222,10 @@ NOT_APPLICABLE = [
         "these tests give a config without arguments to a model of their own, which has no residual stream",
     ),
     (
+        r"test_custom_models.*\[((False|True)-)?LoraFusionConfig\]",
+        "these tests give a config without arguments, and LoRAFusion has to be given LoRAs",
+    ),
+    (
         r"test_disable_adapters(_with_merging)?\[MLP_LoRA-XS",
         "LoRA-XS starts at R ~ N(0, 1e-5), close to the base model, and not on it, as this test asks",
     ),
@@ -206,12 +240,12 @@ _EXACT = (
 )
 EXPECTED_FAILURES = [
     (
-        r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora|S2FT|LoraSB|BinaryLora|SNELL)Config",
+        r"test_adapter_dtype_autocast\[(False|True)-False-dtype[01]-.*-(SparseFT|SPT|MaskLora|S2FT|LoraSB|LoraFusion|BinaryLora|SNELL)Config",
         _EXACT,
     ),
     # T5 has parts in fp32 if the rest is in fp16 (dtype0), so that the test takes either
     (
-        r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora|S2FT|LoraSB|BinaryLora|SNELL)Config",
+        r"test_add_adapter_no_autocast_adapter_dtype\[dtype(1|0(?!.*T5))-(SparseFT|SPT|MaskLora|S2FT|LoraSB|LoraFusion|BinaryLora|SNELL)Config",
         _EXACT,
     ),
     (

@@ -6,10 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ...core import ExtConfig
 
+
+if TYPE_CHECKING:
+    from .given import Given
 
 MODES = ("deltas", "factors")
 SHARED_BY = ("block", "all", "none")
@@ -39,7 +42,7 @@ class LoraFusionConfig(ExtConfig):
     METHOD: ClassVar[str] = "FUSED_LOW_RANK"  # PEFT matches prefixes as substrings in places, and `lora_` is LoRA's
     NAMED_STARTS: ClassVar[tuple[str, ...]] = ("xavier", "zero")
     # no field: what was read of the LoRAs, until the adapter is on the model
-    given = None  # type: Given | None
+    given = cast("Given | None", None)
 
     adapters: list[str] = field(
         default_factory=list,

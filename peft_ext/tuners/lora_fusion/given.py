@@ -40,10 +40,14 @@ class GivenLora:
 
 @dataclass
 class Given:
-    """All of them, on modules of one model."""
+    """All of them."""
 
     loras: list[GivenLora]
-    features: dict[str, tuple[int, int]]  # of the modules that at least one of them adapts
+
+    @property
+    def modules(self) -> set[str]:
+        """What at least one of them adapts."""
+        return {module for lora in self.loras for module in lora.pairs}
 
     def ranks(self, module: str) -> list[int]:
         """The rank of each in a module."""
@@ -63,7 +67,7 @@ def read_all(names: list[str], model: nn.Module) -> Given:
 
     Raises:
         TypeError: One of them is no LoRA, or one of another kind than fusion takes.
-        ValueError: One is not there, or they are of different bases, or do not fit the model.
+        ValueError: One is not there, or they are of different bases, or adapt modules that the model does not have.
     """
     if not names:
         raise ValueError(
@@ -71,29 +75,28 @@ def read_all(names: list[str], model: nn.Module) -> Given:
         )
     loras = [read(name, model) for name in names]
     refuse_different_bases(loras)
-    modules = dict(unadapted_modules(model))
-    features = {}
+    there = {name for name, _ in unadapted_modules(model)}
     for lora in loras:
-        for module, (down, up) in lora.pairs.items():
-            if module not in modules:
+        if unknown := sorted(lora.pairs.keys() - there):
+            raise ValueError(
+                f"The LoRA {lora.name!r} adapts {unknown[0]!r}, which this {type(model).__name__} does not have. Fuse "
+                "LoRAs that were trained on a model of this class."
+            )
+    return Given(loras)
+
+
+def refuse_other_sizes(given: Given, modules: Mapping[str, nn.Module]) -> None:
+    """`ValueError` if factors do not fit the modules that are adapted."""
+    for lora in given.loras:
+        for name in lora.pairs.keys() & modules.keys():
+            down, up = lora.pairs[name]
+            inputs, outputs = linear_features(modules[name]) or (0, 0)
+            if down.shape[1] != inputs or up.shape[0] != outputs or down.shape[0] != up.shape[1]:
                 raise ValueError(
-                    f"The LoRA {lora.name!r} adapts {module!r}, which this {type(model).__name__} does not have. Fuse "
-                    "LoRAs that were trained on a model of this class."
+                    f"The LoRA {lora.name!r} does not fit this model: its A and B of {name!r} are {tuple(down.shape)} and "
+                    f"{tuple(up.shape)}, and the module has {inputs} inputs and {outputs} outputs. Fuse LoRAs of this "
+                    "very base."
                 )
-            found, own = linear_features(modules[module]), (down.shape[1], up.shape[0])
-            if found is None:
-                raise TypeError(
-                    f"The LoRA {lora.name!r} adapts {module!r}, a {type(modules[module]).__name__}; fusion takes LoRAs "
-                    "on Linear modules (and GPT-2's Conv1D) alone."
-                )
-            if found != own or down.shape[0] != up.shape[1]:
-                raise ValueError(
-                    f"The LoRA {lora.name!r} does not fit this {type(model).__name__}: its A and B of {module!r} are "
-                    f"{tuple(down.shape)} and {tuple(up.shape)}, and the module has {found[0]} inputs and {found[1]} "
-                    "outputs. Fuse LoRAs of this very base."
-                )
-            features[module] = found
-    return Given(loras, features)
 
 
 def refuse_different_bases(loras: list[GivenLora]) -> None:

@@ -168,7 +168,7 @@ class LoraFusionLinear(LoraFusionLayer):
         added = F.linear(F.linear(self._cast_input_dtype(x, down.dtype), down), up)
         gain = self.gain(adapter_name, down, up)
         if gain is not None:
-            bias = self.get_base_layer().bias
+            bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
             plain = (output if bias is None else output - bias).to(added.dtype)
             added = added * gain + plain * (gain - 1)
         return added.to(output.dtype)

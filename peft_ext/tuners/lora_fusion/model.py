@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer, SharingModel, StandIn, linear_features, matched_targets
+from ...core import ExtLayer, SharingModel, StandIn, is_admitted, linear_features, matched_targets
 from .config import LoraFusionConfig
-from .given import read_all, refuse_unequal_shapes
+from .given import read_all, refuse_other_sizes, refuse_unequal_shapes
 from .layer import SHARED, LoraFusionLayer, LoraFusionLinear
 
 
@@ -31,13 +31,13 @@ class LoraFusionModel(SharingModel):
         """Reads the LoRAs, and takes the modules that they adapt where the user names none."""
         if config.ranks is None:
             config.given = read_all(config.adapters, model)
-        config = super().default_targets(config, model_config, model)
-        return config
+        return super().default_targets(config, model_config, model)
 
     @classmethod
     def default_modules(cls, config: LoraFusionConfig, model: nn.Module) -> set[str]:
-        """The modules that at least one of the LoRAs adapts."""
-        return set(config.given.features) if config.given is not None else set()
+        """The modules that at least one of the LoRAs adapts, and that are not trained in full or excluded."""
+        found = config.given.modules if config.given is not None else set()
+        return {name for name in found if is_admitted(config, name)}
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
@@ -57,14 +57,15 @@ class LoraFusionModel(SharingModel):
         given = config.given
         if given is None:
             return
-        modules = [name for name, _ in matched_targets(config, model)]
-        if alone := [name for name in modules if name not in given.features]:
+        modules = dict(matched_targets(config, model))
+        if alone := [name for name in modules if name not in given.modules]:
             raise ValueError(
                 f"`target_modules` takes in {alone[0]!r}, which none of the LoRAs adapts (of {len(alone)} in all), so "
                 "there is nothing to be fused. Leave `target_modules` out to take what they adapt."
             )
+        refuse_other_sizes(given, modules)
         if config.mode == "factors":
-            refuse_unequal_shapes(given, modules)
+            refuse_unequal_shapes(given, list(modules))
         found = {name: given.ranks(name) for name in modules}
         common = Counter(map(tuple, found.values())).most_common(1)[0][0]
         config.ranks = list(common)
