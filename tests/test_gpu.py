@@ -50,7 +50,9 @@ def test_outputs_and_gradients_are_those_of_the_cpu(method: Method, name: str) -
     assert expected.keys() == found.keys()
     for key, gradient in expected.items():
         if not re.fullmatch(method.estimated, key):
-            torch.testing.assert_close(found[key], gradient, atol=1e-4, rtol=1e-2, msg=lambda text: f"{key}: {text}")
+            torch.testing.assert_close(
+                found[key], gradient, atol=1e-4, rtol=1e-2, msg=lambda text, key=key: f"{key}: {text}"
+            )
 
 
 @pytest.mark.parametrize(("method", "name"), CASES)
