@@ -10,7 +10,7 @@ Which modules these are says the table of architectures, or, in a config, an ent
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,7 @@ class Group:
     parameters: int
 
 
+ENTRY = '{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}'  # what a user may declare, in messages
 _HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
 _HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
@@ -102,7 +103,10 @@ def find_groups(
     Raises:
         ValueError: The architecture is unknown, has none of the kinds, or the modules do not have the shapes that
             the rules say.
+        TypeError: `declared` is no list of mappings.
     """
+    if isinstance(declared, str) or not isinstance(declared, Iterable | None):
+        raise TypeError(f"`groups` must be a list of {ENTRY}, or None, got {declared!r}.")
     rules = [Rule(**_as_tuples(entry)) for entry in declared] if declared is not None else _rules_of(model)
     modules = dict(unadapted_modules(model))
     found: dict[str, Group] = {}
@@ -145,13 +149,14 @@ def _reasons(model: nn.Module, obstacles: Mapping[str, str], kind: str | None = 
 
 
 def _as_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"An entry of `groups` must look like {ENTRY}, got {entry!r}.")
     try:
         fields: dict[str, Any] = {k: value if isinstance(value, str) else tuple(value) for k, value in entry.items()}
         Rule(**fields)
     except TypeError as error:
         raise ValueError(
-            f"An entry of `groups` is not understood ({error}): {dict(entry)!r}. One looks like "
-            '{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}.'
+            f"An entry of `groups` is not understood ({error}): {dict(entry)!r}. One looks like {ENTRY}."
         ) from None
     return fields
 
@@ -171,7 +176,7 @@ def _rules_of(model: nn.Module) -> list[Rule]:
     if architecture is None:
         raise ValueError(
             f"It is not known which channels of a {model_type!r} model hang together, so none is pruned. Declare it, "
-            'for example `groups=[{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}]`. Known are '
+            f"for example `groups=[{ENTRY}]`. Known are "
             f"{', '.join(name for name, entry in ARCHITECTURES.items() if entry.prunable)}."
         )
     rules = [*map(_heads_rule, architecture.attention), *map(_ffn_rule, architecture.ffn)]

@@ -844,6 +844,11 @@ def test_what_cannot_be_reached_is_refused_before_training() -> None:
     before = [name for name, _ in base.named_modules()]
     with pytest.raises(ValueError, match=r"cannot be reached within 1 %: the smallest step of these 2 groups removes"):
         get_peft_model(base, config(prune=["heads"], target_sparsity=0.2))
+    for groups in ("ffn", 3, ["ffn"]):
+        with pytest.raises(TypeError, match=r"`groups` must .*\"kind\": \"ffn\""):
+            get_peft_model(base, config(groups=groups))
+    with pytest.raises(ValueError, match=r"No layer of the 4 groups .* is named by `layers_to_transform=3`"):
+        get_peft_model(base, config(layers_to_transform=3, target_modules=["bert.encoder.layer.0.output.dense"]))
     with pytest.raises(ValueError, match="no groups of kind 'heads'"):
         get_peft_model(tiny("t5"), config(task_type=None, prune=["ffn", "heads"]))
     assert [name for name, _ in base.named_modules()] == before

@@ -255,14 +255,21 @@ class MaskLoraModel(ExtModel):
 
 
 def groups_of(config: MaskLoraConfig, model: nn.Module) -> dict[str, Group]:
-    """The groups that the config prunes."""
+    """The groups that the config prunes; a `ValueError` if none is left."""
     groups = find_groups(model, config.prune, config.groups)
     chosen = copy.copy(config)
     # PEFT takes no notice of `layers_to_transform` where a full name is given
     in_layers = config.layers_to_transform is not None
     chosen.target_modules = {key.split(".")[-1] for key in groups} if in_layers else set(groups)
     matched = {key for key, _ in matched_targets(chosen, model)}
-    return {key: group for key, group in groups.items() if key in matched}
+    left = {key: group for key, group in groups.items() if key in matched}
+    if not left:
+        raise ValueError(
+            f"No layer of the {len(groups)} groups that could be pruned is named by `layers_to_transform="
+            f"{config.layers_to_transform!r}` and `layers_pattern={config.layers_pattern!r}`: name layers that the "
+            "model has, counted from 0, or leave it out."
+        )
+    return left
 
 
 def gates_of(model: nn.Module, adapter_name: str) -> dict[str, MaskGate]:
