@@ -18,8 +18,6 @@ import razor_check
 import sampling_loss
 import tasks
 
-import runs
-
 
 SIZES = {"train": 24, "held_out": 8, "epochs": 1, "batch": 8, "length": 8}
 

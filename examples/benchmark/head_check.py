@@ -20,11 +20,11 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from compare import load_results
+from resumable import Job, caption, chosen, jobs, markdown, parsed, parser, score, title, train, work, write_between
 from tasks import Prepared
 from torch.utils.data import DataLoader
 
 import peft_ext
-from runs import Job, caption, chosen, jobs, markdown, parsed, parser, score, title, train, work, write_between
 
 
 FRESH, FITTED = "fresh head", "fitted head"

@@ -29,10 +29,7 @@ from activations import adapted
 from compare import load_results
 from cost import MIB, PRESETS, machine
 from cost import Settings as CostSettings
-from tasks import Prepared
-
-from peft_ext import activation_report, sparse_activations
-from runs import (
+from resumable import (
     FOLDER,
     Job,
     caption,
@@ -47,6 +44,9 @@ from runs import (
     work,
     write_between,
 )
+from tasks import Prepared
+
+from peft_ext import activation_report, sparse_activations
 
 
 METHODS = ("full", "lora")

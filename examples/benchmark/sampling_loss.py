@@ -21,11 +21,24 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from compare import RESULTS, load_results, settings_of, steps_of
+from resumable import (
+    Job,
+    caption,
+    chosen,
+    jobs,
+    lengths_of,
+    markdown,
+    parsed,
+    parser,
+    score,
+    train,
+    work,
+    write_between,
+)
 from tasks import Prepared
 from torch import nn
 
 import peft_ext
-from runs import Job, caption, chosen, jobs, lengths_of, markdown, parsed, parser, score, train, work, write_between
 
 
 DRAWS = 12  # in a training
