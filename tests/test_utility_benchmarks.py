@@ -27,7 +27,7 @@ def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
     """The task `cola` on the tiny model, with lengths of its own."""
     task = tasks.Task("text", "model", "accuracy", ("sentence", "label"), tasks.TASKS["cola"].files)
     monkeypatch.setitem(tasks.TASKS, "cola", task)
-    monkeypatch.setitem(runs.LENGTHS, "cola", SIZES)
+    monkeypatch.setitem(resumable.LENGTHS, "cola", SIZES)
     return folder
 
 
@@ -79,7 +79,7 @@ def test_the_rate_of_the_comparison_is_taken(small: Path, monkeypatch: pytest.Mo
     comparison = small / "compare.jsonl"
     lines = [row | {"learning_rate": rate, "validation": value} for rate, value in ((1e-3, 0.5), (3e-3, 0.6))]
     comparison.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(runs, "RESULTS", comparison)
+    monkeypatch.setattr(resumable, "RESULTS", comparison)
     found = command(razor_check, monkeypatch, small, "--methods", "lora", "--variants", "dense", "--seeds", "1")
     assert [line["learning_rate"] for line in found] == [3e-3]
     with pytest.raises(ValueError, match=r"no run of full on cola with 24 examples.*give --rates"):
@@ -99,4 +99,4 @@ def test_a_page_without_the_markers_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="has no line `<!-- heads -->`"):
-        runs.write_between(page, {"heads": "table"})
+        resumable.write_between(page, {"heads": "table"})
