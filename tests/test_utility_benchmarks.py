@@ -15,6 +15,7 @@ sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
 import compress_check
 import head_check
 import razor_check
+import resumable
 import sampling_loss
 import tasks
 
