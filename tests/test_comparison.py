@@ -12,6 +12,7 @@ from typing import Any
 
 import evaluate
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -25,9 +26,11 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 matplotlib.use("Agg")
 BENCHMARK = Path(__file__).parent.parent / "examples" / "benchmark"
 sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
+import common
 import compare
 import methods
 import pareto
+import ranks
 import tasks
 import where
 
@@ -219,6 +222,26 @@ def test_the_runner_trains_resumes_and_writes_its_table(
         command(monkeypatch, small, "kola")
 
 
+def test_a_head_is_fitted_before_all_else(
+    small: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    arguments = ["cola", "--rates", "1e-9", "--methods", "vqt", "sensitivity-drawn"]
+    fresh = command(monkeypatch, small, *arguments)
+    rows = command(monkeypatch, small, *arguments, "--fit-head")[len(fresh) :]
+    assert len(rows) == len(fresh) == 4 and not any("probe" in row for row in fresh)
+    for row in rows:
+        assert row["settings"] == f"{fresh[0]['settings']}, head fitted first"
+        assert row["probe"].keys() == {"C", "held_out", "seconds"}
+    # at a rate of nothing only the fit can have taught anything; VQT's own head reads features that tell the labels
+    assert all(row["test"] > 0.7 for row in rows if row["method"] == "vqt")
+    assert any(row["test"] > 0.2 for row in rows if row["method"] == "sensitivity-drawn")
+    assert all(row["test"] < 0.2 for row in fresh)
+    assert any(common.cache_directory().rglob("features-*.safetensors"))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, small, "gsm8k", "--methods", "lora", "--fit-head")
+
+
 def row(
     method: str, rate: float, seed: int, validation: float, test: float, metric: str = "accuracy"
 ) -> dict[str, Any]:
@@ -293,6 +316,49 @@ def test_the_table_compares_with_lora_seed_by_seed() -> None:
     rows += [row("ssf", 1e-3, seed, 0.5, 0.6 + 0.1 * seed) for seed in (0, 1)]
     text = compare.table(rows)
     assert "0.550 ± 0.071" in text and "+0.100 (+0.100 to +0.100)" in text
+
+
+def test_ranks_by_hand() -> None:
+    found = ranks.ranks_of(np.array([0.5, 0.9, 0.5, 0.1]))
+    assert found.tolist() == [2.5, 1, 2.5, 4]
+    scores = {
+        "first": {"lora": {0: 0.5, 1: 0.7}, "ssf": {0: 0.6, 1: 0.8, 2: 0.0}, "spt": {0: 0.1, 1: 0.2}},
+        "second": {"lora": {0: 0.5}, "ssf": {0: 0.4}, "spt": {0: 0.3}, "dora": {0: 1.0}},
+    }
+    assert ranks.complete(scores) == ["lora", "ssf", "spt"]  # and the third seed of SSF is nobody else's
+    found = {rank.method: rank for rank in ranks.mean_ranks(scores, "lora")}
+    assert [(name, rank.mean, rank.difference) for name, rank in found.items()] == [
+        ("lora", 1.5, 0),
+        ("ssf", 1.5, 0),
+        ("spt", 3, 1.5),
+    ]
+    assert found["ssf"].interval == (1, 2) and found["ssf"].difference_interval == (-1, 1)  # one task, or the other
+    assert found["spt"].interval == (3, 3) and found["lora"].difference_interval == (0, 0)
+    with pytest.raises(ValueError, match="dora has not been run on all of first, second"):
+        ranks.mean_ranks(scores, "dora")
+    with pytest.raises(ValueError, match="no seed in common on third"):
+        ranks.mean_ranks({"third": {"lora": {0: 0.1}, "ssf": {1: 0.2}}}, "lora")
+
+
+def test_the_interval_of_a_rank_counts_the_seeds() -> None:
+    """Two methods whose order is settled by the seed alone: with one task, each bootstrap draws two of two seeds."""
+    scores = {"only": {"lora": {0: 0.5, 1: 0.5}, "ssf": {0: 0.9, 1: 0.2}}}
+    found = {rank.method: rank for rank in ranks.mean_ranks(scores, "lora")}
+    assert found["ssf"].mean == 1 and found["ssf"].interval == (1, 2)
+
+
+def test_the_table_of_ranks(tmp_path: Path) -> None:
+    rows = [row("lora", 1e-3, seed, 0.5, 0.5) for seed in (0, 1)]
+    rows += [row("ssf", 1e-3, seed, 0.5, 0.6) for seed in (0, 1)]
+    rows += [{**row("random", 1e-3, 0, 0.5, 0.1), "budget": 0.25}]
+    losses = [("lora", 1.0), ("ssf", 2.0), ("probe", 3.0)]
+    rows += [{**row(method, 1e-3, 0, 0.5, loss, "loss"), "task": "gsm8k"} for method, loss in losses]
+    file = tmp_path / "results.md"
+    file.write_text("<!-- ranks:cola,gsm8k:lora,ssf,probe:1 -->\n<!-- /ranks -->\n")
+    compare.write_table(file, rows)
+    text = file.read_text()
+    assert "Mean rank of 2 methods on cola, gsm8k" in text and "so left out: probe." in text
+    assert "| lora | 1.5 (1.0 to 2.0) |  |" in text and "| ssf | 1.5 (1.0 to 2.0) | +0.0 (-1.0 to +1.0) |" in text
 
 
 # Figures

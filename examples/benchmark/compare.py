@@ -5,12 +5,16 @@
     python examples/benchmark/compare.py text:dair-ai/emotion:text:label            # any set on the Hub, see tasks.py
     python examples/benchmark/compare.py trec --methods examples/benchmark/experiments/ssf/*    # PEFT's own format
     python examples/benchmark/compare.py --table                                    # prints what there is
+    python examples/benchmark/compare.py signdigits@dinov2-small --fit-head         # a linear probe before all else
     python examples/benchmark/compare.py --write docs/results.md                          # puts it between the markers
 
 Every run is one line of `results/compare.jsonl`: a run that has its line is not made again, so several processes can
 share the work with `--part 0/2`, `--part 1/2`. The learning rate is chosen for each task, method and budget with the
 first seed on the validation split (never on test), and the other seeds are run with it. With `--extend` the grid of
 `--rates` grows, for every method alike, as long as the best rate is its smallest or its largest.
+
+With `--fit-head` the head is fitted to the frozen model's features (`peft_ext.linear_probe`) before any calibration and
+training, on the training data, of which a fifth chooses the regularisation. These runs are others than those without.
 
 What the methods are stands in `methods.py`, what the tasks are in `tasks.py`. Data: the parquet files of `--data` (see
 the README there), or the Hub's.
@@ -49,10 +53,13 @@ from transformers.trainer_callback import PrinterCallback
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from common import cache_directory
 from methods import LORA, METHODS, OF_THEIR_OWN_SIZE, Setting, adapt, callbacks, is_experiment
+from ranks import complete, mean_ranks
 from tasks import TASKS, Limits, Prepared, Task, exact_match, find_task, prepare, scores, splits
 
 import peft_ext
+from peft_ext.core import ExtConfig, tuner_of
 
 
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
@@ -78,6 +85,10 @@ def run(plan: Plan, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
     """Trains once; returns the line for the results."""
     task = find_task(plan.task)
     setting = setting_of(plan, args, made)
+    found: dict[str, Any] = {}
+    if args.fit_head:
+        found["probe"] = fit_head(setting.model, plan, made)
+        set_seed(plan.seed)  # again: what is drawn next does not depend on the fit
     with tempfile.TemporaryDirectory() as directory:
 
         def make_trainer(model: nn.Module) -> Trainer:
@@ -88,6 +99,8 @@ def run(plan: Plan, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
 
         start = time.perf_counter()
         model, config = adapt(plan.method, setting)
+        if args.fit_head and isinstance(config, ExtConfig) and tuner_of(config).trains_own_head:
+            found["probe"] = fit_head(model, plan, made)
         if plan.method == "lt-sft":
             model = peft_ext.lt_sft(model, config, make_trainer)  # type: ignore[arg-type]
             trainer = make_trainer(model)
@@ -95,12 +108,24 @@ def run(plan: Plan, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
             trainer = make_trainer(model)
             trainer.train()
         seconds = time.perf_counter() - start
-        found = scored(trainer, task, made)
+        found |= scored(trainer, task, made)
     if args.answers and task.kind == "causal":
         rows = splits(task, limits(args), args.data)["test"]
         rows = rows.select(range(min(args.answers, len(rows))))
         found["exact_match"] = exact_match(model, task, rows, args.data, args.length)
     return {**asdict(plan), **found, **about_run(model, seconds, task, made)}
+
+
+def fit_head(model: nn.Module, plan: Plan, made: Prepared) -> dict[str, Any]:
+    """Fits the model's head, or that of its adapter, to the training data; returns what was found.
+
+    The features of the pretrained model are kept between runs, as long as nothing but the head is drawn anew.
+    """
+    batches = DataLoader(made.data["train"], batch_size=32, collate_fn=made.collate)  # type: ignore[arg-type]
+    cache = None if isinstance(model, PeftModel) else cache_directory() / "features"
+    start = time.perf_counter()
+    probe = peft_ext.linear_probe(model, batches, seed=plan.seed, cache=cache)
+    return {"C": probe.C, "held_out": probe.score, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def setting_of(plan: Plan, args: argparse.Namespace, made: Prepared) -> Setting:
@@ -183,7 +208,8 @@ def limits(args: argparse.Namespace) -> Limits:
 def settings_of(args: argparse.Namespace) -> str:
     """What else the scores depend on, in words."""
     size = f"{args.train} examples" if args.train else "all examples"
-    return f"{size}, {args.epochs} epochs of batches of {args.batch}, at most {args.length} tokens"
+    text = f"{size}, {args.epochs} epochs of batches of {args.batch}, at most {args.length} tokens"
+    return f"{text}, head fitted first" if getattr(args, "fit_head", False) else text
 
 
 def load_results(file: Path) -> list[dict[str, Any]]:
@@ -246,13 +272,56 @@ def plans(args: argparse.Namespace) -> Iterator[Plan]:
 # Tables
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """In Markdown: mean and standard deviation over the seeds on test, and the paired difference from LoRA."""
-    cells: dict[tuple[str, str, float, str], dict[int, dict[str, Any]]] = {}
+Cell = tuple[str, str, float, str]  # task, method, budget, settings
+
+
+def chosen(rows: Sequence[dict[str, Any]]) -> dict[Cell, dict[int, dict[str, Any]]]:
+    """The runs with the learning rate that was chosen, by cell and seed."""
+    cells: dict[Cell, dict[int, dict[str, Any]]] = {}
     for row in rows:
         key = (row["task"], row["method"], row["budget"], row["settings"])
         if row["learning_rate"] == best_rate(rows, *key):
             cells.setdefault(key, {})[row["seed"]] = row
+    return cells
+
+
+def rank_table(rows: Sequence[dict[str, Any]], budget: float = 1.0) -> str:
+    """In Markdown: the mean rank of each method over the tasks on test, and its difference from LoRA's, with intervals.
+
+    Raises:
+        ValueError: LoRA was not run on all tasks.
+    """
+    cells = chosen(rows)
+    names = _names([(task, settings) for task, _, _, settings in cells])
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    for (task, method, share, settings), seeds in cells.items():
+        if share == budget or method in OF_THEIR_OWN_SIZE:
+            found = scores.setdefault(names[task, settings], {})
+            found[method] = {
+                seed: -row["test"] if row["metric"] == "loss" else row["test"] for seed, row in seeds.items()
+            }
+    lines = ["| method | mean rank | minus LoRA's |", "|---|---:|---:|"]
+    for rank in mean_ranks(scores, LORA):
+        low, high = rank.interval
+        against = ""
+        if rank.method != LORA:
+            bounds = "{:+.1f} to {:+.1f}".format(*rank.difference_interval)
+            against = f"{rank.difference:+.1f} ({bounds})"
+        lines.append(f"| {rank.method} | {rank.mean:.1f} ({low:.1f} to {high:.1f}) | {against} |")
+    all_methods = dict.fromkeys(method for found in scores.values() for method in found)
+    ranked = complete(scores)
+    missing = [method for method in all_methods if method not in ranked]
+    caption = (
+        f"Mean rank of {len(ranked)} methods on {', '.join(scores)} (test, budget x {budget:g}; 1 is the best). In "
+        "brackets a 95 % bootstrap interval over tasks and, within them, over the seeds that all methods have."
+        + (f" Not on all tasks, and so left out: {', '.join(missing)}." if missing else "")
+    )
+    return "\n".join([caption, "", *lines])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """In Markdown: mean and standard deviation over the seeds on test, and the paired difference from LoRA."""
+    cells = chosen(rows)
     lines = [
         "| task (metric) | method | trained with head | learning rate | test | minus LoRA, same seeds | s a run |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -308,10 +377,13 @@ def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]
 
 
 def write_table(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Puts tables between `<!-- compare:TASK,TASK:METHOD,METHOD -->` and `<!-- /compare -->`; `*` takes all."""
+    """Puts tables between `<!-- compare:TASK,TASK:METHOD,METHOD -->` and `<!-- /compare -->`; `*` takes all.
 
-    def filled(match: re.Match[str]) -> str:
-        tasks, methods = (part.split(",") for part in match[2].split(":"))
+    Between `<!-- ranks:TASKS:METHODS:BUDGET -->` and `<!-- /ranks -->` the mean ranks are put.
+    """
+
+    def own_of(which: str, who: str) -> list[dict[str, Any]]:
+        tasks, methods = which.split(","), who.split(",")
         own = [
             row
             for row in rows
@@ -319,11 +391,23 @@ def write_table(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         ]
         if "*" not in tasks + methods:  # in the order in which the marker names them
             own.sort(key=lambda row: (tasks.index(row["task"]), methods.index(row["method"]), -row["budget"]))
-        return f"{match[1]}\n{table(own)}\n{match[3]}"
+        return own
 
-    pattern = r"(<!-- compare:(\S+) -->)\n.*?(<!-- /compare -->)"
-    text, count = re.subn(pattern, filled, file.read_text(encoding="utf-8"), flags=re.DOTALL)
-    if not count:
+    def filled(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{table(own_of(match[2], match[3]))}\n{match[4]}"
+
+    def ranked(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{rank_table(own_of(match[2], match[3]), float(match[4]))}\n{match[5]}"
+
+    text = file.read_text(encoding="utf-8")
+    found = 0
+    for pattern, fill in (
+        (r"(<!-- compare:([^\s:]+):([^\s:]+) -->)\n.*?(<!-- /compare -->)", filled),
+        (r"(<!-- ranks:([^\s:]+):([^\s:]+):([\d.]+) -->)\n.*?(<!-- /ranks -->)", ranked),
+    ):
+        text, count = re.subn(pattern, fill, text, flags=re.DOTALL)
+        found += count
+    if not found:
         raise ValueError(f"{file} has no line `<!-- compare:TASKS:METHODS -->` followed by `<!-- /compare -->`")
     file.write_text(text, encoding="utf-8")
 
@@ -353,19 +437,22 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64, help="tokens at most")
+    parser.add_argument("--fit-head", action="store_true", help="fit the head to frozen features before all else")
     parser.add_argument("--answers", type=int, default=0, help="generated answers for the exact match of causal tasks")
     parser.add_argument("--part", default="0/1", help="this process's share of the work, as number/processes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[3] / "shared" / "data")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--ranks", type=float, metavar="BUDGET", help="print mean ranks over all tasks with results")
     parser.add_argument("--write", type=Path, help="a file with markers for the tables")
     args = parser.parse_args()
     try:
-        for name in args.tasks:
-            find_task(name)
+        kinds = {name: find_task(name).kind for name in args.tasks}
     except ValueError as error:
         parser.error(str(error))
+    if args.fit_head and (headless := [name for name, kind in kinds.items() if kind == "causal"]):
+        parser.error(f"--fit-head: the model of {headless[0]} makes no logits of classes, so it has no head to fit")
     if unknown := [name for name in args.methods if name not in METHODS and not is_experiment(name)]:
         parser.error(f"no method and no folder with an adapter_config.json: {unknown[0]!r}")
     quiet(args.threads)
@@ -385,6 +472,8 @@ def main() -> None:
             f"{row['validation']:.4f} validation, {row['test']:.4f} test, {row['seconds']:.0f} s"
         )
     rows = load_results(args.results)
+    if args.ranks is not None:
+        print(rank_table(rows, args.ranks))
     if args.table:
         print(table(rows))
     if args.write:
