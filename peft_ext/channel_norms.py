@@ -4,7 +4,8 @@ The norm of channel c at a site, over all tokens x of the samples of a class, av
 
     norm_c = mean over classes of sqrt(sum of x_c^2)
 
-Without classes it is the norm over everything. Tokens that the attention mask leaves out do not count.
+Without classes it is the norm over everything. Tokens that the attention mask leaves out do not count. Of a site with a
+`row`, the mean of that row over the samples of each class is taken instead.
 """
 
 from __future__ import annotations
@@ -33,46 +34,58 @@ class ChannelSite:
         side: `"inputs"` or `"outputs"`; of several the first.
         skip: Tokens at the beginning of a sample that do not count.
         by_class: By the whole numbers in a batch's `labels` `(B,)`, if it has such.
+        row: The one token of a sample whose values are added up, as they are; `None`: the squares of all.
     """
 
     module: str
     side: str
     skip: int = 0
     by_class: bool = False
+    row: int | None = None
 
 
 class ChannelNorms:
-    """Sums of squares by site, class and channel, in fp64 on the host.
+    """Sums of squares, or of the values of one row, by site, class and channel, in fp64 on the host.
 
     Attributes:
+        sums, counts: By site and class: the sums `(C,)`, and of how many samples they are.
         batches: How many batches they come from.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
+        self.counts: dict[str, dict[int, int]] = {}
         self.batches = 0
 
-    def add(self, name: str, squares: torch.Tensor, classes: torch.Tensor) -> None:
-        """Adds squares `(B, C)` of samples of these classes `(B,)`."""
-        own = self.sums.setdefault(name, {})
+    def add(self, name: str, values: torch.Tensor, classes: torch.Tensor) -> None:
+        """Adds the squares, or the values, `(B, C)` of samples of these classes `(B,)`."""
         for label in classes.unique().tolist():
-            total = squares[classes == label].sum(0, dtype=torch.float64).cpu()
-            own[label] = own[label] + total if label in own else total
+            chosen = values[classes == label]
+            self._add(name, label, chosen.sum(0, dtype=torch.float64).cpu(), len(chosen))
+
+    def _add(self, name: str, label: int, total: torch.Tensor, count: int) -> None:
+        sums, counts = self.sums.setdefault(name, {}), self.counts.setdefault(name, {})
+        sums[label] = sums[label] + total if label in sums else total
+        counts[label] = counts.get(label, 0) + count
 
     def of(self, name: str) -> torch.Tensor:
         """The norms `(C,)` of a site, in the mean over the classes."""
         return torch.stack([sums.sqrt() for _, sums in sorted(self.sums[name].items())]).mean(0)
 
+    def means(self, name: str) -> dict[int, torch.Tensor]:
+        """The mean `(C,)` over the samples of each class, of a site with a `row`; the classes in their order."""
+        counts = self.counts[name]
+        return {label: sums / counts[label] for label, sums in sorted(self.sums[name].items())}
+
     def gather(self) -> None:
         """Adds up the sums of all processes."""
         parts: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(parts, self.sums)
-        self.sums = {}
-        for part in parts:
-            for name, by_class in part.items():
-                own = self.sums.setdefault(name, {})
-                for label, sums in by_class.items():
-                    own[label] = own[label] + sums if label in own else sums
+        distributed.all_gather_object(parts, (self.sums, self.counts))
+        self.sums, self.counts = {}, {}
+        for sums, counts in parts:
+            for name, by_class in sums.items():
+                for label, total in by_class.items():
+                    self._add(name, label, total, counts[name][label])
 
 
 @torch.no_grad()
@@ -94,7 +107,7 @@ def measure_channels(
     current: dict[str, Any] = {}
 
     def take(name: str, site: ChannelSite, activations: Any) -> None:
-        norms.add(name, *_squares(activations, site, current["batch"]))
+        norms.add(name, *_values(activations, site, current["batch"]))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -127,20 +140,24 @@ def _hook(module: nn.Module, side: str, take: Callable[[Any], None]) -> Any:
     )
 
 
-def _squares(activations: Any, site: ChannelSite, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The squares by sample `(B, C)` and the samples' classes `(B,)`."""
+def _values(activations: Any, site: ChannelSite, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squares, or the values of the row, by sample `(B, C)` and the samples' classes `(B,)`."""
     x = activations[0] if isinstance(activations, tuple) else activations
     fields: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
     mask, labels = (value if isinstance(value, torch.Tensor) else None for value in map(fields.get, _TOLD))
     if mask is not None and mask.ndim == 2 and x.ndim == 2 and len(x) == mask.numel():
         x = x.view(*mask.shape, -1)  # some models fold the tokens into the batch
+    values = x[:, site.row].float() if site.row is not None else _squares(x, site, mask)
+    is_told = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
+    if site.by_class and is_told and labels is not None and len(values) % len(labels) == 0:
+        # the windows of an image follow one another
+        return values, labels.repeat_interleave(len(values) // len(labels))
+    return values, torch.zeros(len(values), dtype=torch.long, device=values.device)
+
+
+def _squares(x: torch.Tensor, site: ChannelSite, mask: torch.Tensor | None) -> torch.Tensor:
+    """The squares `(B, C)`, summed over the tokens that count."""
     squares = x.float().square()
     if mask is not None and squares.shape[:2] == mask.shape:
         squares = squares * mask[..., None].to(squares.dtype)
-    if squares.ndim > 2:
-        squares = squares[:, site.skip :].flatten(1, -2).sum(1)
-    is_told = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
-    if site.by_class and is_told and labels is not None and len(squares) % len(labels) == 0:
-        # the windows of an image follow one another
-        return squares, labels.repeat_interleave(len(squares) // len(labels))
-    return squares, torch.zeros(len(squares), dtype=torch.long, device=squares.device)
+    return squares[:, site.skip :].flatten(1, -2).sum(1) if squares.ndim > 2 else squares

@@ -32,6 +32,19 @@ def test_norms_by_class_against_a_plain_computation() -> None:
     assert again.batches == 3
 
 
+def test_means_of_a_row_by_class() -> None:
+    model = tiny("vit").double()
+    batch = {key: v.double() if v.is_floating_point() else v for key, v in inputs("vit", batch=6).items()}
+    batch["labels"] = torch.tensor([2, 0, 2, 0, 0, 1])
+    states = model(**batch, output_hidden_states=True).hidden_states[1].detach()  # after the first block
+    site = ChannelSite("vit.layers.0", "outputs", by_class=True, row=0)
+    parts = [{key: part[i] for key, part in _split(batch, [1, 5]).items()} for i in range(2)]
+    found = measure_channels(model, {"block": site}, parts).means("block")
+    assert list(found) == [0, 1, 2]
+    for label, mean in found.items():
+        torch.testing.assert_close(mean, states[batch["labels"] == label][:, 0].mean(0), atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 def test_padding_does_not_count(side: str) -> None:
     model, batch = tiny("bert"), inputs("bert", batch=3)

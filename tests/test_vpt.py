@@ -515,6 +515,96 @@ def test_start_from_another_adapter(deep: bool, tmp_path: Path) -> None:
         get_peft_model(tiny("vit"), VPTConfig(init_weights=str(tmp_path / "lora")))
 
 
+# A start at the class tokens of the frozen model
+
+
+def class_tokens(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """By block: the mean of the first token of each class, behind the block, one sample after the other."""
+    found: dict[str, dict[int, list[torch.Tensor]]] = {}
+    for row, label in enumerate(batch["labels"].tolist()):
+        kept: dict[str, torch.Tensor] = {}
+        hooks = [
+            model.get_submodule(block.name).register_forward_hook(
+                lambda _, args, output, name=block.name, kept=kept: kept.update({name: output[0, 0]})
+            )
+            for block in describe(model).blocks
+            if "text_model" not in block.name
+        ]
+        with torch.no_grad():
+            model(**{key: value[row : row + 1] for key, value in batch.items()})
+        for hook in hooks:
+            hook.remove()
+        for name, token in kept.items():
+            found.setdefault(name, {}).setdefault(label, []).append(token)
+    return {
+        name: torch.stack([torch.stack(tokens).mean(0) for _, tokens in sorted(by_class.items())])
+        for name, by_class in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("vit", {}),
+        ("dinov2_with_registers", {"layers_to_transform": [1]}),
+        ("clip_image", {"share_layers": True}),
+        ("bert", {"deep": False, "kv_tokens": 1}),
+    ],
+)
+def test_start_at_class_tokens(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    batch = inputs(name, batch=9)
+    batch["labels"] = torch.tensor([2, 0, 1, 2, 2, 0, 1, 1, 2])
+    if "input_ids" in batch:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][3, 4:] = 0
+    base = tiny(name)
+    expected = class_tokens(base, batch)
+    if fields.get("share_layers") or not fields.get("deep", True):
+        expected = dict([list(expected.items())[-1]])
+    parts = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 4), slice(4, 9))]
+    config = VPTConfig(num_tokens=3, init_weights="class-tokens", **fields)
+    with pytest.raises(ValueError, match=r"config = peft_ext.calibrate\(model, config, dataloader\)"):
+        get_peft_model(base, config)
+    assert peft_ext.calibrate(base, config, parts, progress=False) is config
+    config.save_pretrained(str(tmp_path / "config"))
+    read = VPTConfig.from_pretrained(str(tmp_path / "config"))
+    for given in (config, read):
+        model = get_peft_model(tiny(name), given)
+        own = model.peft_config["default"]
+        assert own.init_weights is True and own.support is None and given.init_weights == "class-tokens"
+        rows = [layer.vpt_prompts["default"]().detach() for layer in layers_of(model)]
+        places = fields.get("layers_to_transform", range(len(rows)))
+        for place, found in zip(places, rows, strict=True):
+            wanted = list(expected.values())[place if len(expected) > 1 else 0]
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "calibration.safetensors").exists()
+    again = PeftModel.from_pretrained(tiny(name), tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_class_tokens_that_cannot_be_prompts() -> None:
+    batch = inputs("vit", batch=4)
+    batch["labels"] = torch.tensor([0, 1, 1, 0])
+
+    def calibrated(name: str = "vit", data: dict[str, Any] = batch, **fields: Any) -> VPTConfig:
+        config = VPTConfig(**{"num_tokens": 2, "init_weights": "class-tokens", **fields})
+        return peft_ext.calibrate(tiny(name), config, [data], progress=False)
+
+    with pytest.raises(ValueError, match=r"the batches hold 2, while `num_tokens` is 5: set `num_tokens=2`"):
+        calibrated(num_tokens=5)
+    with pytest.raises(ValueError, match="the batches hold 1"):
+        calibrated(data={"pixel_values": batch["pixel_values"]})
+    with pytest.raises(ValueError, match="has none"):
+        calibrated("siglip_image")
+    with pytest.raises(ValueError, match="leave `project_dim` out"):
+        calibrated(project_dim=4)
+    with pytest.raises(TypeError, match="looks at no data"):
+        calibrated(init_weights=True)
+    with pytest.raises(ValueError, match="another model, other layers"):
+        get_peft_model(tiny("vit", num_hidden_layers=3), calibrated())
+
+
 # Pruning
 
 
@@ -659,6 +749,7 @@ def test_refused_models(name: str, fields: dict[str, Any], match: str) -> None:
         ({"pruned_segments": [[1]]}, ValueError, "`pruned_segments` must be a list"),
         ({"layers_pattern": "layers", "layers_to_transform": [0]}, ValueError, "`layers_pattern` has no use"),
         ({"init_weights": 3}, ValueError, "an adapter's directory or name"),
+        ({"init_weights": ""}, ValueError, "'class-tokens'"),
     ],
 )
 def test_bad_fields(fields: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ...core import ExtConfig
+import torch
+
+from ...core import CalibratedConfig
 
 
+CLASS_TOKENS = "class-tokens"
 SEGMENTS = 16  # of a prompt, as published: segment j holds the channels j, j + 16, j + 32, ...
 
 
 @dataclass
-class VPTConfig(ExtConfig):
+class VPTConfig(CalibratedConfig):
     """The config of visual prompt tuning (VPT), which works on text encoders too.
 
     The head is not part of the method: name a fresh one in `modules_to_save` (images), or set `task_type` (text).
@@ -31,6 +34,8 @@ class VPTConfig(ExtConfig):
         pruned_segments: The segments of each prompt that are fixed at zero; written by [`prune_prompts`].
         init_weights: `True` is the published initialisation; `False` adds noise to it, for tests. A directory or the
             name of a repository on the Hub: the prompts of that VPT adapter, averaged in groups where it has more.
+            `"class-tokens"`: a prompt for each class, the mean class token of its samples behind that layer, for which
+            [`calibrate`] is needed.
         layers_to_transform: Index, or indices, of the layers that get prompts, for example `range(6)`; `None`: all.
         target_modules: The blocks by name, instead of `layers_to_transform`; for a model with several towers.
 
@@ -41,6 +46,7 @@ class VPTConfig(ExtConfig):
     METHOD: ClassVar[str] = "VPT"
     SIZES: ClassVar[tuple[str, ...]] = ("num_tokens", "project_dim")
     STARTS_FROM_ADAPTER: ClassVar[bool] = True
+    NAMED_STARTS: ClassVar[tuple[str, ...]] = (CLASS_TOKENS,)
 
     num_tokens: int = field(default=10, metadata={"help": "Number of prompts (per layer)."})
     deep: bool = field(default=True, metadata={"help": "Prompts of its own for each layer, or one set that travels."})
@@ -83,6 +89,10 @@ class VPTConfig(ExtConfig):
             )
         if not self.share_kv and not self.kv_tokens:
             raise ValueError("`share_kv=False` has no use without `kv_tokens`, which is 0.")
+        if self.init_weights == CLASS_TOKENS and self.project_dim is not None:
+            raise ValueError(
+                f"`init_weights={CLASS_TOKENS!r}` gives prompts of the model's width: leave `project_dim` out."
+            )
         if self.layers_pattern is not None:
             raise ValueError("`layers_pattern` has no use for VPT, which knows the layers; use `layers_to_transform`.")
 
@@ -95,6 +105,14 @@ class VPTConfig(ExtConfig):
                 f"`pruned_segments` must be a list of segments from 0 to {SEGMENTS - 1} for each of the "
                 f"{self.num_tokens} prompts, got {self.pruned_segments!r}. It is written by `peft_ext.prune_prompts`."
             )
+
+    def check_support(self, support: dict[str, torch.Tensor], where: str) -> None:
+        """`ValueError` if the class tokens of the file `where` cannot be prompts of this config."""
+        for name, rows in support.items():
+            if rows.ndim != 2 or len(rows) != self.num_tokens or not bool(rows.isfinite().all()):
+                raise ValueError(
+                    f"The calibration in {where} is damaged: {name!r} is no {self.num_tokens} rows of finite numbers."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""

@@ -21,16 +21,15 @@ import inspect
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import load_peft_weights
 from torch import nn
 
 from ...architectures import ARCHITECTURES, Attention, Block, describe, patch_inputs
-from ...core import ExtLayer, ExtModel, head_modules, is_admitted, matched_targets
-from .config import VPTConfig
+from ...channel_norms import ChannelSite
+from ...core import ExtLayer, ExtModel, Row, head_modules, is_admitted, matched_targets
+from .config import CLASS_TOKENS, VPTConfig
 from .layer import CHILD, VPTLayer
-from .leaves import Elsewhere, Rows
+from .starts import check_start, start
 
 
 class VPTModel(ExtModel):
@@ -102,8 +101,8 @@ class VPTModel(ExtModel):
             )
         if not config.deep:
             refuse_shallow(config, model, set(targets))
-        if isinstance(config.init_weights, str) and not (config.inference_mode or config.awaits_weights):
-            rows_of_adapter(config)
+        if not (config.inference_mode or config.awaits_weights):
+            check_start(config, targets if config.deep and not config.share_layers else [blocks_of(model)[-1].name])
 
     @classmethod
     def inject_layer(
@@ -131,10 +130,47 @@ class VPTModel(ExtModel):
 
     @classmethod
     def finish_injection(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
-        """Starts from the prompts of another adapter, if `init_weights` names one."""
-        if isinstance(config.init_weights, str) and not (config.inference_mode or config.awaits_weights):
-            _start_from(rows_of_adapter(config), model, config, adapter_name)
-            config.init_weights = True  # so that a copy of the adapter does not need the other one's files
+        """Starts from class tokens, or from the prompts of another adapter, if `init_weights` says so."""
+        start(model, config, adapter_name)
+
+    # Calibration, for `init_weights="class-tokens"`
+
+    @classmethod
+    def kind_for(cls, config: Any) -> str:
+        return "activation" if config.init_weights == CLASS_TOKENS else cls.scores_kind
+
+    @classmethod
+    def channel_sites(cls, config: Any, model: nn.Module) -> dict[str, Any]:
+        """The class token that each block puts out, by the block; if all share their prompts, that of the last."""
+        targets = list(cls.resolved_targets(config, model))
+        refuse_no_class_token(model)
+        if not config.deep or config.share_layers:
+            targets = [blocks_of(model)[-1].name]
+        return {name: ChannelSite(name, "outputs", by_class=True, row=0) for name in targets}
+
+    @classmethod
+    def take_scores(cls, config: Any, model: nn.Module, scores: Any) -> None:
+        """Takes the mean class token of each class as a prompt; the classes in their order."""
+        support: dict[str, torch.Tensor] = {}
+        for name in scores.sums:
+            means = scores.means(name)
+            if len(means) != config.num_tokens:
+                raise ValueError(
+                    f"`init_weights={CLASS_TOKENS!r}` makes a prompt of each class, and the batches hold {len(means)}, "
+                    f"while `num_tokens` is {config.num_tokens}: set `num_tokens={len(means)}`, or look at more "
+                    "batches; they need `labels` of shape (samples,)."
+                )
+            support[name] = torch.stack(list(means.values())).float()
+        config.support = support
+
+    @classmethod
+    def calibration_report(cls, config: Any, full: bool) -> tuple[str, list[Row]]:
+        """Of each block: how far apart the classes are, as a share of their size."""
+        rows: list[Row] = []
+        for name, prompts in (config.support or {}).items():
+            apart = (prompts - prompts.mean(0)).norm() / prompts.norm()
+            rows.append({"block": name, "classes": len(prompts), "between them": f"{apart:.3f}"})
+        return "Mean class tokens as prompts", rows
 
 
 # Which blocks
@@ -219,54 +255,13 @@ def _names_of(model: nn.Module, name: str) -> tuple[Attention, bool]:
     return block.attention[0].names, block is stack[-1]
 
 
-# A start from another adapter
-
-
-def rows_of_adapter(config: VPTConfig) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter that `init_weights` names, by their keys.
-
-    Raises:
-        ValueError: It is no VPT adapter, or its prompts are too few or made in another way.
-    """
-    source = str(config.init_weights)
-    theirs = PeftConfig.from_pretrained(source)
-    if theirs.peft_type != PeftType(config.METHOD):
+def refuse_no_class_token(model: nn.Module) -> None:
+    """Raises `ValueError` for a model of images without a class token; the first token of a text stands for it."""
+    config: Any = model.config
+    architecture = describe(model).architecture
+    is_image = any(hasattr(part, "patch_size") for part in (config, getattr(config, "vision_config", None)))
+    if is_image and (architecture is None or not architecture.leading_rows):
         raise ValueError(
-            f"`init_weights` names {source!r}, an adapter of the method {theirs.peft_type.value}, not VPT."
+            f"`init_weights={CLASS_TOKENS!r}` needs a class token, and a {type(model).__name__} has none. Use "
+            "`init_weights=True`."
         )
-    for name in ("deep", "share_layers", "project_dim", "kv_tokens", "share_kv"):
-        if getattr(theirs, name) != getattr(config, name):
-            raise ValueError(
-                f"`init_weights` names {source!r}, whose `{name}` is {getattr(theirs, name)!r}; this config says "
-                f"{getattr(config, name)!r}. They must be the same."
-            )
-    if theirs.num_tokens < config.num_tokens:
-        raise ValueError(
-            f"`init_weights` names {source!r}, which has {theirs.num_tokens} prompts, fewer than `num_tokens`, "
-            f"{config.num_tokens}: groups of them are averaged, so it must have as many or more."
-        )
-    return {key: value for key, value in load_peft_weights(source, device="cpu").items() if ".vpt_" in key}
-
-
-@torch.no_grad()
-def _start_from(tensors: dict[str, torch.Tensor], model: nn.Module, config: VPTConfig, adapter_name: str) -> None:
-    by_site = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, VPTLayer):
-            continue
-        for container in layer.adapter_layer_names:
-            leaves = getattr(layer, container)
-            if adapter_name not in leaves or isinstance(leaves[adapter_name], Elsewhere):
-                continue
-            for part, parameter in leaves[adapter_name].named_parameters():
-                value = by_site.get(f"{name}.{container}.{part}")
-                if value is not None and isinstance(leaves[adapter_name], Rows) and container == "vpt_prompts":
-                    value = torch.stack([group.mean(0) for group in value.tensor_split(config.num_tokens)])
-                if value is None or value.shape != parameter.shape:
-                    found = "has none" if value is None else f"has the shape {tuple(value.shape)}"
-                    raise ValueError(
-                        f"`init_weights` names {config.init_weights!r}, which {found} for {name!r}; this model needs "
-                        f"{tuple(parameter.shape)}."
-                    )
-                if not parameter.is_meta:
-                    parameter.copy_(value)
