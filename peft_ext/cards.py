@@ -279,7 +279,7 @@ def _usage(saved: _Saved, info: CardInfo, method: Method) -> str:
         code.append(f"base = {loaded}" if base_class else f"base = ...  # the {own} that the adapter was trained on")
         subfolder = f', subfolder="{saved.subfolder}"' if saved.subfolder else ""
         code.append(f'model = PeftModel.from_pretrained(base, "{info.repo_id or "path/to/adapter"}"{subfolder})')
-        if about.merges:
+        if about.merges_with(saved.config):
             code.append("model = model.merge_and_unload()  # optional: folds the adapter into the base's weights")
     else:
         lines.append("The adapter is merged into the weights: the model is loaded like any other of its class.")

@@ -38,7 +38,9 @@ def _load() -> ModuleType:
 
 cost = _load()
 VQT, PASTA, UNIPT = (cost.COST_NAMES[name] for name in ("vqt", "pasta", "unipt"))
-UNMERGED = {cost.COST_NAMES[name.lower()] for name, method in methods().items() if not method.about.merges}
+UNMERGED = {  # as it is by default
+    cost.COST_NAMES[name.lower()] for name, m in methods().items() if not m.about.merges_with(vars(m.config()))
+}
 SETTINGS = cost.Settings(rounds=2, warmup=1, threads=1)
 ONE_ROUND = cost.Settings(rounds=1, warmup=0, threads=1)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

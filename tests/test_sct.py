@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassificat
 import peft_ext
 from peft_ext import SCTConfig, SSFConfig, inspection
 from peft_ext.architectures import ARCHITECTURES, describe
+from peft_ext.cli import main
 from peft_ext.core import about_of, tuner_of, unadapted_modules
 from peft_ext.testing.method import random_scores
 from peft_ext.tuners.sct import SCTLayer
@@ -389,3 +390,22 @@ def test_unloading_takes_the_hooks_off() -> None:
     unloaded = model.unload()
     assert not any(module._forward_pre_hooks for _, module in unadapted_modules(unloaded))
     assert describe(unloaded).blocks
+
+
+@pytest.mark.parametrize("site", ["attn", "mlp"])
+def test_what_is_said_of_merging(site: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The card and the command line, of a method of which only some adapters can be merged."""
+    base = tiny("llama")
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, chosen(base, site=site, task_type="CAUSAL_LM"))
+    randomize(adapted)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    assert ("merge_and_unload" in (tmp_path / "adapter" / "README.md").read_text()) == (site == "mlp")
+    command = ["export", str(tmp_path / "adapter"), "--to", "merged", "--output", str(tmp_path / "out")]
+    if site == "mlp":
+        assert not main(command)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(logits(merged, inputs("llama")), logits(adapted.eval(), inputs("llama")))
+    else:
+        assert main(command) and "no weight makes the residual stream" in " ".join(capsys.readouterr().err.split())

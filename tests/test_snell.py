@@ -14,10 +14,11 @@ from models import inputs, logits, tiny
 from peft import PeftModel, get_peft_model
 from test_integrations import quantised_llama
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 import peft_ext
 from peft_ext import SNELLConfig, inspection
+from peft_ext.cli import main
 from peft_ext.core import about_of
 from peft_ext.tuners.snell import SNELLLinear, kernel
 from peft_ext.tuners.snell.allocation import allocate, first_kept, sparsity_at
@@ -421,3 +422,14 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 6}))
     with pytest.raises(RuntimeError, match=r"(?s)does not fit this model.*size mismatch"):
         peft_ext.load(tmp_path, tiny("llama"))
+
+
+def test_the_command_line_writes_a_sparse_adapter(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, SNELLConfig(r=4, sparsity=0.8, task_type="CAUSAL_LM")).eval()
+    randomize(adapted)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    assert not main(["export", str(tmp_path / "adapter"), "--to", "sparse", "--output", str(tmp_path / "out")])
+    loaded = PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "out")).eval()
+    torch.testing.assert_close(logits(loaded, inputs("llama")), logits(adapted, inputs("llama")))

@@ -463,7 +463,9 @@ class Job:
 
     def merged(self) -> nn.Module | None:
         """A merged copy; `None` for what is no adapter or cannot be merged."""
-        if not isinstance(self.model, PeftModel) or not about_of(self.model.peft_type).merges:
+        if not isinstance(self.model, PeftModel):
+            return None
+        if not about_of(self.model.peft_type).merges_with(vars(self.model.active_peft_config)):
             return None
         return copy.deepcopy(self.model).merge_and_unload()
 

@@ -125,7 +125,7 @@ def _writer(adapter: Adapter, form: str) -> Write:
         BadInput: The method does not offer it; the message says what would work.
     """
     about = about_of(adapter.method)
-    offered = _forms(adapter.method)
+    offered = _forms(adapter)
     if form in offered:
         return offered[form]
     if form == "merged" and about.limits:
@@ -148,10 +148,10 @@ def _writer(adapter: Adapter, form: str) -> Write:
     raise BadInput(f"{adapter.source} is of the method {adapter.method}, {advice}")
 
 
-def _forms(peft_type: str) -> dict[str, Write]:
-    """The forms that adapters of a method can be written in."""
-    about, method = about_of(peft_type), method_of(peft_type)
-    forms: dict[str, Write] = {"merged": _write_merged} if about.merges else {}
+def _forms(adapter: Adapter) -> dict[str, Write]:
+    """The forms that an adapter can be written in."""
+    about, method = about_of(adapter.method), method_of(adapter.method)
+    forms: dict[str, Write] = {"merged": _write_merged} if about.merges_with(adapter.config) else {}
     if method is not None and method.cuts:
         forms["pruned"] = _write_pruned
     for form, write in about.exports().items():

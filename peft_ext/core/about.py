@@ -114,6 +114,10 @@ class About:
 
     # Models
 
+    def merges_with(self, config: Mapping[str, Any]) -> bool:
+        """Whether adapters with these fields of their config can be merged, for methods of which only some can."""
+        return self.merges
+
     def pictures(self, model: nn.Module, adapter_name: str, **inputs: Any) -> list[Picture]:
         """What `plots.plot` draws of an adapter on a model; `inputs` are what the caller gave besides.
 

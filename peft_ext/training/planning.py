@@ -253,7 +253,7 @@ def _methods(kind: str, chosen: Iterable[str] | None) -> dict[str, Method]:
     for name in names:
         method = registered[name]
         adapt = partial(_adapted, config_class=method.config, task=TASKS[kind])
-        found[name] = (method.about.name, method.about.merges, adapt)
+        found[name] = (method.about.name, method.about.merges_with(vars(method.config())), adapt)
     return found
 
 

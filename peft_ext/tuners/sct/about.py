@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,10 @@ class SCTAbout(About):
         if matrix.shape != (len(indices), len(indices)):
             raise adapter.misfit(f"the map of {site.module!r} is {tuple(matrix.shape)}, for {len(indices)} channels")
         return {"channels": len(indices)}, {"channels": OnChannels(matrix, indices)}
+
+    def merges_with(self, config: Mapping[str, Any]) -> bool:
+        """Not at the residual stream."""
+        return config.get("site", "attn") != "attn"
 
     def pictures(self, model: nn.Module, adapter_name: str, **inputs: Any) -> list[Picture]:
         """The norm of each map, and in how many layers a channel is tuned that is tuned in this one.
