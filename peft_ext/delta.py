@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from .core import HALF, ExactLeaf, ExtLayer, linear_features
 from .core.schedule import exempt_from_weight_decay, listen_to_steps
+from .core.sharding import call_with, held_by, refusal
 from .sparse import (
     Gradient,
     LinearOperation,
@@ -34,6 +34,7 @@ _NO_SUPPORT = (
     "adapter was loaded, so the tuned weights would be arbitrary. Give the config its support before `get_peft_model`, "
     "with `peft_ext.calibrate(...)` or `config.use_support(...)`, or load the adapter with `PeftModel.from_pretrained`."
 )
+INSTEAD = "a fixed support such as `selection='random'`"
 
 
 class Tracker(Protocol):
@@ -59,6 +60,9 @@ class Tracker(Protocol):
 
     def was_written(self, leaf: SparseDelta) -> bool:
         """Whether the leaf was written to in place, so that its indices must be decoded anew."""
+
+    def see(self, values: torch.Tensor) -> None:
+        """A forward reads the values `(k,)`, all of them, also where a process holds a part only."""
 
 
 class SparseDelta(ExactLeaf):
@@ -233,7 +237,10 @@ class SparseDelta(ExactLeaf):
 
         They are read by calling, for FSDP gathers `weight` only while a leaf runs, and frees it afterwards.
         """
-        return self.weight.float() if self.weight.dtype in HALF else self.weight.clone()
+        values: torch.Tensor = self.weight.float() if self.weight.dtype in HALF else self.weight.clone()
+        if self.tracker is not None and not torch.compiler.is_compiling():
+            self.tracker.see(values.detach())
+        return values
 
     def extra_repr(self) -> str:
         return f"{self.k} of {self.size}"
@@ -246,6 +253,7 @@ class SparseDelta(ExactLeaf):
             raise ValueError(_NO_SUPPORT)
         if self.tracker is None:
             return
+        self._refuse_flattened(optimizer)
         if self.weight.dtype in HALF:
             raise ValueError(
                 f"The values of a sparse adapter are in {self.weight.dtype}, where small updates are lost. Call "
@@ -259,9 +267,14 @@ class SparseDelta(ExactLeaf):
             self.tracker.after_step(self, optimizer, group, taken)
 
     def foreign_step(self, optimizer: Optimizer) -> None:
-        """Notices training that leaves the values out."""
+        """Notices training that leaves the values out, or holds them elsewhere."""
         if self.tracker is not None:
+            self._refuse_flattened(optimizer)
             self.tracker.foreign_step(self, optimizer)
+
+    def _refuse_flattened(self, optimizer: Optimizer) -> None:
+        if (holder := held_by(self, optimizer)) is not None:
+            raise refusal(f"A sparse adapter whose support moves ({self.tracker.selection!r})", holder, INSTEAD)
 
 
 class DeltaLayer(ExtLayer):
@@ -307,7 +320,8 @@ class DeltaLayer(ExtLayer):
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module with W + S for the weight, S being the sum over the adapters."""
         if self.op is None:
-            return functional_call(self.base_layer, self._effective(adapters), args, kwargs)
+            output: torch.Tensor = call_with(self.base_layer, self._effective(adapters), args, kwargs)
+            return output
         if kwargs or len(args) != 1:
             raise TypeError(f"A sparse adapter on {type(self.base_layer).__name__} takes one positional argument.")
         return self._with_bias(self._with_weight(adapters, args[0]), adapters)

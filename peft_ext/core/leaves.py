@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .schedule import exempt_from_weight_decay
+from .sharding import note_weight
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -113,6 +114,11 @@ class ExactLeaf(nn.Module):
 
     weight: Any
     _exact: torch.Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            note_weight(self, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

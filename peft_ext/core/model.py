@@ -11,7 +11,13 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftType, TaskType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+    _maybe_include_all_linear_layers,
+)
 from peft.utils import get_quantization_kwargs
 from peft.utils.constants import DUMMY_MODEL_CONFIG
 from peft.utils.other import _get_submodules
@@ -25,6 +31,7 @@ from .hooks import MethodHooks
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
+from .sharding import plain_name
 from .stored import Stored, packed, refuse_other_shapes, without_inner
 from .targets import (
     is_admitted,
@@ -254,6 +261,9 @@ class ExtModel(MethodHooks, BaseTuner):
     ) -> dict[str, torch.Tensor]:
         warn_of_idle_layers(model, [adapter_name])
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
+        # PEFT looks for names with FSDP1's wrappers in them, which a full state dict does not have
+        prefixes = {plain_name(prefix) for prefix in _get_tuner_state_dict_key_prefixes(model)}
+        tensors |= _filter_state_dict_by_key_prefixes(kwargs["state_dict"], prefixes)
         tensors = packed(model, adapter_name, cls.prefix, tensors)
         tensors = {without_inner(key): tensor for key, tensor in tensors.items()}
         return cls.stored_tensors(model, config, adapter_name, tensors)

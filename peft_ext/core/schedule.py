@@ -4,8 +4,8 @@ Neither `Trainer` nor a bare loop tells a tuner that a step was taken, so tuners
 which see every `torch.optim.Optimizer`, fused or not, wrapped by accelerate or not. One pair of hooks serves the whole
 process: it is installed when the first module asks for something and removed with the last one.
 
-Optimizers that keep flattened copies of many parameters (DeepSpeed) no longer hold the parameters themselves; what is
-promised here does not reach them.
+Optimizers that keep flattened copies of many parameters (DeepSpeed) no longer hold the parameters themselves. What is
+promised here does not reach them; `sharding.py` tells who they are, and refuses what would be broken.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+
+from .sharding import refuse_flattened_decay
 
 
 class StepListener(Protocol):
@@ -58,6 +60,7 @@ _listeners: MutableSet[Any] = weakref.WeakSet()
 _found: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # by `optimizer_of`
 _last_search = -1  # the backward in which it last looked
 _making_state: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose step under way moves nothing
+_checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whether it can leave parameters undecayed
 _hooked_step = Optimizer.profile_hook_step(lambda self: None).__code__  # the frame around every step
 _handles: list[RemovableHandle] = []
 
@@ -193,6 +196,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
     if _is_nested(optimizer):
         return None
     _making_state.discard(optimizer)
+    if optimizer not in _checked:
+        _checked.add(optimizer)
+        refuse_flattened_decay(optimizer, _undecayed)
     if len(_listeners) and _counts(optimizer):
         closure = (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
         if not closure and _makes_state_only(optimizer):

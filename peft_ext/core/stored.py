@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .layer import ExtLayer
+from .sharding import plain_named_modules, unwrapped
 
 
 SHOWN = 8  # faults in one message
@@ -27,7 +28,10 @@ def packed(
         stored_parts: Any = getattr(leaf, "stored_parts", None)
         if stored_parts is None:
             continue
-        parts = list(leaf.state_dict())
+        parts = [
+            "weight",
+            *(part for part, _ in leaf.named_buffers()),
+        ]  # `state_dict` would gather where it is sharded
         start = next((start for start in spellings(in_model) if all(start + part in result for part in parts)), None)
         if start is None:
             raise KeyError(f"The state dict lacks tensors of {in_file.removesuffix('.')!r}: {', '.join(parts)}.")
@@ -38,13 +42,13 @@ def packed(
 
 def leaves_of(model: nn.Module, adapter_name: str, prefix: str) -> Iterator[tuple[str, str, nn.Module]]:
     """Of each leaf of an adapter: the beginning of its keys in a file, that in the model, and the leaf."""
-    for name, layer in model.named_modules():
+    for name, layer in plain_named_modules(model):
         if not isinstance(layer, ExtLayer):
             continue
         for container in layer.adapter_layer_names:
             leaves: nn.ModuleDict = getattr(layer, container)
             if container.startswith(prefix) and adapter_name in leaves:
-                yield f"{name}.{container}.", f"{name}.{container}.{adapter_name}.", leaves[adapter_name]
+                yield f"{name}.{container}.", f"{name}.{container}.{adapter_name}.", unwrapped(leaves[adapter_name])
 
 
 def spellings(key: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..core import HALF, ExactLeaf
 from ..core.schedule import listen_to_steps, optimizer_of
+from ..core.sharding import owned_weight, put, whole
 from .codebook import Coded, coded_size, decode, encode, latents, used_values
 
 
@@ -102,11 +103,12 @@ class LowBitMatrix(FullMatrix):
 
     def _latents(self) -> torch.Tensor:
         """Those behind what was loaded: the optimizer's, the leaf's own, or ones that fit."""
-        optimizer = optimizer_of(self.weight)
-        kept = optimizer.state[self.weight].get(LATENT) if optimizer is not None else None
-        for candidate in (kept, self.weight.detach()):
+        owned = owned_weight(self)
+        optimizer = optimizer_of(owned)
+        kept = optimizer.state[owned].get(LATENT) if optimizer is not None else None
+        for candidate in (kept, self.weight):
             if candidate is not None and candidate.shape == self.shape:
-                candidate = candidate.to(self.codes.device, self._stats().dtype)
+                candidate = whole(candidate).to(self.codes.device, self._stats().dtype)
                 if torch.equal(encode(candidate, self.bits).codes, self.codes):
                     return candidate
         return latents(Coded(self.codes, self._stats()), self.bits, self.shape)
@@ -114,8 +116,7 @@ class LowBitMatrix(FullMatrix):
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """From the first step on the latents are what acts."""
         if self._loaded() is not None and self.weight.shape == self.shape:
-            with torch.no_grad():
-                self.weight.copy_(self._latents())
+            put(self.weight, self._latents())
             self._count_latents()
 
     def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from ...core import ExactLeaf
 from ...core.schedule import exempt_from_weight_decay, listen_to_steps
+from ...core.sharding import held_by, part_like, put, refusal, whole
 from ...groups import Group
 from .config import MaskLoraConfig
 
@@ -112,8 +113,8 @@ class MaskGate(ExactLeaf):
         )
 
     def logits(self) -> torch.Tensor:
-        """`(units,)` in fp32."""
-        return self.weight.float() * self.rate
+        """`(units,)` in fp32, detached; gathered where each process holds a part of them."""
+        return whole(self.weight).float() * self.rate
 
     @torch.no_grad()
     def fix(self, kept: torch.Tensor) -> None:
@@ -145,13 +146,14 @@ class MaskGate(ExactLeaf):
                 # distributed training wants a gradient, if only of zero, for every parameter in every step
                 mask = (torch.ones_like(self.weight) if mask is None else mask) + 0 * self.weight.float()
             return mask
-        noisy = self.logits() + schedule.noise_of(self)
+        noisy = self.weight.float() * self.rate + schedule.noise_of(self)
         soft = torch.sigmoid(noisy / schedule.temperature)
         return (noisy > 0).float() + soft - soft.detach()
 
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Adds the gradient of the penalty; raises `ValueError` if the masks cannot learn."""
         if self.schedule is not None:
+            self._refuse_flattened(optimizer)
             self.schedule.before_step(self, optimizer, closure)
 
     def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
@@ -160,7 +162,13 @@ class MaskGate(ExactLeaf):
             self.schedule.after_step(self, taken)
 
     def foreign_step(self, optimizer: Optimizer) -> None:
-        """Of no concern."""
+        """Of no concern, unless that optimizer holds the logits in a flattened copy."""
+        if self.schedule is not None:
+            self._refuse_flattened(optimizer)
+
+    def _refuse_flattened(self, optimizer: Optimizer) -> None:
+        if (holder := held_by(self, optimizer)) is not None:
+            raise refusal("Mask-pruning LoRA", holder, "LoRA without masks")
 
     def extra_repr(self) -> str:
         return f"{self.group.units} units, {self.group.kind}"
@@ -271,13 +279,13 @@ class MaskSchedule:
                 "penalty cannot be added to them. Use `target_sparsity`, or an optimizer without a closure."
             )
         share = self.costs[gate.index] / self.total_cost
-        gradient = penalty_gradient(gate.logits().detach(), share, self.config.penalty) * gate.rate
+        gradient = penalty_gradient(gate.logits(), share, self.config.penalty) * gate.rate
         scale = getattr(optimizer, "grad_scale", None)  # under a GradScaler the gradients of a fused optimizer have it
         if scale is not None:
             gradient = gradient * scale
         if gate.weight.grad is None:
             gate.weight.grad = torch.zeros_like(gate.weight)
-        gate.weight.grad += gradient.to(gate.weight.grad.dtype)
+        gate.weight.grad += part_like(gradient, gate.weight.grad)
 
     def after_step(self, gate: MaskGate, taken: bool) -> None:
         """Notes the step; the last one of a round counts, holds the target, and decides when the time has come."""
@@ -303,7 +311,7 @@ class MaskSchedule:
         if self.config.target_sparsity is not None and self.target > 0:
             self._hold(self.target)
         device = self.gates[0].weight.device
-        self._finite = torch.stack([gate.weight.sum().to(device) for gate in self.gates]).isfinite().all()
+        self._finite = torch.stack([whole(gate.weight).sum().to(device) for gate in self.gates]).isfinite().all()
         if self._step >= end:
             self.decide()
 
@@ -326,15 +334,15 @@ class MaskSchedule:
         )
         shift = shift_to(logits, costs.to(device), target)
         for gate in self.gates:
-            gate.weight += (shift / gate.rate).to(gate.weight.device, gate.weight.dtype)
+            weight = whole(gate.weight)
+            put(gate.weight, weight + (shift / gate.rate).to(weight))
 
     def decide(self) -> None:
         """Fixes the masks of all gates; a `ValueError` if their logits are not finite."""
-        self._finite = torch.tensor(all(bool(gate.weight.isfinite().all()) for gate in self.gates))
+        logits = [gate.logits().cpu() for gate in self.gates]
+        self._finite = torch.tensor(all(bool(values.isfinite().all()) for values in logits))
         self._check_finite()
-        kept = choose(
-            [gate.logits().detach().cpu() for gate in self.gates], [g.group for g in self.gates], self.config
-        )
+        kept = choose(logits, [g.group for g in self.gates], self.config)
         for gate, units in zip(self.gates, kept, strict=True):
             gate.fix(units)
 

@@ -331,6 +331,6 @@ def keep_ratios(model: nn.Module, adapter_name: str | None = None) -> dict[str, 
     """
     gates = _gates(model, adapter_name)
     return {
-        name: float((gate.kept.float() if gate.is_fixed else gate.logits().detach().sigmoid()).mean())
+        name: float((gate.kept.float() if gate.is_fixed else gate.logits().sigmoid()).mean())
         for name, gate in gates.items()
     }

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ...core import HALF, ExactLeaf, ExtLayer
+from ...core.sharding import unwrapped
 from .channels import Channels
 from .config import S2FTConfig
 
@@ -69,17 +70,19 @@ class ChannelBlock(ExactLeaf):
         """The weights, in fp32 at least, as a new tensor: FSDP frees its own when the leaf's forward ends."""
         return self.weight.float() if self.weight.dtype in HALF else self.weight.clone()
 
-    def added(self, x: torch.Tensor) -> torch.Tensor:
+    def added(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`(..., outputs)` for input channels, `(..., k)` for output channels, of x `(..., inputs)`.
+
+        The weight is what calling the leaf gives.
 
         Of the input, only what this product reads is kept for the backward: `(..., k)` of input channels.
         """
-        weight = self().to(x.dtype)
+        weight = weight.to(x.dtype)
         return F.linear(x.index_select(-1, self.chosen()) if self.side == "inputs" else x, weight)
 
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """y `(..., outputs)` with what the channels add."""
-        added = self.added(x).to(y.dtype)
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """y `(..., outputs)` with what the channels add; the weight is what calling the leaf gives."""
+        added = self.added(x, weight).to(y.dtype)
         return y + added if self.side == "inputs" else y.index_add(-1, self.chosen(), added)
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,14 +112,18 @@ class S2FTLinear(ExtLayer):
 
     def block(self, adapter_name: str) -> ChannelBlock:
         """What an adapter adds here."""
-        found = self.s2ft_block[adapter_name]
+        found = unwrapped(self.s2ft_block[adapter_name])
         assert isinstance(found, ChannelBlock)
         return found
+
+    def _add_to(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        # what FSDP1 has wrapped gathers the weight only where the wrapper is called
+        return self.block(adapter_name).add_to(y, x, self.s2ft_block[adapter_name]())
 
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         y, x = self.base_layer(*args, **kwargs), args[0]
         for name in adapters:
-            y = self.block(name).add_to(y, x)
+            y = self._add_to(y, x, name)
         return y
 
     def mixed_batch_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -124,12 +131,12 @@ class S2FTLinear(ExtLayer):
         names = self.names_of_rows(adapter_names, len(x))
         for adapter in self.present(dict.fromkeys(adapter_names)):
             rows = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=x.device)
-            y = y.index_copy(0, rows, self.block(adapter).add_to(y[rows], x[rows]))
+            y = y.index_copy(0, rows, self._add_to(y[rows], x[rows], adapter))
         return y
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         block, weight = self.block(adapter_name), self.get_base_weight()
-        added = block()
+        added = self.s2ft_block[adapter_name]()
         is_transposed = isinstance(self.get_base_layer(), Conv1D)
         total = weight.to(torch.promote_types(weight.dtype, added.dtype), copy=True)
         dim = 1 if (block.side == "inputs") != is_transposed else 0

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ...core.sharding import plain_named_modules, unwrapped
 from ...delta import SparseDelta
 from ...sparse import top_indices
 from .layer import SparseFTLayer
@@ -14,12 +15,12 @@ from .layer import SparseFTLayer
 
 def deltas(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseDelta]]:
     """The deltas of an adapter by the name of the module that they are on (`"<module>.bias"` for a bias's)."""
-    for name, module in model.named_modules():
+    for name, module in plain_named_modules(model):
         if isinstance(module, SparseFTLayer):
             name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
             for container, suffix in ((module.deltas, ""), (module.bias_deltas, ".bias")):
                 if adapter_name in container:
-                    leaf = container[adapter_name]
+                    leaf = unwrapped(container[adapter_name])
                     assert isinstance(leaf, SparseDelta)
                     yield name + suffix, leaf
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from ...core.sharding import put, whole
 from ...sparse import Gradient, is_in
 from .optimizer_state import STATE, movable_state
 from .spiel import AgTracker
@@ -61,28 +62,32 @@ class BelowTracker(Tracker):
         """Takes frozen values out of the step."""
         super().before_step(leaf, optimizer, group, closure)
         if self.frozen is not None:
-            self._kept = leaf.weight.data[self.frozen].clone()
+            self._kept = whole(leaf.weight)[self.frozen].clone()
             if leaf.weight.grad is not None and not closure:
-                leaf.weight.grad[self.frozen] = 0.0
+                put(leaf.weight.grad, whole(leaf.weight.grad).masked_fill(self.frozen, 0.0))
 
     @torch.no_grad()
     def after_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
         """Puts frozen values back, which momentum or decay may have moved, counts, and reselects if it is time."""
         if self.frozen is not None and self._kept is not None:
-            leaf.weight.data[self.frozen] = self._kept
+            values = whole(leaf.weight).clone()
+            values[self.frozen] = self._kept
+            put(leaf.weight, values)
         self._kept = None
         if taken and leaf.weight.grad is not None:
             self.step += 1
             if self.step == self.reselect_at:
+                assert self.config.threshold is not None
+                values = whole(leaf.weight)
                 weights = self.base_weight().reshape(-1)[leaf.indices().long()]
-                left = (weights.to(leaf.weight) + leaf.weight).abs() >= self.config.threshold
+                left = (weights.to(values) + values).abs() >= self.config.threshold
                 self.frozen = left if self.frozen is None else self.frozen | left
                 self.reselections.append((self.step, int(left.sum())))
         if leaf.weight.grad is not None:
             self._store(leaf, optimizer)
 
     def _tensors(self, leaf: SparseDelta) -> dict[str, torch.Tensor | int]:
-        none = torch.zeros_like(leaf.weight.data)
+        none = torch.zeros(leaf.k, dtype=leaf.weight.dtype, device=leaf.weight.device)
         return {"frozen": none if self.frozen is None else self.frozen.to(none)}
 
     def _load(self, leaf: SparseDelta, state: dict[str, Any]) -> None:
@@ -98,14 +103,18 @@ class GrowingTracker(AgTracker):
     active: torch.Tensor | None = None  # (k,) of booleans
 
     def _active_of(self, leaf: SparseDelta) -> torch.Tensor:
-        if self.active is None or len(self.active) != leaf.weight.numel():
-            self.active = leaf.weight.detach() != 0  # an adapter that is trained further keeps what it has
+        if self.active is None or len(self.active) != leaf.k:
+            self.active = whole(leaf.weight) != 0  # an adapter that is trained further keeps what it has
         return self.active
 
-    def _begin(self, leaf: SparseDelta) -> None:
-        super()._begin(leaf)
-        self.active = None
-        self._active_of(leaf)
+    def see(self, values: torch.Tensor) -> None:
+        """Takes note of what takes part at the start, which the first backward asks for."""
+        if not self._searched:
+            self.active = values != 0
+
+    def _begin(self, values: torch.Tensor) -> None:
+        super()._begin(values)
+        self.active = values != 0
 
     def _number(self, k: int) -> int:
         """How many indices the step under way adds."""
@@ -130,7 +139,7 @@ class GrowingTracker(AgTracker):
             inside = taken[torch.searchsorted(taken, start) : torch.searchsorted(taken, stop)] - start
             return self._score(magnitude, weights[start:stop]).index_fill_(0, inside, -1.0)
 
-        return gradient.top_indices(CANDIDATES * self._number(leaf.weight.numel()), score)
+        return gradient.top_indices(CANDIDATES * self._number(leaf.k), score)
 
     def miss_total_steps(self) -> None:
         """There is no pace to grow at."""
@@ -156,7 +165,8 @@ class GrowingTracker(AgTracker):
             if self._measured is not None:
                 self._grow(leaf, optimizer, self._measured)
         if leaf.weight.grad is not None:
-            leaf.weight.grad[~self._active_of(leaf)] = 0.0
+            waiting = ~self._active_of(leaf)
+            put(leaf.weight.grad, whole(leaf.weight.grad).masked_fill(waiting, 0.0))
 
     @torch.no_grad()
     def _grow(self, leaf: SparseDelta, optimizer: Optimizer, gradients: torch.Tensor) -> None:

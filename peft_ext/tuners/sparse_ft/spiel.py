@@ -43,6 +43,7 @@ from torch import distributed
 from torch.optim import Optimizer
 
 from ...core import stable_generator
+from ...core.sharding import is_sharded, owned_weight, put, whole, world_size
 from ...sparse import Gradient, drawn_keys, is_in, top_indices
 from .optimizer_state import PER_VALUE, SPLIT, STATE, movable_state, seeds_of
 from .tracker import Tracker, warn_once
@@ -136,15 +137,13 @@ class AgTracker(SpielTracker):
     def observe(self, leaf: SparseDelta, gradient: Gradient, values: torch.Tensor) -> None:
         """Names the candidates if there are none yet, and adds to their gradients."""
         super().observe(leaf, gradient, values)
-        k = leaf.weight.numel()
+        k = leaf.k
         if not self.is_gathering(k):
             return
         backward = torch._C._current_graph_task_id()
-        if self._pending is not None and backward != self._backward:
-            # a step that a gradient scaler (or the user) skipped never got here, but its gradient was thrown away
-            grad = leaf.weight.grad
-            if grad is None or (not grad.any() and bool(self._raw.any())):  # type: ignore[union-attr]
-                self._discard_step()
+        # a step that a gradient scaler (or the user) skipped never got here, but its gradient was thrown away
+        if self._pending is not None and backward != self._backward and _was_thrown_away(leaf, self._raw):
+            self._discard_step()
         self._backward = backward
         if self.candidates is None:
             self.candidates = self._name_candidates(leaf, gradient)
@@ -157,12 +156,12 @@ class AgTracker(SpielTracker):
         # an optimizer is new to us at its first step: what that step's backward has named and gathered is still right
         under_way = (self.candidates, self._pending, self._raw, self._backward) if self.count == 0 else None
         super()._resume(leaf, optimizer)
-        if under_way is not None and self.count == 0 and self.is_gathering(leaf.weight.numel()):
+        if under_way is not None and self.count == 0 and self.is_gathering(leaf.k):
             self.candidates, self._pending, self._raw, self._backward = under_way
 
     def _name_candidates(self, leaf: SparseDelta, gradient: Gradient) -> torch.Tensor:
         """The indices, sorted, whose gradients are gathered from now on."""
-        return gradient.top_indices(leaf.weight.numel(), self._drawing(leaf))
+        return gradient.top_indices(leaf.k, self._drawing(leaf))
 
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Takes the step's gradients while nothing has changed them any more."""
@@ -174,10 +173,13 @@ class AgTracker(SpielTracker):
     @torch.no_grad()
     def _measure(self, leaf: SparseDelta, optimizer: Optimizer) -> None:
         """The candidates' gradients as the optimizer sees gradients: averaged, unscaled, clipped."""
-        if self.is_gathering(leaf.weight.numel()):
+        if self.is_gathering(leaf.k):
             self._share(leaf)
-        grad = leaf.weight.grad
+        grad = None if leaf.weight.grad is None else whole(leaf.weight.grad)
         if self._pending is None or self._raw is None or grad is None:
+            return
+        if is_sharded(leaf.weight) and not bool(self._raw.isfinite().all()):
+            self._discard_step()  # what a skipped step has left, which could not be told in the backward
             return
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
@@ -196,10 +198,10 @@ class AgTracker(SpielTracker):
 
         All take part, also those whose batches did not reach the module, or the others would wait for ever.
         """
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        world = world_size()
+        if world == 1:
             return
-        k, device = leaf.weight.numel(), leaf.weight.device
-        world, rank = distributed.get_world_size(), distributed.get_rank()
+        k, device, rank = leaf.k, leaf.weight.device, distributed.get_rank()
         counts = torch.tensor([0 if self._pending is None else len(self._pending)], device=device)
         every = [torch.zeros_like(counts) for _ in range(world)]
         distributed.all_gather(every, counts)
@@ -248,7 +250,7 @@ class AgTracker(SpielTracker):
             self.square_sums = squares if self.square_sums is None else self.square_sums + squares
             self.count += 1
         self._discard_step()
-        number = self.number_at(leaf.weight.numel(), due)
+        number = self.number_at(leaf.k, due)
         if self.step == due:
             if number and self.candidates is not None:
                 self._reselect(leaf, optimizer, group, number)
@@ -264,7 +266,7 @@ class AgTracker(SpielTracker):
         self._store(leaf, optimizer)
 
     def _tensors(self, leaf: SparseDelta) -> dict[str, torch.Tensor | int]:
-        sums = leaf.weight.new_zeros(4, leaf.weight.numel())
+        sums = torch.zeros(4, leaf.k, dtype=leaf.weight.dtype, device=leaf.weight.device)
         if self.count and self.candidates is not None and self.sums is not None and self.square_sums is not None:
             parts = (self.candidates // SPLIT, self.candidates % SPLIT, self.sums, self.square_sums)
             for row, part in zip(sums, parts, strict=True):
@@ -284,7 +286,7 @@ class AgTracker(SpielTracker):
         assert self.candidates is not None and self.sums is not None and self.square_sums is not None
         indices = leaf.indices().long()
         # smallest first; stable, so that all processes drop the same
-        leaving = leaf.weight.data.abs().sort(stable=True).indices[:number]
+        leaving = whole(leaf.weight).abs().sort(stable=True).indices[:number]
         stays = torch.ones_like(indices, dtype=torch.bool)
         stays[leaving] = False
         pool = (~is_in(self.candidates, indices[stays])).nonzero().squeeze(1)
@@ -297,6 +299,18 @@ class AgTracker(SpielTracker):
         mean, mean_square = self.sums[chosen] / self.count, self.square_sums[chosen] / self.count
         state = optimizer.state.get(leaf.weight, {})
         self._move(leaf, optimizer, leaving, places, seeds_of(group, state, mean, mean_square, self.count))
+
+
+def _was_thrown_away(leaf: SparseDelta, raw: torch.Tensor | None) -> bool:
+    """Whether the gradient of the micro-batches before this one is gone, though no step was made.
+
+    Of a sharded leaf that cannot be told here, in the middle of a backward: its gradient may be elsewhere until it is
+    reduced.
+    """
+    if is_sharded(owned_weight(leaf)):
+        return False
+    grad = leaf.weight.grad if leaf.weight.is_leaf else None  # under FSDP1 it may be a view
+    return grad is None or (raw is not None and not grad.any() and bool(raw.any()))
 
 
 class MaTracker(SpielTracker):
@@ -338,10 +352,10 @@ class MaTracker(SpielTracker):
             grad = grad / self._scale
         if group.get("maximize"):
             grad = -grad
-        self._update(leaf, grad, group)
+        self._update(leaf, whole(grad), group)
         due = self.next_reselection()
         self.step += 1
-        number = self.number_at(leaf.weight.numel(), due)
+        number = self.number_at(leaf.k, due)
         if self.step == due and number:
             self._reselect(leaf, optimizer, number)
         self._store(leaf, optimizer)
@@ -373,8 +387,8 @@ class MaTracker(SpielTracker):
         nu = torch.minimum(rows[row], columns[column]) + grad.square()
         rows.scatter_reduce_(0, row, nu, "amax")  # running maxima: what has left the support still counts
         columns.scatter_reduce_(0, column, nu, "amax")
-        leaf.weight.sub_(group["lr"] * grad / (nu + 1e-8).sqrt())
-        leaf.weight.mul_(1 - group["lr"] * group.get("weight_decay", 0.0))
+        values = whole(leaf.weight) - group["lr"] * grad / (nu + 1e-8).sqrt()
+        put(leaf.weight, values * (1 - group["lr"] * group.get("weight_decay", 0.0)))
 
     def _reselect(self, leaf: SparseDelta, optimizer: Optimizer, number: int) -> None:
         rows, columns = self._accumulators(leaf)
@@ -391,5 +405,5 @@ class MaTracker(SpielTracker):
             return block if drawing is None else drawing(block, start, stop)
 
         grown = top_indices(scores, self.op.n, number)
-        leaving = leaf.weight.data.abs().sort(stable=True).indices[: len(grown)]
+        leaving = whole(leaf.weight).abs().sort(stable=True).indices[: len(grown)]
         self._move(leaf, optimizer, leaving, grown, {})

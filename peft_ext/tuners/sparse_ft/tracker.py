@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from ...core.schedule import is_sharded, optimizer_of
+from ...core.sharding import owned_weight, put, whole
 from ...sparse import Gradient, Operation
 from .averages import averages_of, forget, move_along, note_copy, refuse_mixture
 from .config import SparseFTConfig
@@ -45,11 +46,19 @@ class Tracker:
         self.fresh = True  # the values were all zero when the run began
         self._foreign = 0
         self._searched = False
+        self._is_new = True  # what the values were when the run began is not known yet
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._known_state = 0  # which `optimizer.state` it was; loading one makes another
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": None, "_searched": False, "_known_state": 0, "_layer": None}
+        return {
+            **self.__dict__,
+            "_optimizer": None,
+            "_searched": False,
+            "_is_new": True,
+            "_known_state": 0,
+            "_layer": None,
+        }
 
     def enter(self, layer: DeltaLayer) -> None:
         """A forward through the layer that the delta is on begins."""
@@ -60,7 +69,12 @@ class Tracker:
         """The weight that the delta is on."""
         layer = self._layer() if self._layer is not None else None
         assert layer is not None
-        return layer.get_base_weight().detach()
+        return whole(layer.get_base_weight())
+
+    @property
+    def selection(self) -> str:
+        """The config's."""
+        return self.config.selection
 
     @property
     def op(self) -> Operation:
@@ -75,24 +89,30 @@ class Tracker:
         self.backwards += 1
         optimizer = self._optimizer() if self._optimizer is not None else None
         if not self._searched:
-            self._begin(leaf)
-            optimizer = optimizer_of(leaf.weight)
+            self._searched = True
+            optimizer = optimizer_of(owned_weight(leaf))
         elif self._optimizer is not None and optimizer is None:  # gone: another run begins, perhaps with this backward
             self._optimizer = None  # searched for once, since that walks over all objects
-            optimizer = optimizer_of(leaf.weight)
+            optimizer = optimizer_of(owned_weight(leaf))
         if optimizer is not None and id(optimizer.state) != self._known_state:
             self._resume(leaf, optimizer)
 
-    def _begin(self, leaf: SparseDelta) -> None:
-        self._searched = True
-        self.fresh = not bool(leaf.weight.detach().any())
+    def see(self, values: torch.Tensor) -> None:
+        """A forward reads the values."""
+
+    def _begin(self, values: torch.Tensor) -> None:
+        """The first step of a run is about to move these values."""
+        self.fresh = not bool(values.any())
 
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """An optimizer that owns the values is about to step."""
         self._foreign = 0
         forget(leaf)
-        if not self._searched:  # the first batches of this process did not reach the module
-            self._begin(leaf)
+        if (
+            self._is_new
+        ):  # here and not in a forward: all processes make the step, also those that do not use the module
+            self._begin(whole(leaf.weight))
+            self._is_new = False
         if is_sharded(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps the state of the values in one process only, where it cannot be "
@@ -123,9 +143,8 @@ class Tracker:
         if (idle or self._foreign >= FOREIGN_STEPS) and optimizer_of(leaf.weight) is None:
             raise ValueError(
                 f"{type(optimizer).__name__} makes steps, but does not own the values of the sparse adapter, which "
-                "have gradients: it was made before the adapter was put on the model, or holds flattened copies of "
-                "the parameters (DeepSpeed, FSDP without `use_orig_params`). Make the optimizer from "
-                "`model.parameters()` after `get_peft_model`."
+                "have gradients: it was made before the adapter was put on the model, or before `fully_shard`, or "
+                "holds copies of the parameters. Make the optimizer from `model.parameters()` after `get_peft_model`."
             )
 
     # Copies of the model
@@ -146,14 +165,14 @@ class Tracker:
 
     def _resume(self, leaf: SparseDelta, optimizer: Optimizer) -> None:
         self._optimizer, self._known_state = weakref.ref(optimizer), id(optimizer.state)
-        state = optimizer.state.get(leaf.weight, {})
+        state = optimizer.state.get(owned_weight(leaf), {})
         if f"{STATE}step" not in state:
             if self.step:  # another optimizer without a past: another run
                 self.step, self.fresh = 0, False
                 self._clear()
         else:
             self.step = int(state[f"{STATE}step"])
-            self.fresh = bool(state[f"{STATE}fresh"])
+            self.fresh, self._is_new = bool(state[f"{STATE}fresh"]), False
             history = state[f"{STATE}reselections"]
             self.reselections = [(int(step), int(moved)) for step, moved in history if step > 0]
             self._load(leaf, state)
@@ -208,10 +227,10 @@ class Tracker:
         vectors |= {key: state[key] for key in movable_state(optimizer, state, weight)}
         vectors |= values_around(optimizer, weight)
         for key, vector in vectors.items():
-            moved = vector.clone() if vector.is_floating_point() else from_8_bit(state, key)
+            moved = whole(vector).clone() if vector.is_floating_point() else from_8_bit(state, key)
             moved[dropped] = seeds[key].to(moved.dtype) if key in seeds else 0
             if vector.is_floating_point():
-                vector.copy_(moved[order])
+                put(vector, moved[order])
             else:
                 to_8_bit(state, key, moved[order])
         leaf.set_indices(indices[order])

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...core.sharding import is_sharded, unwrapped
+
 
 class Settings(Protocol):
     """The fields of the config that structures read."""
@@ -80,12 +82,23 @@ class Values(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """The tensor; read by calling, for FSDP gathers `weight` only while a leaf runs."""
-        return self.weight if isinstance(self.weight, nn.Parameter) else self.weight.clone()
+        return self.weight.clone()
 
 
 def read(leaf: Any) -> torch.Tensor:
-    """The tensor of a leaf."""
-    return leaf() if isinstance(leaf, Values) else leaf.weight
+    """The tensor of a leaf: a new one of `Values`, the weight `(out, in)` of a Linear without bias."""
+    inner = unwrapped(leaf)
+    if isinstance(inner, Values):
+        values: torch.Tensor = leaf()
+        return values
+    weight = inner.weight
+    is_here = isinstance(weight, nn.Parameter) and weight.shape == (inner.out_features, inner.in_features)
+    if is_here and not is_sharded(weight):
+        return weight
+    # gathered only while the leaf runs: what it makes of the unit vectors are the columns
+    unit = torch.eye(inner.in_features, dtype=weight.dtype, device=weight.device)
+    columns: torch.Tensor = leaf(unit)
+    return columns.T
 
 
 class LowRank(Structure):

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ...core import AdapterVector, ExtLayer, is_hooked, needs_plain_operations
+from ...core.sharding import call_with
 from . import functional
 from .config import SSFConfig
 from .functional import OutputWatch, ScaledLinear, ScaledRMSNorm, ScaleShift, scale_and_shift
@@ -99,7 +99,7 @@ class SSFLayer(ExtLayer):
             shift = None
         is_plain = self.site.rms_eps is not None and len(args) == 1 and not kwargs and args[0].dtype == scale.dtype
         if not (is_plain and recover):
-            output = functional_call(base, affine, args, kwargs)
+            output = call_with(base, affine, args, kwargs)
         else:
             output = ScaledRMSNorm.apply(args[0], affine["weight"] + self.site.weight_offset, self.site.rms_eps)
         return output if shift is None else (output + along(shift, self.site.dim, output.ndim)).to(output.dtype)

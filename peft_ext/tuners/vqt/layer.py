@@ -37,6 +37,7 @@ class QueryReading(Reading):
 
     rows: list[QueryRows] = field(default_factory=list)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    lasso: torch.Tensor | None = None  # the sum of the norms of the head's columns
 
 
 class VQTLayer(ReaderLayer):
@@ -192,7 +193,11 @@ class VQTLayer(ReaderLayer):
 
     def _logits(self, reading: QueryReading, class_token: torch.Tensor) -> torch.Tensor:
         features = self._features(reading.adapter, class_token, list(reading.outputs.values()))
-        logits: torch.Tensor = self.vqt_head[reading.adapter](features)
+        head: Any = self.vqt_head[reading.adapter]
+        if self.configs[reading.adapter].group_lasso == 0 or not (self.training and torch.is_grad_enabled()):
+            logits: torch.Tensor = head(features)
+        else:
+            logits, reading.lasso = head(features, with_lasso=True)
         return logits
 
     def _features(self, adapter: str, class_token: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -206,11 +211,9 @@ class VQTLayer(ReaderLayer):
         return torch.cat([F.normalize(part, dim=-1) for part in (class_token, *pooled)], dim=-1)
 
     def _finish(self, reading: QueryReading, kwargs: dict[str, Any], output: Any) -> Any:
-        weight = self.configs[reading.adapter].group_lasso
-        if weight == 0 or not (self.training and torch.is_grad_enabled()):
+        if reading.lasso is None:
             return None
-        head: Any = self.vqt_head[reading.adapter]
-        penalty = weight * head.group_lasso()
+        penalty = self.configs[reading.adapter].group_lasso * reading.lasso
         if isinstance(output, tuple) and kwargs.get("labels") is not None:
             output = (output[0] + penalty, *output[1:])
         elif not isinstance(output, tuple) and output.get("loss") is not None:
@@ -249,7 +252,7 @@ class VQTLayer(ReaderLayer):
         """By layer, the weights `(B, heads, T, N)` with which the queries of `adapter` read the tokens."""
         maps: dict[int, torch.Tensor] = {}
         frozen_layers, _, _ = self.frozen_pass(adapter, inputs)
-        queries: Any = self.vqt_queries[adapter]
+        queries = self.vqt_queries[adapter](1)
         for place, (index, block) in enumerate(self.blocks(adapter).items()):
 
             def look(
@@ -259,7 +262,7 @@ class VQTLayer(ReaderLayer):
                 return attend(family, attention, frozen, hidden_states)
 
             frozen = frozen_layers[place]
-            rows = queries.weight[place].expand(len(frozen.keys), -1, -1)
+            rows = queries[place].rows.expand(len(frozen.keys), -1, -1)
             run_block(self.family, block, frozen, rows, look)
         return maps
 

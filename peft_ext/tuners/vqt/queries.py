@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,8 @@ class QueryTokens(nn.Module):
     def forward(self, batch: int) -> list[QueryRows]:
         """The rows of each layer for `batch` samples."""
         layers, queries, width = self.weight.shape
-        rows = self.weight.unsqueeze(1).expand(layers, batch, queries, width)
+        weight = self.weight.clone()  # under FSDP the weight is freed when this returns, and the rows are used later
+        rows = weight.unsqueeze(1).expand(layers, batch, queries, width)
         if not (self.training and self.dropout > 0):
             return [QueryRows(one) for one in rows.unbind(0)]
         dropped = torch.rand(rows.shape, device=rows.device) < self.dropout
@@ -73,6 +75,14 @@ class QueryHead(ReaderHead):
         self.columns_are_known = False
         # negative until a selection, or a loaded adapter, fills them in
         self.register_buffer("columns", None if selected is None else torch.full((selected,), -1, dtype=torch.int32))
+
+    def forward(self, features: torch.Tensor, with_lasso: bool = False) -> Any:
+        """features `(B, F)`; returns `(B, C)`, and, `with_lasso`, the sum of the columns' L2 norms beside it.
+
+        That is computed in here, since FSDP gathers the weight only while the head runs.
+        """
+        output = super().forward(features)
+        return (output, self.group_lasso()) if with_lasso else output
 
     def read(self, features: torch.Tensor) -> torch.Tensor:
         """The features that were selected, if some were."""

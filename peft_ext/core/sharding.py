@@ -1,0 +1,170 @@
+"""Parameters of which each process holds a part, and what wraps modules then.
+
+FSDP2 (`fully_shard`) puts a DTensor in the place of a parameter, and the gathered one while the module runs. A decision
+that needs all of it is made alike in all processes: `whole` gathers, `put` writes each process' own part back. Both are
+called by all processes in the same order.
+
+FSDP1 and DeepSpeed hand the optimizer flattened copies of many parameters. What is held by them has no gradient or
+optimizer state of its own that could be gathered here: `held_by` says who holds it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+
+WRAPPERS = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")  # in a module's name
+
+if distributed.is_available():
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this process holds a part of the tensor, which `whole` completes."""
+    return distributed.is_available() and isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of all processes' parts, detached; of a tensor that is not sharded, its own."""
+    if not is_sharded(tensor):
+        return tensor.detach()
+    full: torch.Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return full
+
+
+@torch.no_grad()
+def put(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Writes `values`, of the whole shape and the same in all processes, into what this process holds of `target`."""
+    target.detach().copy_(part_like(values, target))
+
+
+@torch.no_grad()
+def part_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`values`, of the whole shape and the same in all processes, sharded as `like` is; no communication."""
+    values = values.to(like.device, like.dtype)
+    if not is_sharded(like):
+        return values
+    like_any: Any = like
+    return distribute_tensor(values, like_any.device_mesh, like_any.placements, src_data_rank=None)
+
+
+def owned_weight(leaf: nn.Module) -> Any:
+    """The parameter `weight` that an optimizer owns: inside of a forward or backward, FSDP2 has put another one there."""
+    return vars(leaf).get("_sharded_weight", leaf.weight)
+
+
+def note_weight(leaf: nn.Module, weight: Any) -> None:
+    """To be called when something is assigned to `leaf.weight`: takes note of a sharded one, which is in place at rest."""
+    if is_sharded(weight):
+        vars(leaf)["_sharded_weight"] = weight
+
+
+def held_by(leaf: nn.Module, optimizer: Optimizer) -> str | None:
+    """Who holds the leaf's `weight` in flattened copies that `optimizer` may own; `None` if nobody does."""
+    weight = leaf.weight
+    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
+        return "DeepSpeed"
+    if not isinstance(weight, nn.Parameter) and leaf in flattened_modules(optimizer):
+        return "FSDP1 (`use_orig_params=False`)"
+    if getattr(weight, "_fsdp_flattened", False) and world_size() > 1:
+        return "FSDP1 (`use_orig_params=True`)"
+    return None
+
+
+def refusal(what: str, holder: str, instead: str) -> ValueError:
+    """The error for what cannot be trained in flattened copies."""
+    return ValueError(
+        f"{what} cannot be trained under {holder}, which holds parameters in flattened parts, where single values have "
+        f"no gradient and no optimizer state that could be looked at or moved. Use FSDP2 (`fsdp_version: 2`), "
+        f"DistributedDataParallel, or {instead}."
+    )
+
+
+def refuse_flattened_decay(optimizer: Optimizer, undecayed: Iterable[nn.Module]) -> None:
+    """Raises `ValueError` if the optimizer would decay flattened copies of the parameters of these modules.
+
+    A flattened parameter of FSDP1 that holds nothing else can be left out of the decay, and is no reason.
+    """
+    decayed = [bool(group.get("weight_decay")) for group in optimizer.param_groups]
+    if not any(decayed):
+        return
+    modules = set(undecayed)
+    holder = None
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            group = getattr(getattr(parameter, "_hp_mapping", None), "param_group_index", None)
+            if parameter.requires_grad and (hasattr(parameter, "ds_id") or (group is not None and decayed[group])):
+                holder = "DeepSpeed"
+    for group, is_decayed in zip(optimizer.param_groups, decayed, strict=True):
+        for parameter in group["params"] if is_decayed else ():
+            owners = {info.module in modules for info in getattr(parameter, "_param_infos", ())}
+            if owners == {True, False}:
+                holder = "FSDP1 (`use_orig_params=False`)"
+    if holder is not None:
+        raise ValueError(
+            f"`weight_decay` is set, and {holder} holds flattened copies of parameters of which some must not decay "
+            "(scales, mask logits, sparse values of LT-SFT). Set `weight_decay=0`, or use FSDP2 (`fsdp_version: 2`) or "
+            "DistributedDataParallel, where they are left out by themselves."
+        )
+
+
+def flattened_modules(optimizer: Optimizer) -> set[nn.Module]:
+    """The modules whose parameters FSDP1 has flattened into those of the optimizer."""
+    return {
+        info.module
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for info in getattr(parameter, "_param_infos", ())
+    }
+
+
+def call_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
+    """The module called with these tensors for its parameters.
+
+    FSDP1 puts gathered parameters beside the module's own as plain attributes, which `functional_call` leaves as they
+    are.
+    """
+    if torch.compiler.is_compiling():
+        return functional_call(module, dict(parameters), args, kwargs)
+    attributes = vars(module)
+    gathered = {key: attributes[key] for key in parameters if key in attributes}
+    attributes |= {key: parameters[key] for key in gathered}
+    try:
+        return functional_call(module, dict(parameters), args, kwargs)
+    finally:
+        attributes |= gathered
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+# Wrappers
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor without the wrappers around modules in it, as in a state dict."""
+    return WRAPPERS.sub("", name).removesuffix(".")
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside of FSDP1's wrappers."""
+    while "_fsdp_wrapped_module" in module._modules:
+        module = module._modules["_fsdp_wrapped_module"]
+    return module
+
+
+def plain_named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` with the names that they have without wrappers; the wrappers themselves are left out."""
+    for name, module in model.named_modules():
+        if "_fsdp_wrapped_module" not in module._modules:
+            yield plain_name(name), module

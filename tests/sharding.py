@@ -1,0 +1,443 @@
+"""Trains every method in several processes, sharded and not, and compares what comes out with one process.
+
+    python tests/sharding.py                                     # print the table
+    python tests/sharding.py --write docs/distributed.md         # between <!-- sharding --> and <!-- /sharding -->
+    python tests/sharding.py --methods ssf spiel-ag --ways ddp fsdp2-blocks
+
+A cell is a training of `STEPS` optimizer steps, of two micro-batches each, with clipped gradients, in two processes with
+gloo. Each process sees half of the rows. The adapter is saved by the first process from the full state dict; its file
+must be the one that a single process saves that saw all rows. A cell is "works", "refused", with the error of this
+package, or "failed". The processes are forks, since importing takes longer than a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import functools
+import importlib.util
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+TESTS = Path(__file__).resolve().parent
+for directory in (TESTS, TESTS.parent):  # as a script, only the first is there
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+
+import conftest  # noqa: F401  no network
+import torch
+import torch.distributed as dist
+from models import inputs, tiny
+from peft import LoraConfig, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
+from safetensors.torch import load_file
+from test_conformance import METHODS as CONFORMING
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, VQTConfig
+from peft_ext.testing import Method
+
+
+STEPS = 4
+ROWS = 4  # of a micro-batch, over all processes
+SHARED_ROWS = "ddp, each process with its own rows"
+SECONDS = 300  # that a cell may take, on a busy machine
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+BLOCK = re.compile(r"(<!-- sharding -->\n).*?(<!-- /sharding -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        method: The method, with its config.
+        model: The tiny model, by its name.
+        same_rows: The method decides by the batch of the first process, as documented: a single process is its equal
+            only where all processes see the same rows.
+    """
+
+    method: Method
+    model: str
+    same_rows: bool = False
+
+    def build(self) -> Any:
+        torch.manual_seed(0)
+        base = tiny(self.model)
+        return get_peft_model(base, self.method.config_for(self.model, base)).train()
+
+    def batch(self, step: int, micro: int) -> dict[str, torch.Tensor]:
+        return inputs(self.model, batch=ROWS, seed=10 * step + micro)
+
+
+def of(name: str, model: str, **changes: Any) -> Case:
+    return Case(CONFORMING[name].method, model, **changes)
+
+
+def sparse(selection: str, **fields: Any) -> Method:
+    fields |= {"target_modules": FEW} | ({"num_tunable_weights": 256} if selection != "below" else {})
+    return Method("sparse_ft_", partial(SparseFTConfig, selection=selection, **fields), ("llama",))
+
+
+FEW = ["q_proj", "down_proj"]
+SPIEL: dict[str, Any] = {"reselection_steps": 2, "accumulation_steps": 1, "total_steps": 2 * STEPS}
+MASKS: dict[str, Any] = {"r": 2, "lora_alpha": 2, "total_steps": STEPS, "warmup_ratio": 0.2, "mask_lr_ratio": 10.0}
+MASKS["target_modules"] = ["q_proj"]
+
+
+def model_of(method: Method) -> str:
+    return next(name for name in ("llama", "bert", "vit") if name in method.models)
+
+
+CASES: dict[str, Case] = {
+    "lora": Case(Method("lora_", partial(LoraConfig, r=2, target_modules=["q_proj", "v_proj"]), ("llama",)), "llama"),
+    **{name: of(name, model_of(case.method)) for name, case in CONFORMING.items()},
+    "spiel-ag": Case(sparse("spiel-ag", **SPIEL), "llama", same_rows=True),
+    "spiel-ma": Case(sparse("spiel-ma", **SPIEL), "llama"),
+    "growing": Case(sparse("growing", total_steps=STEPS), "llama", same_rows=True),
+    "ssf-bert": of("ssf", "bert"),  # affine norms
+    "vqt-lasso": Case(
+        Method("vqt_", partial(VQTConfig, num_queries=2, dropout=0.0, group_lasso=0.1), ("bert",)), "bert"
+    ),
+    "spt-dora": Case(
+        Method(
+            "spt_",
+            partial(SPTConfig, budget=600, r=2, dropout=0.0, drop_path=0.0, structured="dora", matrix_threshold=4.0),
+            ("llama",),
+            looks_at_data=True,
+        ),
+        "llama",
+    ),
+    "below": Case(sparse("below", threshold=0.05, reselect_at=3), "llama"),
+    "mask_pruning": Case(
+        Method("mask_pruning_", partial(MaskLoraConfig, target_sparsity=0.25, **MASKS), ("llama",)), "llama"
+    ),
+}
+
+
+if HAS_DEEPSPEED:
+    import deepspeed  # noqa: F401  once, before the forks
+
+
+# Ways to wrap
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    kinds = set(model.get_base_model()._no_split_modules)  # type: ignore[operator]
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp1(model: nn.Module, use_orig_params: bool, leaves: bool = True) -> nn.Module:
+    kinds = {type(block) for block in blocks_of(model)}
+    policy = (
+        fsdp_auto_wrap_policy(model) if leaves else (lambda module, recurse, **_: recurse or type(module) in kinds)
+    )
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+
+
+def fsdp2(model: nn.Module, units: str) -> nn.Module:
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    if units == "policy":
+        policy: Any = fsdp_auto_wrap_policy(model)
+        chosen = [m for m in model.modules() if m is not model and policy(m, recurse=False, nonwrapped_numel=0)]
+    else:
+        chosen = blocks_of(model) if units == "blocks" else []
+    for module in [*reversed(chosen), model]:
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def zero(model: nn.Module, stage: int) -> Any:
+    """DeepSpeed's engine, which makes the steps itself."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer_for(model), config=config)[0]
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": ddp,
+    "fsdp2-policy": partial(fsdp2, units="policy"),
+    "fsdp2-blocks": partial(fsdp2, units="blocks"),
+    "fsdp2-root": partial(fsdp2, units="root"),
+    "fsdp1-orig": partial(fsdp1, use_orig_params=True),
+    "fsdp1-orig-blocks": partial(fsdp1, use_orig_params=True, leaves=False),
+    "fsdp1-flat": partial(fsdp1, use_orig_params=False),
+    **{f"zero{stage}": partial(zero, stage=stage) for stage in (1, 2, 3)},
+}
+TITLES = {
+    "ddp": "DDP",
+    "fsdp2-policy": "FSDP2, PEFT's policy",
+    "fsdp2-blocks": "FSDP2, blocks",
+    "fsdp2-root": "FSDP2, root",
+    "fsdp1-orig": "FSDP1 `use_orig_params`, PEFT's policy",
+    "fsdp1-orig-blocks": "FSDP1 `use_orig_params`, blocks",
+    "fsdp1-flat": "FSDP1 flat, PEFT's policy",
+    **{f"zero{stage}": f"DeepSpeed ZeRO-{stage}" for stage in (1, 2, 3)},
+}
+
+
+# One training
+
+
+def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
+    # a large eps: Adam makes whole steps of gradients that are nothing but rounding
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, eps=1e-3)
+
+
+def train(
+    case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, rows: slice, steps: range = range(STEPS)
+) -> None:
+    """Micro-batches of which this process sees these rows."""
+    for step in steps:
+        for micro in range(2):
+            batch = {key: value[rows] for key, value in case.batch(step, micro).items()}
+            (model(**batch).loss / 2).backward()
+        if isinstance(model, FullyShardedDataParallel):
+            model.clip_grad_norm_(0.5)
+        else:
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train_by_engine(case: Case, engine: Any, rows: slice) -> None:
+    """The same; the engine divides, clips and steps."""
+    for step in range(STEPS):
+        for micro in range(2):
+            batch = {key: value[rows] for key, value in case.batch(step, micro).items()}
+            engine.backward(engine(**batch).loss)
+            engine.step()
+
+
+def rows_of(case: Case, way: str) -> slice:
+    if case.same_rows and way == "ddp":  # so that one process can be its equal
+        return slice(None)
+    each = ROWS // dist.get_world_size()
+    return slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+
+
+def save(wrapped: nn.Module, folder: Path) -> None:
+    """The full state dict, gathered by all processes, goes into an adapter that the first one writes."""
+    is_first = dist.get_rank() == 0
+    if hasattr(wrapped, "zero_optimization_stage"):
+        import deepspeed
+
+        parameters = list(wrapped.parameters()) if wrapped.zero_optimization_stage() == 3 else []  # type: ignore[operator]
+        with deepspeed.zero.GatheredParameters(parameters):
+            if is_first:
+                wrapped.module.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        return
+    if isinstance(wrapped, DistributedDataParallel):
+        if is_first:
+            wrapped.module.save_pretrained(folder)
+    elif isinstance(wrapped, FullyShardedDataParallel):
+        full = FullStateDictConfig()  # what is on the CPU cannot be offloaded to it
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, full):
+            state = wrapped.state_dict()
+        if is_first:
+            wrapped.module.save_pretrained(folder, state_dict=state)
+    else:
+        state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if is_first:
+            wrapped.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+
+
+def alone(case: Case, folder: Path) -> None:
+    """The adapter that one process makes."""
+    model = case.build()
+    model.save_pretrained(folder / "start")
+    train(case, model, optimizer_for(model), slice(None))
+    model.save_pretrained(folder / "alone")
+
+
+def together(case: Case, way: str, folder: Path) -> None:
+    """What each process of a cell does."""
+    wrapped = (ddp if way == SHARED_ROWS else WAYS[way])(case.build())
+    if way.startswith("zero"):
+        train_by_engine(case, wrapped, rows_of(case, way))
+    else:
+        train(case, wrapped, optimizer_for(wrapped), rows_of(case, way))
+    save(wrapped, folder)
+
+
+# Processes
+
+
+@contextlib.contextmanager
+def forks(calls: list[Callable[[], None]], folder: Path) -> Iterator[list[str]]:
+    """Runs the calls at once, each in a process of its own; what went wrong in each, empty if nothing did."""
+    children: dict[int, int] = {}
+    for number, call in enumerate(calls):
+        child = os.fork()
+        if not child:
+            _run(call, folder / f"error-{number}")
+        children[child] = number
+    end = time.monotonic() + SECONDS
+    errors = [""] * len(calls)
+    failed = False
+    while children:
+        ended = _first_ended(children)
+        if ended:
+            number = children.pop(ended)
+            log = folder / f"error-{number}"
+            errors[number] = log.read_text() if log.exists() else ""
+            if errors[number] and not failed:
+                failed, end = True, min(end, time.monotonic() + 5)  # the others may wait for it for ever
+        elif time.monotonic() > end:
+            for child, number in children.items():
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                stack = (folder / f"error-{number}-stack").read_text()
+                errors[number] = errors[number] or f"failed: hangs\n\n{stack}"
+            children = {}
+        else:
+            time.sleep(0.05)
+    yield errors
+
+
+def _first_ended(children: dict[int, int]) -> int:
+    return next((child for child in children if os.waitpid(child, os.WNOHANG)[0]), 0)
+
+
+def _run(call: Callable[[], None], log: Path) -> None:
+    """In a fork, which must not go on as its parent does."""
+    try:
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
+        with open(f"{log}-stack", "w") as stack:
+            faulthandler.dump_traceback_later(SECONDS - 5, file=stack)
+            call()
+    except BaseException as error:  # noqa: BLE001  whatever it is
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        is_ours = isinstance(error, (ValueError, TypeError)) and "/peft_ext/" in last.filename
+        kind = "refused" if is_ours else "failed"
+        log.write_text(f"{kind}: {type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+    finally:
+        os._exit(0)  # gloo's threads now and then deadlock with the interpreter when both go
+
+
+def in_processes(number: int, call: Callable[[], None], folder: Path) -> list[str]:
+    """Runs `call` in so many processes of one group; what went wrong in each."""
+    store = tempfile.mktemp(dir=folder)
+
+    def member(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=number)
+        call()
+        dist.barrier()
+
+    with forks([partial(member, rank) for rank in range(number)], folder) as errors:
+        return errors
+
+
+# Cells
+
+
+def differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    """What is not the same up to rounding; indices and masks to the bit."""
+    found = sorted(ours.keys() ^ theirs.keys())
+    for key in sorted(ours.keys() & theirs.keys()):
+        first, second = ours[key], theirs[key]
+        if first.shape != second.shape:
+            found.append(f"{key} {tuple(first.shape)} {tuple(second.shape)}")
+        elif first.is_floating_point() and not torch.allclose(first, second, atol=1e-4, rtol=1e-3):
+            found.append(f"{key} by {(first - second).abs().max():.2g}")
+        elif not first.is_floating_point() and not torch.equal(first, second):
+            found.append(f"{key} in {int((first != second).sum())} of {first.numel()}")
+    return found
+
+
+@functools.cache
+def scratch() -> Path:
+    return Path(tempfile.mkdtemp(prefix="sharding-"))
+
+
+@functools.cache
+def expected(name: str) -> dict[str, torch.Tensor]:
+    """What one process makes of a case."""
+    folder = scratch() / name
+    folder.mkdir()
+    with forks([partial(alone, CASES[name], folder)], folder) as errors:
+        if errors[0]:
+            raise RuntimeError(f"{name} does not train in one process: {errors[0]}")
+    start, end = (load_file(folder / kind / "adapter_model.safetensors") for kind in ("start", "alone"))
+    if not differences(start, end):
+        raise RuntimeError(f"{name} did not move in one process")
+    return end
+
+
+@functools.cache
+def made(name: str, way: str) -> tuple[str, dict[str, torch.Tensor] | None]:
+    """What two processes make of a case, or what went wrong."""
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
+    errors = [error for error in in_processes(2, partial(together, CASES[name], way, folder), folder) if error]
+    if errors:
+        # a process that was left alone ends with an error of the network
+        own = [error for error in errors if error.startswith("refused")] or [e for e in errors if "hangs" not in e]
+        return min(own or errors, key=lambda error: "gloo" in error), None
+    return "works", load_file(folder / "adapter_model.safetensors")
+
+
+def outcome(name: str, way: str) -> str:
+    """`works`, `refused: ...` or `failed: ...`."""
+    case = CASES[name]
+    found, tensors = made(name, way)
+    if tensors is None:
+        return found
+    if case.same_rows and way != "ddp":
+        what, theirs = made(name, SHARED_ROWS)
+        if theirs is None:
+            return what
+    else:
+        theirs = expected(name)
+    wrong = differences(tensors, theirs)
+    return (
+        "works" if not wrong else f"failed: differs in {len(wrong)} of {len(theirs)} tensors: {'; '.join(wrong[:3])}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=[*WAYS][: None if HAS_DEEPSPEED else -3])
+    parser.add_argument("--verbose", action="store_true", help="show where errors came from")
+    options = parser.parse_args()
+    for name in options.methods:
+        for way in options.ways:
+            text = outcome(name, way)
+            print(f"{name:16} {way:18} {text if options.verbose else text.splitlines()[0][:170]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
