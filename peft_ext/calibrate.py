@@ -18,6 +18,7 @@ what it had before.
 from __future__ import annotations
 
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -161,8 +162,12 @@ def measure(
     kind: str = "sensitivity",
     memory: str = "exact",
     progress: bool = True,
+    training: bool = True,
 ) -> Scores:
-    """The pass itself: the scores of the `candidates`, parameters of `model`; the arguments are those of `calibrate`."""
+    """The pass itself: the scores of the `candidates`, parameters of `model`; the arguments are those of `calibrate`.
+
+    With `training=False` the model is in eval mode.
+    """
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
     if memory not in ("exact", "pool"):
@@ -190,6 +195,7 @@ def measure(
     names = {id(parameter): name for name, parameter in candidates.items()}
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model, candidates))
+        model.train(training)
         for parameter in candidates.values() if world() == 1 else ():
             hook = parameter.register_post_accumulate_grad_hook(release)
             stack.callback(hook.remove)
@@ -227,6 +233,28 @@ def measure(
         for sums in scores.sums.values():
             sums.abs_()  # they have a sign until all are added
     return scores
+
+
+def mean_gradients(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    dataloader: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    num_batches: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """The mean, with its sign, of the gradients of the batches' losses, in eval mode; by the parameters' names, in fp32.
+
+    With several processes it is the mean over all of them.
+
+    Raises:
+        ValueError: See `calibrate`.
+    """
+    number = sys.maxsize if num_batches is None else num_batches
+    scores = measure(model, parameters, dataloader, loss_fn, number, kind="gradient", progress=False, training=False)
+    return {
+        name: (scores.of(name) / scores.batches).view(parameter.shape).to(parameter.device)
+        for name, parameter in parameters.items()
+    }
 
 
 def _measure_channels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,27 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from .core import ADAPTER_WEIGHTS, ExtConfig, tuner_of
+
+
+def lora_of(ranks: Mapping[str, int], is_transposed: bool = False, **fields: Any) -> LoraConfig:
+    """The config of a LoRA with these ranks by module, whose factor is 1 everywhere.
+
+    Args:
+        ranks: By the full names of the modules.
+        is_transposed: Whether they are GPT-2's Conv1D.
+        fields: More of the config.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: rank for name, rank in ranks.items() if rank != common}
+    return LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=list(ranks),
+        fan_in_fan_out=is_transposed,
+        **fields,
+    )
 
 
 def write_as_lora(model: PeftModel, path: str | os.PathLike[str], adapter_name: str = "default") -> LoraConfig:

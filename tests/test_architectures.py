@@ -14,7 +14,19 @@ from models import randomize
 from peft import get_peft_model
 from torch import nn
 
-from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig
+from peft_ext import (
+    BinaryAdapterConfig,
+    BinaryLoraConfig,
+    ExtConfig,
+    LoraSBConfig,
+    MaskLoraConfig,
+    S2FTConfig,
+    SparseFTConfig,
+    SPTConfig,
+    SSFConfig,
+    VQTConfig,
+    WeGeFTConfig,
+)
 from peft_ext.architectures import ARCHITECTURES, architecture_of, describe
 from peft_ext.core import linear_features
 from peft_ext.core.uncalled import uncalled_modules
@@ -255,6 +267,28 @@ def test_parameters_of_three_dimensions_that_are_no_experts() -> None:
     for kind in ("mixtral", "gpt_oss", "granitemoe", "llama4_text"):
         with pytest.warns(UserWarning, match="mixture-of-experts"):
             get_peft_model(zoo.build(kind), copy.copy(config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        WeGeFTConfig(r=2),
+        BinaryLoraConfig(r=2),
+        LoraSBConfig(r=2, init_weights="weights"),
+        S2FTConfig(ratios={"o": 0.5}),
+    ],
+    ids=lambda config: config.METHOD,
+)
+def test_methods_without_target_parameters_say_that_experts_are_left_out(config: ExtConfig) -> None:
+    with pytest.warns(UserWarning, match=f"{config.METHOD} leaves out the mixture-of-experts weights"):
+        get_peft_model(zoo.build("mixtral"), copy.copy(config))
+    with pytest.raises(TypeError, match="target_parameters"):
+        type(config)(target_parameters=["experts.gate_up_proj"])  # type: ignore[call-arg]
+
+
+def test_bottlenecks_have_no_place_beside_experts() -> None:
+    with pytest.raises(ValueError, match=r"no modules with the roles down.*`target_modules`"):
+        get_peft_model(zoo.build("mixtral"), BinaryAdapterConfig(r=2))
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,9 @@ def test_lora_xs_starts_at_the_weights() -> None:
         values = torch.linalg.svdvals(weight)
         assert (weight - leaf.up @ leaf.down).norm().item() == pytest.approx(values[4:].norm().item(), abs=1e-5)
         assert 0 < leaf.weight.abs().max() < 1e-4
+        # the singular values are on the side of the input
+        torch.testing.assert_close(leaf.up.T @ leaf.up, torch.eye(4), atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(leaf.down @ leaf.down.T, values[:4].square().diag(), atol=1e-4, rtol=1e-4)
     base = logits(tiny("llama").eval(), inputs("llama"))
     torch.testing.assert_close(logits(model.eval(), inputs("llama")), base, atol=2e-3, rtol=0.0)
 
@@ -190,6 +193,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
     assert rows.keys() == layers.keys()
     for key, layer in layers.items():
         down, up = layer.low_rank("default")
+        assert rows[key]["parameters"] == 9  # R; A and B are frozen
         assert rows[key]["rank"] == 3 and rows[key]["norm"] == pytest.approx((up @ down).norm().item(), rel=1e-5)
     assert about_of("LOW_RANK_CORE").pictures(adapted, "default")
     with pytest.raises(ValueError, match="no LoRA-SB adapter named 'other'"):

@@ -14,7 +14,15 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_mode
 from safetensors.torch import load_file, save_file
 
 import peft_ext
-from peft_ext import BinaryLoraConfig, MaskLoraConfig, SparseFTConfig, SSFConfig
+from peft_ext import (
+    BinaryLoraConfig,
+    LoraSBConfig,
+    MaskLoraConfig,
+    S2FTConfig,
+    SparseFTConfig,
+    SSFConfig,
+    WeGeFTConfig,
+)
 from peft_ext.core import BadInput
 from peft_ext.export import binarize, compress
 from peft_ext.inspection import read_adapter
@@ -76,6 +84,9 @@ def test_the_size_on_disk(tmp_path: Path) -> None:
         (LoraConfig(r=2, target_modules=["wte"], task_type="CAUSAL_LM"), "gpt2"),
         (SSFConfig(task_type="SEQ_CLS"), "bert"),
         (SparseFTConfig(selection="random", num_tunable_weights=500), "llama"),
+        (WeGeFTConfig(r=4), "llama"),
+        (S2FTConfig(ratios=0.25), "llama"),
+        (LoraSBConfig(r=8, init_weights="weights"), "llama"),
     ],
 )
 def test_it_loads_as_an_adapter_of_its_method(config: Any, name: str, tmp_path: Path) -> None:
@@ -95,6 +106,15 @@ def test_it_loads_as_an_adapter_of_its_method(config: Any, name: str, tmp_path: 
     loaded.save_pretrained(str(tmp_path / "whole"))
     with pytest.raises(ValueError, match=r"There is an adapter in .* already"):
         packed.save_pretrained(tmp_path / "whole")
+
+
+def test_what_is_frozen_stays_as_it_is() -> None:
+    """LoRA-SB's factors are floating point, and no parameters: rounded, they would not be orthonormal."""
+    model = trained(LoraSBConfig(r=8, init_weights="weights"))
+    own = get_peft_model_state_dict(model)
+    for packed in (compress(model, 0.5), binarize(model)):
+        found = packed.tensors()
+        assert all(torch.equal(found[key], own[key]) == (not key.endswith("matrix.weight")) for key in own)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -24,7 +24,6 @@ SHARED = (
     "architectures",
     "batches",
     "calibrate",
-    "gradients",
     "channel_norms",
     "delta",
     "groups",

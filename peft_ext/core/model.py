@@ -202,6 +202,23 @@ class ExtModel(MethodHooks, BaseTuner):
         cls.check_modules(config, model)
         return dict(matched_targets(config, model))
 
+    @classmethod
+    def target_weights(cls, config: ExtConfig, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of those modules: what `candidates` returns where a sensitivity pass looks at nothing else.
+
+        Raises:
+            ValueError: One is quantised.
+        """
+        found = {name: module.weight for name, module in cls.resolved_targets(config, model).items()}
+        for name, weight in found.items():
+            assert isinstance(weight, nn.Parameter)
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"The weight of {name!r} is quantised and has no gradient: calibrate on the model loaded without "
+                    "quantisation; the config that comes out fits both."
+                )
+        return found  # type: ignore[return-value]
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         refuse_unknown_tokens(peft_config, model)
         self.check_targets(peft_config, model)

@@ -225,6 +225,8 @@ def _packable(config: str, tensors: dict[str, torch.Tensor], source: str) -> lis
         if at is None or not tensor.is_floating_point():
             continue
         leaf = ".".join(parts[at:]).removeprefix(prefix)
+        if leaf in about.state:
+            continue  # frozen: it stays as it is
         if not re.fullmatch(about.offsets, leaf):
             raise BadInput(
                 f"{source} is not packed, since its {key!r} may not be thinned out or rounded: of {method} only "

@@ -16,13 +16,15 @@ from .codebook import BITS, FULL, Coded, codebook, decode, encode, used_values
 from .config import LowBitConfig
 from .layer import LowBitLayer
 from .leaf import FullMatrix, LowBitMatrix
-from .reading import COLUMNS, figures, matrices, pictures
+from .reading import BIBTEX, COLUMNS, PAPER, figures, matrices, pictures
 
 
 __all__ = [
+    "BIBTEX",
     "BITS",
     "COLUMNS",
     "FULL",
+    "PAPER",
     "Coded",
     "FullMatrix",
     "LowBitConfig",

@@ -12,6 +12,14 @@ from .codebook import FULL, Coded, coded_size, decode
 from .layer import LowBitLayer
 
 
+PAPER = "https://arxiv.org/abs/2307.16867"
+BIBTEX = r"""@inproceedings{jie2023revisiting,
+  title = {Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy},
+  author = {Jie, Shibo and Wang, Haoqing and Deng, Zhi-Hong},
+  booktitle = {IEEE/CVF International Conference on Computer Vision},
+  year = {2023},
+  url = {https://arxiv.org/abs/2307.16867}
+}"""
 COLUMNS = (Column("bits", "bits"), Column("bytes", "bytes", "{:,}", adds_up=True))
 
 

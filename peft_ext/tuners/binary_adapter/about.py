@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...core import About, Adapter, Column, Picture, Reading, Site
-from ...low_bit import COLUMNS, figures, matrices, pictures
+from ...low_bit import BIBTEX, COLUMNS, PAPER, figures, matrices, pictures
 
 
 class BinaryAdapterAbout(About):
@@ -28,14 +28,8 @@ ABOUT = BinaryAdapterAbout(
     name="Bi-AdaptFormer",
     idea="puts a small bottleneck beside the feed-forward part of each block, with weights of one bit, or a few, while "
     "they act.",
-    paper="https://arxiv.org/abs/2307.16867",
-    bibtex=r"""@inproceedings{jie2023revisiting,
-  title = {Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy},
-  author = {Jie, Shibo and Wang, Haoqing and Deng, Zhi-Hong},
-  booktitle = {IEEE/CVF International Conference on Computer Vision},
-  year = {2023},
-  url = {https://arxiv.org/abs/2307.16867}
-}""",
+    paper=PAPER,
+    bibtex=BIBTEX,
     merges=False,
     limits=(
         "A bottleneck with a nonlinearity is no change of a weight.",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...architectures import BlockFeedForward, describe
-from ...core import ExtLayer, ExtModel, linear_features
+from ...core import ExtLayer, ExtModel, linear_features, warn_of_experts
 from .config import BinaryAdapterConfig
 from .layer import BinaryAdapterLinear
 
@@ -25,7 +25,9 @@ class BinaryAdapterModel(ExtModel):
         Raises:
             ValueError: The table of architectures does not know the model.
         """
-        return set(describe(model).modules(("down",)))
+        names = set(describe(model).modules(("down",)))
+        warn_of_experts(config, model)
+        return names
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:

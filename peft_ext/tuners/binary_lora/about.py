@@ -9,7 +9,7 @@ from torch import nn
 
 from ...core import About, Adapter, Column, LowRank, Picture, Reading, Site, Writer
 from ...lora_files import write_as_lora
-from ...low_bit import COLUMNS, figures, matrices, pictures
+from ...low_bit import BIBTEX, COLUMNS, PAPER, figures, matrices, pictures
 
 
 class BinaryLoraAbout(About):
@@ -36,14 +36,8 @@ ABOUT = BinaryLoraAbout(
     name="Bi-LoRA",
     idea="trains low-rank updates whose weights have one bit, or a few, while they act; files are a thirty-second of "
     "LoRA's at the same rank.",
-    paper="https://arxiv.org/abs/2307.16867",
-    bibtex=r"""@inproceedings{jie2023revisiting,
-  title = {Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy},
-  author = {Jie, Shibo and Wang, Haoqing and Deng, Zhi-Hong},
-  booktitle = {IEEE/CVF International Conference on Computer Vision},
-  year = {2023},
-  url = {https://arxiv.org/abs/2307.16867}
-}""",
+    paper=PAPER,
+    bibtex=BIBTEX,
     merges=True,
     limits=(
         "A published adapter holds no latents: training that goes on from it starts with others of the same codes.",

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ...architectures import describe
-from ...core import ExtLayer, ExtModel, linear_features
+from ...core import ExtLayer, ExtModel, linear_features, warn_of_experts
 from .layer import BinaryLoraLinear
 
 
@@ -26,6 +26,7 @@ class BinaryLoraModel(ExtModel):
         Raises:
             ValueError: The table of architectures does not know the model.
         """
+        warn_of_experts(config, model)
         return set(describe(model).modules(("q", "v")))
 
     @classmethod

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...core import ExtLayer, SharingModel, StandIn, is_admitted, linear_features, matched_targets
+from ...lora_files import lora_of
 from .config import LoraFusionConfig
 from .given import read_all, refuse_other_sizes, refuse_unequal_shapes
 from .layer import SHARED, LoraFusionLayer, LoraFusionLinear
@@ -139,18 +140,8 @@ def lora_config(
     layers: dict[str, LoraFusionLinear], updates: dict[str, tuple[torch.Tensor, torch.Tensor]], **fields: Any
 ) -> LoraConfig:
     """The config of a LoRA of these updates, whose scale is 1 everywhere."""
-    ranks = {name: len(down) for name, (down, _) in updates.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {re.escape(name): rank for name, rank in ranks.items() if rank != r}
-    return LoraConfig(
-        r=r,
-        lora_alpha=r,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=list(layers),
-        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
-        **fields,
-    )
+    is_transposed = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
+    return lora_of({name: len(down) for name, (down, _) in updates.items()}, is_transposed, **fields)
 
 
 def block_of(name: str) -> str | None:

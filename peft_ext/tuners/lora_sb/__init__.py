@@ -10,7 +10,7 @@ vectors, and R starts as the diagonal of the singular values, so that B R A is t
 model therefore does not start as the base. B and A are orthonormal: the gradient of R is B^T g A^T, and a step of R
 moves W by the projection of g on their spaces, B B^T g A^T A; no scaling is needed.
 
-**LoRA-XS** (`init_weights="weights"`). B = U_r S_r and A = V_r^T are of the singular value decomposition of W itself, and
+**LoRA-XS** (`init_weights="weights"`). A = S_r V_r^T and B = U_r are of the singular value decomposition of W itself, and
 R starts at N(0, 1e-5), next to nothing.
 """
 

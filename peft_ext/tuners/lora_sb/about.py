@@ -17,6 +17,7 @@ class LoraSBAbout(About):
     """How the tensors are read, and what the figure shows."""
 
     columns = (Column("rank", "rank"),)
+    state = ("matrix.down", "matrix.up")
 
     def read(self, adapter: Adapter, site: Site) -> Reading:
         """The rank, and B R A."""
@@ -57,4 +58,5 @@ ABOUT = LoraSBAbout(
     merges=True,
     headline=("r", "init_weights"),
     page="docs/lora_sb.md",
+    offsets=r"matrix\.weight",
 )

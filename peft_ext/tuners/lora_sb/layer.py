@@ -69,7 +69,7 @@ class LoraSBLinear(ExtLayer):
             leaf = Between(parts[DOWN], parts[CORE], parts[UP], is_placeholder=not found)
         else:
             down, values, up = factors(self._as_matrix(self.get_base_weight()), config.r)
-            leaf = Between(down, torch.randn(config.r, config.r) * START_STD, up * values)
+            leaf = Between(values[:, None] * down, torch.randn(config.r, config.r) * START_STD, up)
         self.low_rank_core_matrix[adapter_name] = leaf
         self.finish_update(adapter_name, config)
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...core import ExtLayer, ExtModel, backbone_linears, linear_features, matched_targets, warn_of_experts
+from ...lora_files import lora_of
 from ...scores import Scores
 from .config import CORE, DOWN, UP, LoraSBConfig
 from .layer import LoraSBLinear, factors
@@ -93,16 +94,7 @@ class LoraSBModel(ExtModel):
         """
         if config.init_weights is not True:
             raise TypeError(f"`init_weights={config.init_weights!r}` looks at no data: there is nothing to calibrate.")
-        found = {}
-        for name, module in cls.resolved_targets(config, model).items():
-            weight: Any = module.weight
-            if not weight.is_floating_point():
-                raise ValueError(
-                    f"{name!r} is quantised and has no gradient: calibrate on the model loaded without quantisation; "
-                    "the config that comes out fits both."
-                )
-            found[name] = weight
-        return found
+        return cls.target_weights(config, model)
 
     @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Scores) -> None:
@@ -131,5 +123,6 @@ class LoraSBModel(ExtModel):
         }
         r = model.peft_config[adapter_name].r  # type: ignore[union-attr, index, operator]
         transposed = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
-        lora = LoraConfig(r=r, lora_alpha=r, target_modules=list(layers), fan_in_fan_out=transposed)
-        return lora, {name: layer.low_rank(adapter_name) for name, layer in layers.items()}
+        return lora_of(dict.fromkeys(layers, r), transposed), {
+            name: layer.low_rank(adapter_name) for name, layer in layers.items()
+        }

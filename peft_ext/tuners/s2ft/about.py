@@ -88,4 +88,5 @@ ABOUT = S2FTAbout(
     merges=True,
     headline=("ratios", "selection", "spread"),
     page="docs/s2ft.md",
+    offsets=r"block\.weight",
 )

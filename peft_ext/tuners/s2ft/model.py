@@ -20,13 +20,23 @@ from ...core import (
     layer_and_type,
     linear_features,
     matched_targets,
-    unadapted_modules,
     warn_of_experts,
 )
+from ...lora_files import lora_of
 from .channels import Channels, Layout
 from .config import BY_DATA, S2FTConfig
 from .layer import S2FTLinear
-from .selection import Groups, check_count, choose, choose_counted, key_of, squares_by_channel, weight_squares
+from .selection import (
+    Groups,
+    all_channels,
+    check_count,
+    choose,
+    chosen_without_data,
+    key_and_kind,
+    key_of,
+    squares_by_channel,
+    weight_squares,
+)
 
 
 class S2FTModel(ExtModel):
@@ -79,7 +89,7 @@ class S2FTModel(ExtModel):
         layout = Layout(model)
         groups: Groups = {}
         for name, _ in matched_targets(config, model):
-            key, kind = _key_and_kind(config, layout, name)
+            key, kind = key_and_kind(config, layout, name)
             groups.setdefault(key, {})[name] = layout.channels(name, kind)
         return groups
 
@@ -93,11 +103,11 @@ class S2FTModel(ExtModel):
         assert isinstance(config, S2FTConfig)
         cls.check_modules(config, model)
         groups = cls.channels(config, model)
-        channels = _all(groups)
+        channels = all_channels(groups)
         if not channels:
             return  # PEFT itself says so
         if config.support is None:
-            config.support = _chosen_without_data(config, model, groups)
+            config.support = chosen_without_data(config, model, groups)
         if config.support is not None:
             config.num_channels_per_module = {name: len(indices) for name, indices in config.support.items()}
         for name, count in (config.num_channels_per_module or {}).items():
@@ -151,23 +161,13 @@ class S2FTModel(ExtModel):
         Raises:
             ValueError: One is quantised.
         """
-        found = {}
-        for name, base_layer in cls.resolved_targets(config, model).items():
-            weight = base_layer.weight
-            assert isinstance(weight, nn.Parameter)
-            if not weight.is_floating_point():
-                raise ValueError(
-                    f"The weight of {name!r} is quantised and has no gradient: calibrate on the model loaded without "
-                    "quantisation; the config that comes out fits both."
-                )
-            found[name] = weight
-        return found
+        return cls.target_weights(config, model)
 
     @classmethod
     def channel_sites(cls, config: Any, model: nn.Module) -> dict[str, Any]:
         """What goes into, or comes out of, the target modules."""
         config = cls._resolved(config, model)
-        return {name: ChannelSite(name, own.side) for name, own in _all(cls.channels(config, model)).items()}
+        return {name: ChannelSite(name, own.side) for name, own in all_channels(cls.channels(config, model)).items()}
 
     @classmethod
     def _resolved(cls, config: S2FTConfig, model: nn.Module) -> S2FTConfig:
@@ -222,61 +222,4 @@ class S2FTModel(ExtModel):
             if isinstance(module, S2FTLinear) and adapter_name in module.s2ft_block:
                 products[name.removeprefix("base_model.model.")] = module.block(adapter_name).low_rank()
                 is_transposed |= isinstance(module.get_base_layer(), Conv1D)
-        ranks = {name: len(down) for name, (down, _) in products.items()}
-        first = next(iter(ranks.values()))
-        others = {name: rank for name, rank in ranks.items() if rank != first}
-        lora = LoraConfig(
-            r=first,
-            lora_alpha=first,
-            target_modules=list(ranks),
-            rank_pattern=dict(others),
-            alpha_pattern=dict(others),
-            fan_in_fan_out=is_transposed,
-        )
-        return lora, products
-
-
-def _key_and_kind(config: S2FTConfig, layout: Layout, name: str) -> tuple[str, str]:
-    """The key of `ratios` that a target goes by, and as which kind of module it is taken.
-
-    Raises:
-        ValueError: There is none.
-    """
-    kind, roles = layout.kind(name), layout.description.role_of(name)
-    if not isinstance(config.ratios, dict):
-        return kind, kind
-    key = key_of(config, name, roles)
-    if key is None:
-        raise ValueError(
-            f"`ratios` says nothing about the target {name!r}: add {kind!r} to it, or a name, or give one number for "
-            f"all targets. It has {', '.join(map(repr, config.ratios))}."
-        )
-    return key, key if key in roles else kind
-
-
-def _all(groups: Groups) -> dict[str, Channels]:
-    return {name: own for modules in groups.values() for name, own in modules.items()}
-
-
-def _chosen_without_data(config: S2FTConfig, model: nn.Module, groups: Groups) -> dict[str, torch.Tensor] | None:
-    """The channels that are chosen at random or by weight; `None` if those of a saved adapter will be loaded.
-
-    Raises:
-        ValueError: The choice needs data, and nothing says how many channels a saved adapter would have.
-    """
-    counts = config.num_channels_per_module
-    if config.selection in BY_DATA and counts is None:
-        raise ValueError(
-            f"`selection={config.selection!r}` looks at data first; before `get_peft_model`:\n"
-            "    config = peft_ext.calibrate(model, config, dataloader)"
-        )
-    will_load = config.inference_mode or config.awaits_weights
-    if counts is not None and (config.selection in BY_DATA or (config.selection == "weight" and will_load)):
-        return None
-    modules = dict(unadapted_modules(model))
-
-    def by_weight(name: str, channels: Channels) -> torch.Tensor:
-        return channels.by_unit(weight_squares(name, modules[name], channels.side))
-
-    score = by_weight if config.selection == "weight" else None
-    return choose(config, groups, score) if counts is None else choose_counted(config, _all(groups), score)
+        return lora_of({name: len(down) for name, (down, _) in products.items()}, is_transposed), products

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import is_named, stable_generator
-from .channels import Channels
-from .config import S2FTConfig
+from ...core import is_named, stable_generator, unadapted_modules
+from .channels import Channels, Layout
+from .config import BY_DATA, S2FTConfig
 
 
 Groups = dict[str, dict[str, Channels]]  # by the key of `ratios`, the channels of its modules by name
@@ -136,3 +136,50 @@ def squares_by_channel(squares: torch.Tensor, module: nn.Module, side: str) -> t
     """Squares in the shape of a module's weight, summed by channel of one side."""
     is_transposed = isinstance(module, Conv1D)
     return squares.sum(dim=0 if (side == "inputs") != is_transposed else 1, dtype=torch.float64).cpu()
+
+
+def key_and_kind(config: S2FTConfig, layout: Layout, name: str) -> tuple[str, str]:
+    """The key of `ratios` that a target goes by, and as which kind of module it is taken.
+
+    Raises:
+        ValueError: There is none.
+    """
+    kind, roles = layout.kind(name), layout.description.role_of(name)
+    if not isinstance(config.ratios, dict):
+        return kind, kind
+    key = key_of(config, name, roles)
+    if key is None:
+        raise ValueError(
+            f"`ratios` says nothing about the target {name!r}: add {kind!r} to it, or a name, or give one number for "
+            f"all targets. It has {', '.join(map(repr, config.ratios))}."
+        )
+    return key, key if key in roles else kind
+
+
+def all_channels(groups: Groups) -> dict[str, Channels]:
+    """The channels of all modules, by name."""
+    return {name: own for modules in groups.values() for name, own in modules.items()}
+
+
+def chosen_without_data(config: S2FTConfig, model: nn.Module, groups: Groups) -> dict[str, torch.Tensor] | None:
+    """The channels that are chosen at random or by weight; `None` if those of a saved adapter will be loaded.
+
+    Raises:
+        ValueError: The choice needs data, and nothing says how many channels a saved adapter would have.
+    """
+    counts = config.num_channels_per_module
+    if config.selection in BY_DATA and counts is None:
+        raise ValueError(
+            f"`selection={config.selection!r}` looks at data first; before `get_peft_model`:\n"
+            "    config = peft_ext.calibrate(model, config, dataloader)"
+        )
+    will_load = config.inference_mode or config.awaits_weights
+    if counts is not None and (config.selection in BY_DATA or (config.selection == "weight" and will_load)):
+        return None
+    modules = dict(unadapted_modules(model))
+
+    def by_weight(name: str, channels: Channels) -> torch.Tensor:
+        return channels.by_unit(weight_squares(name, modules[name], channels.side))
+
+    score = by_weight if config.selection == "weight" else None
+    return choose(config, groups, score) if counts is None else choose_counted(config, all_channels(groups), score)

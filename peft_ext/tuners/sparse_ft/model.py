@@ -104,17 +104,7 @@ class SparseFTModel(ExtModel):
         """
         if config.selection != "sensitivity":
             raise ValueError(f"`calibrate` needs `selection='sensitivity'`, the config says {config.selection!r}.")
-        found = {}
-        for name, base_layer in cls.resolved_targets(config, model).items():
-            weight = base_layer.weight
-            assert isinstance(weight, nn.Parameter)
-            if not weight.is_floating_point():
-                raise ValueError(
-                    f"The weight of {name!r} is quantised and has no gradient: calibrate on the model loaded without "
-                    "quantisation; the config that comes out fits both."
-                )
-            found[name] = weight
-        return found
+        return cls.target_weights(config, model)
 
     @classmethod
     def with_budget(cls, config: Any, budget: float) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...gradients import mean_gradients
+from ...calibrate import mean_gradients
 from .config import SEGMENTS
 from .layer import VPTLayer
 from .leaves import Rows

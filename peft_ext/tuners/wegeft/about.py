@@ -59,4 +59,5 @@ ABOUT = WeGeFTAbout(
     merges=True,
     headline=("r", "share"),
     page="docs/wegeft.md",
+    offsets=r"(down|up)\.weight",
 )

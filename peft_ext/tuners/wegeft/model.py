@@ -12,7 +12,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...architectures import describe
-from ...core import ExtLayer, SharingModel, StandIn, backbone_linears, linear_features, matched_targets
+from ...core import (
+    ExtLayer,
+    SharingModel,
+    StandIn,
+    backbone_linears,
+    linear_features,
+    matched_targets,
+    warn_of_experts,
+)
+from ...lora_files import lora_of
 from .config import WeGeFTConfig
 from .layer import SHARED, WeGeFTLayer, WeGeFTLinear, check_linear
 
@@ -32,6 +41,7 @@ class WeGeFTModel(SharingModel):
             ValueError: The table of architectures does not say which these are.
         """
         reads_images = getattr(model, "main_input_name", "") == "pixel_values"
+        warn_of_experts(config, model)
         named = describe(model).modules(("o",) if reads_images else ("q", "v"))
         return set(named) & backbone_linears(model)
 
@@ -91,13 +101,7 @@ class WeGeFTModel(SharingModel):
             if isinstance(module, WeGeFTLinear) and module.present([adapter_name])
         }
         transposed = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
-        lora = LoraConfig(
-            r=config.r,
-            lora_alpha=config.r,
-            lora_dropout=config.dropout,
-            target_modules=list(layers),
-            fan_in_fan_out=transposed,
-        )
+        lora = lora_of(dict.fromkeys(layers, config.r), transposed, lora_dropout=config.dropout)
         return lora, {name: layer.factors(adapter_name) for name, layer in layers.items()}
 
 
