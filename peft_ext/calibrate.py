@@ -163,10 +163,11 @@ def measure(
     memory: str = "exact",
     progress: bool = True,
     training: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Scores:
     """The pass itself: the scores of the `candidates`, parameters of `model`; the arguments are those of `calibrate`.
 
-    With `training=False` the model is in eval mode.
+    With `training=False` the model is in eval mode; `dtype` is that of exact sums.
     """
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
@@ -175,13 +176,14 @@ def measure(
     if memory == "pool" and kind in ("snip", "gradient"):
         raise ValueError(f"`memory='pool'` keeps the largest of growing sums; those of {kind=} change their sign.")
     dataloader = loader(dataloader, trainer, num_batches)
-    scores = (ExactScores if memory == "exact" else PooledScores)({n: p.numel() for n, p in candidates.items()})
+    sizes = {name: parameter.numel() for name, parameter in candidates.items()}
+    scores = ExactScores(sizes, dtype) if memory == "exact" else PooledScores(sizes)
     seen: set[str] = set()
 
     def take(name: str, grad: torch.Tensor, parameter: torch.Tensor) -> None:
         seen.add(name)
         # a single tensor of the gradient's size is alive besides it, and none if it is in fp32
-        values = grad.detach().float().reshape(-1)
+        values = grad.detach().to(dtype).reshape(-1)
         if kind in ("magnitude", "snip"):
             values = values.mul_(parameter.detach().reshape(-1))
         is_signed = kind in ("snip", "gradient")
@@ -242,7 +244,7 @@ def mean_gradients(
     loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     num_batches: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The mean, with its sign, of the gradients of the batches' losses, in eval mode; by the parameters' names, in fp32.
+    """The mean, with its sign, of the gradients of the batches' losses, in eval mode; by the parameters' names, in fp32 at least.
 
     With several processes it is the mean over all of them.
 
@@ -250,7 +252,9 @@ def mean_gradients(
         ValueError: See `calibrate`.
     """
     number = sys.maxsize if num_batches is None else num_batches
-    scores = measure(model, parameters, dataloader, loss_fn, number, kind="gradient", progress=False, training=False)
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+    options: Any = {"kind": "gradient", "progress": False, "training": False, "dtype": dtype}
+    scores = measure(model, parameters, dataloader, loss_fn, number, **options)
     return {
         name: (scores.of(name) / scores.batches).view(parameter.shape).to(parameter.device)
         for name, parameter in parameters.items()

@@ -126,11 +126,11 @@ class DrawnScores(Scores):
 
 
 class ExactScores(Scores):
-    """One fp32 sum for every weight, on the host."""
+    """One sum for every weight, in fp32 unless told otherwise, on the host."""
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
+    def __init__(self, sizes: Mapping[str, int], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(sizes)
-        self.sums = {name: torch.zeros(size) for name, size in sizes.items()}
+        self.sums = {name: torch.zeros(size, dtype=dtype) for name, size in sizes.items()}
 
     def of(self, name: str) -> torch.Tensor:
         return self.sums[name]

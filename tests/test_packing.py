@@ -315,7 +315,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         (good, {"shapes": {**header.shapes, first: [1 << 30, 1 << 20]}}, "parts do not fit together"),
         (good, {"shapes": {**header.shapes, first: [-1]}}, "metadata of .* are damaged"),
         (good, {"kind": "codes", "bits": 9}, "metadata of .* are damaged"),
-        (good, {"version": 2}, "was packed in version 2 of the format: `pip install -U peft-ext`"),
+        (good, {"version": 3}, "was packed in version 3 of the format: `pip install -U peft-ext`"),
     ):
         write(tensors, **changes)
         with pytest.raises(BadInput, match=message):
