@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
+from peft_ext import VPTConfig
 from peft_ext.core import methods
 
 
@@ -69,6 +71,7 @@ VIT = cost.Workload("tiny-vit", _vit, "image", 2, image_size=64, about="ViT")
 LLAMA = cost.Workload("tiny-llama", _llama, "causal", 2, length=6, about="Llama")
 BERT = cost.Workload("tiny-bert", _bert, "text", 2, length=6, about="BERT")
 PROMPTS = [cost.COST_NAMES[name] for name in cost.PROMPTS]  # for encoders, and not merged
+AS_ROWS = "VPT, 50 prompts as rows"  # for images
 MASKS = "mask-pruning LoRA r=8"  # needs to know the architecture
 STACK = cost.Workload("stack", lambda: cost.Stack(3, 16), "stack", 4, length=16, about="Linears")
 
@@ -141,12 +144,35 @@ def test_file_bytes_are_those_of_the_trained_tensors(vit: dict[str, Any]) -> Non
 def test_other_kinds_of_model(workload: Any) -> None:
     results = cost.measure(workload, settings=ONE_ROUND, quiet=True)
     without = {
-        "tiny-llama": {"linear probe", VQT, UNIPT, *PROMPTS},
-        "stack": {"linear probe", "LN-tuning", MASKS, PASTA, *(cost.COST_NAMES[name] for name in cost.COMPARED)},
-    }.get(workload.name, set())
+        "tiny-llama": {"linear probe", VQT, UNIPT, AS_ROWS, *PROMPTS},
+        "stack": {
+            "linear probe",
+            "LN-tuning",
+            MASKS,
+            PASTA,
+            AS_ROWS,
+            *(cost.COST_NAMES[name] for name in cost.COMPARED),
+        },
+    }.get(workload.name, {AS_ROWS})
     assert set(results["skipped"]) == without
     assert set(results["rows"]) == set(cost.METHODS) - without
     assert cost.FROZEN in cost.table(results)
+
+
+def test_prompts_as_rows_are_those_of_vpt() -> None:
+    """The yardstick computes what it is compared with."""
+    torch.manual_seed(0)
+    base, rows = _vit().eval(), cost.prompts_as_rows(_vit().eval())
+    rows.load_state_dict(base.state_dict(), strict=False)
+    model = get_peft_model(base, VPTConfig(num_tokens=cost.INSERTED, modules_to_save=["classifier"])).eval()
+    own = [parameter for name, parameter in model.named_parameters() if "vpt_prompts" in name]
+    theirs = [parameter for name, parameter in rows.named_parameters() if "prompt_rows" in name]
+    assert [p.shape for p in own] == [p.shape for p in theirs] == 4 * [torch.Size([50, 64])]
+    with torch.no_grad():
+        for parameter, other in zip(own, theirs, strict=True):
+            parameter.copy_(other)
+        inputs = VIT.inputs(base.config)
+        torch.testing.assert_close(model(**inputs).logits, rows(**inputs).logits, rtol=0, atol=1e-5)
 
 
 def test_jobs_share_frozen_weights_and_own_trained_ones() -> None:

@@ -60,6 +60,7 @@ from transformers import (
 
 import peft_ext
 from peft_ext import BinaryLoraConfig, MaskLoraConfig, PASTAConfig, SSFConfig
+from peft_ext.architectures import describe
 from peft_ext.core import about_of
 
 
@@ -280,10 +281,41 @@ def full(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
+INSERTED = 50  # prompts of the next
+
+
+def prompts_as_rows(model: nn.Module) -> nn.Module:
+    """VPT-deep as published: prompts stand behind the tokens of every block, with queries and a feed-forward part too.
+
+    `VPTConfig` gives the same outputs without computing those; this row is what it is measured against.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "patch_size"):
+        raise ValueError("it is for vision transformers here, which have no attention mask that would have to grow")
+
+    def insert(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (torch.cat([args[0], block.prompt_rows.expand(len(args[0]), -1, -1)], 1), *args[1:])
+
+    def drop(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0][:, :-INSERTED], *output[1:])
+        return output[:, :-INSERTED]
+
+    freeze_all_but_head(model)
+    for described in describe(model).blocks:
+        block = model.get_submodule(described.name)
+        rows = nn.Parameter(torch.empty(INSERTED, config.hidden_size, device=next(block.parameters()).device))
+        block.register_parameter("prompt_rows", nn.init.uniform_(rows, -0.1, 0.1))
+        block.register_forward_pre_hook(insert)
+        block.register_forward_hook(drop)
+    return model
+
+
 REFERENCES: dict[str, Callable[[nn.Module], nn.Module]] = {
     FROZEN: freeze_all_but_head,
     "linear probe": linear_probe,
     "full fine-tuning": full,
+    f"VPT, {INSERTED} prompts as rows": prompts_as_rows,
 }
 
 
