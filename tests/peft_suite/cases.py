@@ -230,6 +230,10 @@ NOT_APPLICABLE = [
         "LoRA-XS starts at R ~ N(0, 1e-5), close to the base model, and not on it, as this test asks",
     ),
     (
+        r"test_disable_adapters(_with_merging)?\[(MLP|EmbConv1D)_SNELL",
+        "SNELL starts close to the base model, and not on it, as this test asks: on it, no gradient would pass its gate",
+    ),
+    (
         r"test_training_decoders_layer_indexing\[S2FTConfig.*OPT",
         "with four channels a fifth of them is none, which S2FT refuses",
     ),

@@ -10,10 +10,13 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from ...core import HALF, ExactLeaf, ExtLayer, needs_plain_operations
+from ...core import HALF, ExactLeaf, ExtConfig, ExtLayer, needs_plain_operations
 from ...core.schedule import listen_to_steps
 from .config import SNELLConfig
 from .kernel import kernel_product, update_of
+
+
+FAR = 3.0  # standard deviation of the points with `init_weights=False`
 
 
 class Points(ExactLeaf):
@@ -100,6 +103,14 @@ class SNELLLinear(ExtLayer):
         self.snell_outputs[adapter_name] = Points(outputs, config.r // 2, size, kept or 0)
         self.snell_inputs[adapter_name] = Points(inputs, config.r // 2)
         self.finish_update(adapter_name, config)
+
+    @torch.no_grad()
+    def start_at_random(self, adapter_name: str, config: ExtConfig) -> None:
+        """With `init_weights=False`, moves the points far apart: distances count by a tenth, and then by their square."""
+        if config.init_weights is False:
+            for leaf in self.points(adapter_name):
+                if not leaf.weight.is_meta:
+                    leaf.weight.add_(torch.randn_like(leaf.weight), alpha=FAR)
 
     def points(self, adapter_name: str) -> tuple[Points, Points]:
         """Those of the outputs and of the inputs."""
