@@ -101,6 +101,7 @@ def run(plan: Plan, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
         model, config = adapt(plan.method, setting)
         if args.fit_head and isinstance(config, ExtConfig) and tuner_of(config).trains_own_head:
             found["probe"] = fit_head(model, plan, made)
+            start += found["probe"]["seconds"]  # which are told apart
         if plan.method == "lt-sft":
             model = peft_ext.lt_sft(model, config, make_trainer)  # type: ignore[arg-type]
             trainer = make_trainer(model)
