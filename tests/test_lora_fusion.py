@@ -14,7 +14,7 @@ from loras import two_loras, write_lora
 from models import inputs, logits, tiny
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_integrations import quantised_llama
+from test_integrations import quantised_llama, run_processes
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -390,13 +390,85 @@ def test_a_module_that_is_trained_in_full_is_not_fused() -> None:
     model.add_adapter("second", LoraFusionConfig(adapters=two_loras("mlp"), modules_to_save=["fc2"]))
 
 
-def test_a_damaged_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"ranks": [2, 10**9]}, r"`ranks` of adapter_config\.json says 1000000002, and no tensor"),
+        ({"ranks": None}, r"`ranks` is missing from adapter_config\.json"),  # and nothing is fetched
+        ({"ranks": [0, 0]}, "must have a rank for each of the 2 adapters"),
+        ({"adapters": [], "ranks": []}, "must have a rank for each of the 0 adapters"),
+        ({"other_ranks": {"model.layers.0.self_attn.q_proj": [1]}}, "must have a rank for each"),
+    ],
+)
+def test_a_damaged_config(fields: dict[str, Any], match: str, tmp_path: Path) -> None:
     get_peft_model(tiny("llama"), LoraFusionConfig(adapters=two_loras("llama"))).save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
-    fields = json.loads(file.read_text())
-    file.write_text(json.dumps({**fields, "ranks": [2, 10**9]}))
-    with pytest.raises(ValueError, match=r"`ranks` of adapter_config\.json says 1000000002, and no tensor"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises(ValueError, match=match):
         PeftModel.from_pretrained(tiny("llama"), str(tmp_path))
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    config = LoraFusionConfig(adapters=[write_lora(tmp_path / "lora", "llama", seed=1)], mode="factors")
+    get_peft_model(tiny("llama"), config).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: -t if key.endswith("scales") else t for key, t in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"(?s)cannot be loaded into this model.*`scales` are below zero"):
+        PeftModel.from_pretrained(tiny("llama"), str(tmp_path))
+
+
+def test_shared_coefficients_under_fsdp_and_ddp(tmp_path: Path) -> None:
+    """With PEFT's policy, with blocks alone as units, and under DDP: the step of one process."""
+    paths = two_loras("llama")
+    ranks = run_processes(
+        tmp_path,
+        f"""
+        import functools
+        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+        from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+        from torch.nn.parallel import DistributedDataParallel
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+        dist.init_process_group("gloo")
+
+        def step(model, parameters):
+            optimizer = torch.optim.SGD(parameters, lr=0.02)
+            for _ in range(2):
+                model(**inputs("llama")).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return model(**inputs("llama")).loss.item()
+
+        def build():
+            config = peft_ext.LoraFusionConfig(adapters={paths!r}, magnitude=True)
+            return get_peft_model(tiny("llama"), config).train()
+
+        def trained(model):
+            return [p for p in model.parameters() if p.requires_grad]
+
+        def leaf(module):  # as peft.utils.other.fsdp_auto_wrap_policy
+            has_weight = getattr(module, "weight", None) is not None and module.weight.requires_grad
+            return not list(module.named_children()) and has_weight
+
+        plain = build()
+        before = plain(**inputs("llama")).loss.item()
+        expected = step(plain, trained(plain))
+        leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=leaf)
+        blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={{LlamaDecoderLayer}})
+        both, cpu = functools.partial(_or_policy, policies=[leaves, blocks]), torch.device("cpu")
+        model = FSDP(build(), auto_wrap_policy=both, device_id=cpu)
+        got = {{"leaves": step(model, model.parameters())}}
+        model = FSDP(build(), auto_wrap_policy=blocks, device_id=cpu, use_orig_params=True)
+        got["blocks"] = step(model, trained(model))
+        model = DistributedDataParallel(build())
+        got["ddp"] = step(model, trained(model))
+        result(before=before, expected=expected, got=got)
+        dist.destroy_process_group()
+        """,
+    )
+    for rank in ranks:
+        assert abs(rank["before"] - rank["expected"]) > 1e-3
+        for how, loss in rank["got"].items():
+            assert loss == pytest.approx(rank["expected"], abs=1e-5), how
 
 
 def test_inspection_and_figure(tmp_path: Path, loras: list[str]) -> None:

@@ -82,10 +82,10 @@ class LoraFusionConfig(ExtConfig):
     def _check_ranks(self) -> None:
         if self.ranks is None and self.other_ranks is None:
             return
-        others = self.other_ranks if isinstance(self.other_ranks, dict) else {"": self.other_ranks}
-        for ranks in (self.ranks, *others.values()) if others != {"": None} else (self.ranks,):
+        others = {} if self.other_ranks is None else self.other_ranks
+        for ranks in (self.ranks, *(others.values() if isinstance(others, dict) else (others,))):
             is_list = isinstance(ranks, list) and len(ranks) == len(self.adapters)
-            if not (is_list and all(type(rank) is int and rank >= 0 for rank in ranks or ())):
+            if not (is_list and all(type(rank) is int and rank >= 0 for rank in ranks or ()) and any(ranks or ())):
                 raise ValueError(
                     f"`ranks` and `other_ranks` must have a rank for each of the {len(self.adapters)} adapters, got "
                     f"{ranks!r}. They are filled in; leave them out of a config of your own."

@@ -213,4 +213,6 @@ def pairs_of(name: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor])
             stacklevel=2,
         )
     scales = {module: scale_at(vars(config), module, len(down)) for module, (down, _) in pairs.items()}
+    if min(scales.values()) < 0:
+        raise ValueError(f"The LoRA {name!r} has an alpha below zero; turn the sign of its B instead.")
     return GivenLora(name, config.base_model_name_or_path or None, pairs, scales)

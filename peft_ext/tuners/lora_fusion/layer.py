@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ class Factors(nn.Module):
         if self.is_placeholder and bool(self.scales.any()):  # looked at, since transformers loads past all load hooks
             self.is_placeholder = False
         return self.is_placeholder
+
+    def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """`ValueError` if the scales of a file are none that a LoRA has."""
+        if bool((tensors["scales"] < 0).any()):
+            raise ValueError(f"`scales` are below zero: {tensors['scales'].tolist()}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Factors:
         super()._apply(keeping_precision(fn), recurse)

@@ -31,6 +31,11 @@ class LoraFusionModel(SharingModel):
     def default_targets(cls, config: LoraFusionConfig, model_config: dict[str, Any], model: nn.Module) -> Any:
         """Reads the LoRAs, and takes the modules that they adapt where the user names none."""
         if config.ranks is None:
+            if config.awaits_weights:  # of a saved adapter, whose LoRAs are in its own file
+                raise ValueError(
+                    "`ranks` is missing from adapter_config.json, though a saved adapter has it: restore the files that "
+                    "were saved."
+                )
             config.given = read_all(config.adapters, model)
         return super().default_targets(config, model_config, model)
 
