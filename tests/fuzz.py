@@ -35,13 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 from torch import nn
 
 import peft_ext
-from peft_ext import FrozenPassCache, SparseFTConfig, SPTConfig
+from peft_ext import FrozenPassCache, LoraFusionConfig, SparseFTConfig, SPTConfig
 from peft_ext.inspection import describe
 
 
@@ -220,8 +220,17 @@ def made(folder: Path) -> list[Kind]:
     for file in ("config.json", "model.safetensors"):
         kinds.append(Kind(f"pruned: {file}", FIXTURES / "pruned", file, read_pruned))
     kinds.append(Kind("inspect pruned: config.json", FIXTURES / "pruned", "config.json", inspect))
-    for sub in ("calibration", "support", "lt-sft", "order"):
+    for sub in ("calibration", "support", "lt-sft", "order", "fused"):
         (folder / sub).mkdir()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=seed, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        get_peft_model(base_of("sparse-lt-sft"), lora).save_pretrained(str(folder / f"lora-{seed}"))
+    fusion = LoraFusionConfig(adapters=[str(folder / f"lora-{seed}") for seed in (1, 2)], magnitude=True)
+    get_peft_model(base_of("sparse-lt-sft"), fusion).save_pretrained(str(folder / "fused"))
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        kinds.append(Kind(f"fused: {file}", folder / "fused", file, read_adapter("sparse-lt-sft")))
+        kinds.append(Kind(f"inspect fused: {file}", folder / "fused", file, inspect))
     config = SPTConfig(budget=300, structured=None, target_modules=["query", "LayerNorm"])
     config = peft_ext.calibrate(base_of("spt"), config, [MAKE.batch("bert")], progress=False)
     config.save_pretrained(folder / "calibration")
