@@ -342,6 +342,16 @@ def test_a_skipped_step_does_not_count() -> None:
     assert kept_of(model) == before and not leaf.progress.any()
 
 
+def test_shards_are_refused() -> None:
+    """FSDP leaves each process a part of the points, flat."""
+    model = adaptive()
+    leaf = next(iter(layers_of(model).values())).points("default")[1]
+    leaf.weight = nn.Parameter(leaf.weight.detach().flatten()[:10])
+    leaf.weight.grad = torch.ones_like(leaf.weight)
+    with pytest.raises(ValueError, match=r"sharded over processes \(FSDP\).*`allocation='uniform'`"):
+        torch.optim.SGD([leaf.weight], lr=0.1).step()
+
+
 def test_an_optimizer_that_is_not_seen_is_told_of(tmp_path: Path) -> None:
     model = adaptive()
     model(**inputs("llama")).loss.backward()

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .config import SNELLConfig
@@ -73,11 +74,16 @@ class Allocation:
 
     @torch.no_grad()
     def before_step(self, leaf: Points, optimizer: Optimizer, closure: bool) -> None:
-        """Measures one leaf; `ValueError` if its gradient is not there yet."""
+        """Measures one leaf; `ValueError` if its gradient is not there yet, or a part of it elsewhere."""
         if closure:
             raise ValueError(
                 f"{type(optimizer).__name__}.step was given a closure, which computes the gradients anew, so that "
                 "`allocation='adaptive'` cannot see them. Use an optimizer without a closure, or 'uniform'."
+            )
+        if leaf.weight.shape != leaf.shape or isinstance(leaf.weight, DTensor):
+            raise ValueError(
+                "The points are sharded over processes (FSDP), so that none of them knows how sensitive the loss is to "
+                "all of a module's. Use `allocation='uniform'`, or data-parallel training without shards."
             )
         if leaf.weight.grad is None:
             return

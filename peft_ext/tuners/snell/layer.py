@@ -35,6 +35,7 @@ class Points(ExactLeaf):
         # `kaiming_uniform_(a=sqrt(5))` of a tensor of three dimensions, as published
         nn.init.uniform_(self.weight, -((count * half) ** -0.5), (count * half) ** -0.5)
         self._exact = self.weight.data
+        self.shape = self.weight.shape  # what `weight` has may be a shard of it
         self.size = size
         self.allocation: Any = None  # an `Allocation`, if it is told of steps
         if size is not None:
