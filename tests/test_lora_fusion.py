@@ -483,7 +483,8 @@ def test_inspection_and_figure(tmp_path: Path, loras: list[str]) -> None:
             down, up = layer.low_rank("default")
             row = rows[name.removeprefix("base_model.model.")]
             assert row["norm"] == pytest.approx((up @ down).norm().item()) and row["parameters"] == 0
-        assert sum(row["parameters"] for row in found["modules"]) == 4
+        shared = [(row["layer"], row["parameters"]) for row in found["modules"] if row["type"] == "coefficients"]
+        assert sorted(shared) == [(0, 2), (1, 2)] and sum(row["parameters"] for row in found["modules"]) == 4
     plots.plot(model)
 
 

@@ -10,7 +10,20 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from ...core import About, Adapter, Column, Figures, HeatMap, LowRank, Picture, Reading, Site, Writer, layer_and_type
+from ...core import (
+    About,
+    Adapter,
+    Column,
+    Figures,
+    HeatMap,
+    LowRank,
+    Picture,
+    Reading,
+    Row,
+    Site,
+    Writer,
+    layer_and_type,
+)
 from ...lora_files import write_as_lora, write_lora
 from .config import LoraFusionConfig
 from .layer import SHARED, Factors
@@ -45,6 +58,15 @@ class LoraFusionAbout(About):
         found = [s.leaves["coefficients.weight"] for s in adapter.sites.values() if "coefficients.weight" in s.leaves]
         means = torch.stack(found).double().mean(dim=0).tolist() if found else []
         return {f"mean coefficient of {label}": mean for label, mean in zip(config.labels, means, strict=True)}
+
+    def rows(self, adapter: Adapter) -> list[Row]:
+        """A row for each module, and one for the coefficients that a block shares, in its layer."""
+        rows = super().rows(adapter)
+        for row in rows:
+            shared, _, group = row["module"].partition(f"{SHARED}.")
+            if group and not shared:
+                row["layer"], row["type"] = layer_and_type(f"{group.replace('-', '.')}.coefficients")
+        return rows
 
     def pictures(self, model: nn.Module, adapter_name: str, **inputs: Any) -> list[Picture]:
         """By block and LoRA: the coefficient; the mean over the modules of a block where they share none.
