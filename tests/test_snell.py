@@ -141,8 +141,6 @@ def test_quantiles_are_those_of_torch(
 def test_a_quantile_of_more_values_than_torch_takes() -> None:
     size = (1 << 24) + 3
     values = torch.rand(size, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(RuntimeError, match="too large"):
-        torch.quantile(values, 0.9)
     rank = 0.9 * (size - 1)
     low = int(rank)
     first, second = (float(value) for value in numpy.partition(values.numpy(), (low, low + 1))[low : low + 2])
