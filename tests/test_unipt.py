@@ -223,6 +223,17 @@ def test_layers_to_transform(layers: Any) -> None:
     assert not base._forward_pre_hooks and "forward" not in vars(base)
 
 
+def test_layers_named_twice_and_none(tmp_path: Path) -> None:
+    from peft_ext.inspection import describe
+
+    model = unipt("vit", layers_to_transform=[1, 0, 1])
+    assert len(layer_of(model).unipt_down["default"].weight) == 3
+    model.save_pretrained(tmp_path)
+    assert [row["module"] for row in describe(str(tmp_path))["modules"][:2]] == ["layer 0", "layer 1"]
+    with pytest.raises(ValueError, match="no layer would be read"):
+        unipt("vit", layers_to_transform=[])
+
+
 def test_a_model_of_one_layer() -> None:
     model, batch = unipt("vit", overrides={"num_hidden_layers": 1}), batch_of("vit")
     assert [value.tolist() for value in layer_confidence(model, pixel_values=batch["pixel_values"]).values()] == [
@@ -732,6 +743,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
 def test_mixed_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="adapter_names"):
         unipt("vit")(**batch_of("vit"), adapter_names=["default", "default"])
+
+
+def test_its_head_can_be_fitted_first() -> None:
+    model, batch = unipt("vit"), batch_of("vit", batch=6)
+    before = model(**batch).loss
+    found = peft_ext.linear_probe(model, [batch], [batch], grid=(1e-2,))
+    assert found.head == "unipt.unipt_head.default" and model(**batch).loss < before
 
 
 # Inspection

@@ -142,7 +142,9 @@ class ReaderLayer(ExtLayer):
         """The blocks that `adapter` reads, by their index."""
         blocks = self.all_blocks
         chosen = self.configs[adapter].layers_to_transform
-        indices = range(len(blocks)) if chosen is None else [chosen] if isinstance(chosen, int) else sorted(chosen)
+        indices = (
+            range(len(blocks)) if chosen is None else [chosen] if isinstance(chosen, int) else sorted(set(chosen))
+        )
         for index in indices:
             if not 0 <= index < len(blocks):
                 raise ValueError(

@@ -24,7 +24,9 @@ class UniPTAbout(About):
         chosen = adapter.config.get("layers_to_transform")
         try:
             states, channels, _ = site.leaves["down.weight"].shape
-            indices = range(states - 1) if chosen is None else [chosen] if isinstance(chosen, int) else sorted(chosen)
+            indices = (
+                range(states - 1) if chosen is None else [chosen] if isinstance(chosen, int) else sorted(set(chosen))
+            )
             if len(indices) != states - 1:
                 raise ValueError(f"it reads {states - 1} layers, its config names {len(indices)}")
             rows = [_layer_row(site, place, index, channels) for place, index in enumerate(indices)]

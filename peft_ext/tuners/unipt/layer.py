@@ -61,6 +61,8 @@ class UniPTLayer(ReaderLayer):
             raise ValueError(
                 f"`reduction_factor` is {config.reduction_factor}, which does not divide the width {width}."
             )
+        if config.layers_to_transform is not None and config.layers_to_transform in ([], set(), ()):
+            raise ValueError("`layers_to_transform` is empty, so no layer would be read; leave it out to read all.")
         self.configs[adapter_name] = config
         self._own_labels(config)
         assert config.id2label is not None

@@ -32,7 +32,7 @@ class SideLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `(..., in)`; returns `(..., out)`."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(x.to(self.weight), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))
@@ -51,7 +51,7 @@ class SideLinears(SideLinear):
     def forward(self, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:  # type: ignore[override]
         """xs: n inputs `(..., in)`; returns n outputs `(..., out)`."""
         maps = zip(self.weight.unbind(0), self.bias.unbind(0), xs, strict=True)
-        return [F.linear(x.to(weight.dtype), weight, bias) for weight, bias, x in maps]
+        return [F.linear(x.to(weight), weight, bias) for weight, bias, x in maps]
 
 
 class SideNorms(nn.Module):
@@ -70,7 +70,7 @@ class SideNorms(nn.Module):
     def forward(self, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """xs: n inputs `(..., C)`; returns n outputs of the same shapes."""
         norms = zip(self.weight.unbind(0), self.bias.unbind(0), xs, strict=True)
-        return [F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias) for weight, bias, x in norms]
+        return [F.layer_norm(x.to(weight), weight.shape, weight, bias) for weight, bias, x in norms]
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))
@@ -108,6 +108,7 @@ class SideNetwork:
         """
         own = states[-1]
         anchor, targets = self._down(states)
+        mask = None if mask is None else mask.to(anchor.device)
         confidence = self._confidence(anchor, targets, mask)  # (B, L)
         merged = anchor.new_zeros(())
         for place, target in enumerate(targets):
@@ -116,12 +117,13 @@ class SideNetwork:
             )
         if self.proj is not None and self.proj_norm is not None:
             merged = anchor + self.proj_norm([self.proj(merged)])[0]
-        made: torch.Tensor = self.up(torch.relu(merged)).to(own.dtype)
+        made: torch.Tensor = self.up(torch.relu(merged)).to(own)
         return own + made if self.residual else made
 
     def confidence(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
         """c `(B, L)`: how much each of the layers counts."""
-        return self._confidence(*self._down(states), mask)
+        anchor, targets = self._down(states)
+        return self._confidence(anchor, targets, None if mask is None else mask.to(anchor.device))
 
     def _down(self, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """a and t_l, each `(B, N, d)`."""

@@ -42,7 +42,7 @@ class VQTAbout(About):
         columns = site.leaves.get("head.columns", torch.arange(head.shape[1]))
         squares = head.square().sum(0)
         chosen = adapter.config.get("layers_to_transform")
-        indices = range(layers) if chosen is None else [chosen] if isinstance(chosen, int) else sorted(chosen)
+        indices = range(layers) if chosen is None else [chosen] if isinstance(chosen, int) else sorted(set(chosen))
         rows = []
         for place, (start, end) in enumerate(features):
             own = (columns >= start) & (columns < end)
