@@ -46,7 +46,7 @@ def command(script: Any, monkeypatch: pytest.MonkeyPatch, small: Path, *argument
     [
         (head_check, ("--methods", "lora"), "heads", [head_check.FRESH, head_check.FITTED]),
         (razor_check, ("--methods", "lora"), "razor", ["dense", "keep 0.3", "keep 0.1"]),
-        (compress_check, (), "compressed", ["keep 0.1"]),
+        (compress_check, ("--keep", "0.1", "0.3"), "compressed", ["keep 0.1, 0.3"]),
         (sampling_loss, ("--variants", "LISA, 2 blocks"), "sampling", ["LISA, 2 blocks"]),
     ],
 )

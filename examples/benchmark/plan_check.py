@@ -89,8 +89,9 @@ def measured_bytes(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, int
 
 @no_foreign_warnings()
 def check(names: list[str], chosen: list[str] | None) -> None:
-    """Writes what was found after each model."""
-    found: dict[str, Any] = {}
+    """Writes what was found after each method, beside the models that were looked at before."""
+    file = RESULTS / "plan-check.json"
+    found: dict[str, Any] = json.loads(file.read_text())["models"] if file.exists() else {}
     for name in names:
         work: Workload = PRESETS[name]
         batch = BATCHES.get(name, work.batch)
@@ -101,7 +102,7 @@ def check(names: list[str], chosen: list[str] | None) -> None:
         for row in plan.rows:
             torch.manual_seed(0)
             model = work.build()
-            inputs = {key: value[:batch] for key, value in work.inputs(model.config).items()}
+            inputs = {key: value[:batch].clone() for key, value in work.inputs(model.config).items()}
             adapt = _methods(work.kind, [row.method] if row.method in methods() else [])[row.method][2]
             true = measured_bytes(adapt(model, [inputs] * 2).train(), inputs)
             ratios = {
@@ -110,8 +111,8 @@ def check(names: list[str], chosen: list[str] | None) -> None:
             }
             found[name]["rows"][row.method] = {"predicted": asdict(row), "measured": true, "ratios": ratios}
             print(name, row.name, {key: round(value, 3) for key, value in ratios.items()}, flush=True)
-        results = {"machine": machine(CostSettings()), "models": found}
-        (RESULTS / "plan-check.json").write_text(json.dumps(results, indent=1) + "\n")
+            results = {"machine": machine(CostSettings()), "models": {n: found[n] for n in MODELS if n in found}}
+            file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def plans() -> None:
@@ -151,12 +152,16 @@ def tables() -> dict[str, str]:
         ]
         found["llama"] = "\n\n".join(parts)
     if (path := RESULTS / "plan-check.json").exists():
-        lines = ["| model | method | activations, predicted over measured | all, predicted over measured |"]
-        lines.append("|---|---|---:|---:|")
+        lines = [
+            "| model | method | activations, predicted over measured | standard error | all, predicted over measured |"
+        ]
+        lines.append("|---|---|---:|---:|---:|")
         for name, model in json.loads(path.read_text())["models"].items():
             for row in model["rows"].values():
                 ratio = row["ratios"]
-                cells = (name, row["predicted"]["name"], f"{ratio['activations']:.3f}", f"{ratio['total']:.3f}")
+                told = row["predicted"]
+                error = f"{told['error'] / max(1, told['activations']):.3f}"
+                cells = (name, told["name"], f"{ratio['activations']:.3f}", error, f"{ratio['total']:.3f}")
                 lines.append(f"| {' | '.join(cells)} |")
         found["check"] = "\n".join(lines)
     return found

@@ -38,6 +38,7 @@ class About:
         offsets: A regular expression of the trained leaves, by their names behind the prefix (`down.weight`), that may be
             thinned out and rounded (`peft_ext.export.compress`, `binarize`), since zero changes little or nothing
             there. Empty: it is not known.
+        unplanned: Why the memory of a training cannot be told from small models of the architecture; empty where it can.
     """
 
     name: str
@@ -50,6 +51,7 @@ class About:
     page: str = ""
     instead: Mapping[str, str] = field(default_factory=dict)
     offsets: str = ""
+    unplanned: str = ""
 
     columns: ClassVar[tuple[Column, ...]] = ()
     """The columns of the keys that `read` and `rows` put into a row, in order."""

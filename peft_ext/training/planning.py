@@ -36,12 +36,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..calibrate import calibrate
-from ..core import ExtConfig, methods, tuner_of
+from ..core import methods
 from .toys import Costs, Sizes, costs_of, sizes_of
 
 
 GOALS = ("memory", "parameters", "latency", "speed")
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+SHOWN = 0.02  # a standard error above this share of the activations is in the table
 FULL, LOW_RANK = "full fine-tuning", "LoRA r=8"
 AUTO: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
@@ -60,6 +61,7 @@ class Advice:
         name: What it is called.
         trainable: Trainable parameters, a head that is trained in full included.
         weights, gradients, optimizer, activations: See the top of `planning.py`.
+        error: Standard error of the activations; zero where they follow from the sizes alone.
         checkpointed: Activations with gradient checkpointing.
         merges: Whether nothing of it is left at inference.
         fits: `"yes"`, `"with gradient checkpointing"` or `"no"`; `None` without a limit.
@@ -76,6 +78,7 @@ class Advice:
     activations: int
     checkpointed: int
     merges: bool
+    error: int = 0
     fits: str | None = None
     step: Mapping[str, float] = field(default_factory=dict)
     saved: Mapping[str, float] = field(default_factory=dict)
@@ -111,6 +114,8 @@ class Plan:
             sizes = (row.weights, row.gradients, row.optimizer, row.activations, row.total, row.total_checkpointed)
             middle = _median(row.step)
             cells = [row.name, f"{row.trainable:,}", *(f"{size / 1e9:,.2f}" for size in sizes)]
+            if row.error > SHOWN * row.activations:
+                cells[5] += f" ± {row.error / 1e9:,.2f}"
             cells += ["yes" if row.merges else "no", "-" if middle is None else f"{middle:.2f}"]
             lines.append([*cells, *([row.fits or ""] if self.memory is not None else [])])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -129,7 +134,8 @@ def recommend(
     """Which methods fit a model, a batch and a budget, by what a training step would need. Nothing large is loaded.
 
     Each registered method is taken with its default config, beside LoRA r=8 on all Linears and full fine-tuning, all
-    with AdamW. Their costs come from toys of the same architecture that are really run.
+    with AdamW. Their costs come from toys of the same architecture that are really run. A method whose costs the toys do
+    not tell within 15 % (by the residuals of what is fitted to them) is left out.
 
     Args:
         model: A transformers model (on the meta device, too), a config, or a name on the Hub or on disk.
@@ -156,8 +162,11 @@ def recommend(
     sizes, limit = sizes_of(config, batch, tokens), _bytes(memory)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build(config).parameters())
-    rows, left_out = [], {}
+    rows, left_out, registered = [], {}, methods()
     for name, (title, merges, adapt) in _methods(kind, chosen).items():
+        if name in registered and (reason := registered[name].about.unplanned):
+            left_out[title] = f"no plan can be made: {reason}."
+            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of toys: fresh heads, small ranks
@@ -261,22 +270,16 @@ def _adapted(
     model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], config_class: Callable[..., PeftConfig], task: str
 ) -> nn.Module:
     """The toy with the method on it, calibrated on its batches where the method looks at data."""
+    config: Any = config_class(task_type=task)
     try:
-        return get_peft_model(model, config_class(task_type=task))
-    except ValueError:
+        return get_peft_model(model, config)
+    except ValueError as error:
         config = config_class(task_type=task)
-        if not isinstance(config, ExtConfig) or not _looks_at_data(config, model):
-            raise
-    calibrate(model, config, batches, num_batches=len(batches), progress=False)
+        try:
+            calibrate(model, config, batches, num_batches=len(batches), progress=False)
+        except TypeError:  # it looks at no data, so that is not what is missing
+            raise error from None
     return get_peft_model(model, config)
-
-
-def _looks_at_data(config: ExtConfig, model: nn.Module) -> bool:
-    try:
-        tuner_of(config).candidates(config, model)
-    except TypeError:
-        return False
-    return True
 
 
 # What comes of it
@@ -307,6 +310,7 @@ def _advice(
         activations=costs.activations,
         checkpointed=min(costs.activations, inputs + costs.activations_of_one_layer),
         merges=merges,
+        error=costs.error,
         step=measured.get("step", {}),
         saved=measured.get("saved", {}),
     )

@@ -20,6 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 
+MOST, SPARE = 64, 8  # toys: at most, and more than there are products that can vary by themselves
+TRIES = 400  # to draw sizes as wanted
+FAILURES = 8  # toys that a method may refuse, or twice as many as it takes
+ROUGH = 0.15  # a larger standard error, as a share, is none that a prediction should have
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes on which the costs of a transformer depend.
@@ -45,13 +51,20 @@ class Sizes:
     def _layer(self) -> list[float]:
         return [1, self.width, self.inner, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.heads]
 
+    def more_rows(self) -> tuple[bool, ...]:
+        """Whether a batch has more rows than the inputs of modules have channels."""
+        rows = self.batch * self.tokens
+        return rows > self.width, rows > self.inner, rows > self.heads * self.head_dim
+
     def activations(self) -> list[float]:
         """What the bytes kept for the backward are linear in."""
         rows, pairs = self.batch * self.tokens, self.batch * self.tokens**2
         return [
             *(rows * self.layers * size for size in self._layer),
             pairs * self.layers * self.heads,  # attention weights, where the attention is not fused
-            *(rows * size for size in (1, self.width, self.vocabulary, self.head_dim)),
+            # likewise of one layer, since before the first trained module nothing is kept; then of what is outside
+            *(rows * size for size in (*self._layer, self.vocabulary, self.head_dim)),
+            pairs * self.heads,
             *(self.tokens * size for size in (1, self.head_dim, self.tokens)),  # positions and masks of all samples
             *(self.batch * size for size in (1, self.width)),
             *(self.batch * self.layers * size for size in self._layer[:5]),  # of rows that are no tokens
@@ -100,10 +113,24 @@ def sizes_of(config: Any, batch: int, tokens: int) -> Sizes:
     )
 
 
-def toy_sizes(config: Any, rng: random.Random) -> tuple[PreTrainedConfig, int]:
-    """A config of the same architecture with small sizes drawn at random, and the number of tokens."""
+def toy_sizes(config: Any, like: Sizes, rng: random.Random, larger: bool = False) -> tuple[PreTrainedConfig, Sizes]:
+    """A config of the same architecture with small sizes drawn at random, and those of it and its batch.
+
+    Methods choose by whether a batch has more rows than a module has channels, so the toys are as `like` there. A batch
+    of one is one in the toys, too: what does not vary need not be told.
+    """
+    for _ in range(TRIES):
+        toy, tokens = _drawn(config, rng, (32, 40, 48) if larger else (8, 16, 24))
+        sizes = sizes_of(toy, 1 if like.batch == 1 else rng.randint(2, 4), tokens)
+        if sizes.more_rows() == like.more_rows():
+            break
+    return toy, sizes
+
+
+def _drawn(config: Any, rng: random.Random, head_dims: Sequence[int]) -> tuple[PreTrainedConfig, int]:
+    """A config and a number of tokens."""
     toy = copy.deepcopy(config)
-    heads, head_dim = rng.choice((2, 3, 4, 6)), rng.choice((8, 16, 24))
+    heads, head_dim = rng.choice((2, 3, 4, 6)), rng.choice(head_dims)
     free = getattr(config, "head_dim", None) is not None
     toy.num_attention_heads = heads
     toy.hidden_size = 8 * rng.randint(5, 16) if free else heads * head_dim
@@ -113,7 +140,7 @@ def toy_sizes(config: Any, rng: random.Random) -> tuple[PreTrainedConfig, int]:
         full = config.num_key_value_heads == config.num_attention_heads
         toy.num_key_value_heads = heads if full else rng.choice([n for n in range(1, heads) if heads % n == 0])
     if getattr(config, "intermediate_size", None) is not None:
-        toy.intermediate_size = 8 * rng.randint(6, 24)
+        toy.intermediate_size = 8 * rng.randint(6, 32)
     toy.num_hidden_layers = layers = rng.randint(1, 3)
     if getattr(config, "layer_types", None):
         toy.layer_types = list(config.layer_types[:layers])
@@ -122,10 +149,8 @@ def toy_sizes(config: Any, rng: random.Random) -> tuple[PreTrainedConfig, int]:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(toy, name, None) is not None or name == "pad_token_id":
                 setattr(toy, name, 0)
-        return toy, rng.randint(
-            60, 120
-        )  # in a true batch, too, there are more rows than channels, and it makes a difference
-    side = rng.randint(8, 11)
+        return toy, rng.randint(12, 120)
+    side = rng.randint(3, 11)
     toy.image_size = side * config.patch_size
     return toy, side**2 + 1
 
@@ -164,12 +189,16 @@ def saved_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one method on one model: trainable parameters and their bytes, and the bytes kept for the backward."""
+    """Of one method on one model: trainable parameters and their bytes, and the bytes kept for the backward.
+
+    `error` is the standard error of the activations: above zero where they depend on more than the sizes.
+    """
 
     trainable: int
     trainable_bytes: int
     activations: int
     activations_of_one_layer: int
+    error: int
 
 
 Adapt = Callable[[PreTrainedModel, list[dict[str, torch.Tensor]]], nn.Module]
@@ -189,32 +218,46 @@ def costs_of(
         dtype: Of the model's weights.
 
     Raises:
-        ValueError, TypeError: What `adapt` raises.
+        ValueError, TypeError: What `adapt` raises on all toys. ValueError: The costs do not follow from the sizes.
     """
     rng = random.Random(0)
     rows: list[Sizes] = []
     found: list[tuple[int, int, int]] = []
+    failed = 0
     with _quiet(), torch.random.fork_rng([]):
         torch.manual_seed(0)
         while len(found) < _enough(rows):
-            toy, tokens = toy_sizes(config, rng)
-            batch = rng.randint(2, 4)
-            batches = [toy_batch(toy, batch, tokens, kind, rng) for _ in range(2)]
+            toy, row = toy_sizes(config, sizes, rng, larger=failed > 0)
+            batches = [toy_batch(toy, row.batch, row.tokens, kind, rng) for _ in range(2)]
             fresh: Any = build(toy)
-            model = adapt(fresh.to(dtype), batches).train()
+            try:
+                model = adapt(fresh.to(dtype), batches).train()
+            except (ValueError, TypeError):  # some toys may be too small for a method's rank
+                failed += 1
+                if failed > max(FAILURES, 2 * len(found)):
+                    raise
+                continue
             inputs = {k: v.to(dtype) if v.is_floating_point() and k != "labels" else v for k, v in batches[0].items()}
             trained = [p for p in model.parameters() if p.requires_grad]
             counts = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
-            rows.append(sizes_of(toy, batch, tokens))
+            rows.append(row)
             found.append((*counts, saved_bytes(model, inputs)))
     counts_at = [row.parameters() for row in rows]
     kept_at, kept = [row.activations() for row in rows], [f[2] for f in found]
-    one = replace(sizes, layers=1)
+    trainable_bytes, count_error = _told(counts_at, [f[1] for f in found], sizes.parameters())
+    activations, error = _told(kept_at, kept, sizes.activations())
+    # weights, a gradient and two moments for each trainable parameter
+    if error + 4 * count_error > ROUGH * (activations + 4 * trainable_bytes):
+        raise ValueError(
+            "what it keeps depends on the data, or on its choice of modules, more than on the model's sizes: told from "
+            f"{len(found)} toys it would have a standard error of {error / max(1, activations):.0%}."
+        )
     return Costs(
-        trainable=_told(counts_at, [f[0] for f in found], sizes.parameters()),
-        trainable_bytes=_told(counts_at, [f[1] for f in found], sizes.parameters()),
-        activations=_told(kept_at, kept, sizes.activations()),
-        activations_of_one_layer=_told(kept_at, kept, one.activations()),
+        trainable=_told(counts_at, [f[0] for f in found], sizes.parameters())[0],
+        trainable_bytes=trainable_bytes,
+        activations=activations,
+        activations_of_one_layer=_told(kept_at, kept, replace(sizes, layers=1).activations())[0],
+        error=error,
     )
 
 
@@ -224,7 +267,7 @@ def _enough(rows: Sequence[Sizes]) -> int:
         return 8
     table = _scaled([row.activations() for row in rows])[0]
     rank = int(torch.linalg.matrix_rank(table, rtol=1e-6))
-    return min(48, rank + 3)
+    return min(MOST, rank + SPARE)
 
 
 def _scaled(table: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,15 +276,24 @@ def _scaled(table: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tenso
     return rows / scale, scale
 
 
-def _told(table: Sequence[Sequence[float]], values: Sequence[float], at: Sequence[float]) -> int:
-    """The value at `at` of the linear function of least squares (and least norm, where products move together)."""
+def _told(table: Sequence[Sequence[float]], values: Sequence[float], at: Sequence[float]) -> tuple[int, int]:
+    """The value at `at`, and its standard error, of the linear function of least squares.
+
+    Where products move together, it is that of least norm. The residuals, which are zero but for rounding where a cost is
+    a function of the sizes, grow by how far `at` lies outside of the toys.
+    """
     rows, scale = _scaled(table)
-    solution = torch.linalg.lstsq(rows, torch.tensor(values, dtype=torch.float64)[:, None], rcond=1e-9, driver="gelsd")
+    target = torch.tensor(at, dtype=torch.float64) / scale
+    wanted = torch.tensor(values, dtype=torch.float64)
+    solution = torch.linalg.lstsq(rows, wanted[:, None], rcond=1e-9, driver="gelsd")
     coefficients = solution.solution[:, 0]
-    told = round(float((torch.tensor(at, dtype=torch.float64) / scale * coefficients).sum()))
+    told = round(float(target @ coefficients))
     if told < 0:
-        raise ValueError("what it keeps is no function of the model's sizes that some forty toys could show.")
-    return told
+        raise ValueError(f"what it keeps is no function of the model's sizes that {len(rows)} toys could show.")
+    spare = max(1, len(rows) - int(solution.rank))
+    residual = float((wanted - rows @ coefficients).norm()) / spare**0.5
+    lever = float((torch.linalg.pinv(rows, rtol=1e-9).T @ target).norm())
+    return told, round(residual * lever)
 
 
 @contextmanager

@@ -160,4 +160,5 @@ ABOUT = SPTAbout(
     headline=("budget", "structured", "r"),
     page="docs/spt.md",
     offsets=r"(delta|bias|down|up)\.weight",
+    unplanned="whether a matrix gets a structure or single weights depends on the data and on how large it is",
 )
