@@ -66,10 +66,9 @@ def test_scripts_run_what_is_missing_and_write_their_table(
     assert two[: len(one)] == one and [row["seed"] for row in two[len(one) :]] == [1] * len(variants)
     text = page.read_text()
     assert "old" not in text and f"{len(two) // len(variants)}" in text
-    assert (
-        all(variant in text for variant in variants)
-        and len({line.count("|") for line in text.splitlines() if "|" in line}) == 1
-    )
+    # the shares of ComPEFT have a column of their own
+    assert script is compress_check or all(variant in text for variant in variants)
+    assert len({line.count("|") for line in text.splitlines() if "|" in line}) == 1
 
 
 def test_the_rate_of_the_comparison_is_taken(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
