@@ -257,7 +257,8 @@ class SparseDelta(ExactLeaf):
         if self.weight.dtype in HALF:
             raise ValueError(
                 f"The values of a sparse adapter are in {self.weight.dtype}, where small updates are lost. Call "
-                "`model.train()` after casting the model and before the optimizer is made: it puts them back."
+                "`model.train()` after casting the model and before the optimizer is made (and before `fully_shard`): "
+                "it puts them back."
             )
         self.tracker.before_step(self, optimizer, group, closure)
 

@@ -1,6 +1,6 @@
 """Trains every method in several processes, sharded and not, and compares what comes out with one process.
 
-    python tests/sharding.py                                     # print the table
+    python tests/sharding.py                                     # all cells, into tests/sharding_results.json
     python tests/sharding.py --write docs/distributed.md         # between <!-- sharding --> and <!-- /sharding -->
     python tests/sharding.py --methods ssf spiel-ag --ways ddp fsdp2-blocks
 
@@ -17,6 +17,7 @@ import contextlib
 import faulthandler
 import functools
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -43,7 +44,7 @@ import torch.distributed as dist
 from models import inputs, tiny
 from peft import LoraConfig, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_conformance import METHODS as CONFORMING
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -58,6 +59,7 @@ STEPS = 4
 ROWS = 4  # of a micro-batch, over all processes
 SHARED_ROWS = "ddp, each process with its own rows"
 SECONDS = 300  # that a cell may take, on a busy machine
+RESULTS = TESTS / "sharding_results.json"
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 BLOCK = re.compile(r"(<!-- sharding -->\n).*?(<!-- /sharding -->)", re.DOTALL)
 
@@ -124,6 +126,9 @@ CASES: dict[str, Case] = {
         ),
         "llama",
     ),
+    "masks-distilled": Case(
+        Method("mask_pruning_", partial(MaskLoraConfig, penalty=1.0, distillation=1.0, **MASKS), ("llama",)), "llama"
+    ),
     "below": Case(sparse("below", threshold=0.05, reselect_at=3), "llama"),
     "mask_pruning": Case(
         Method("mask_pruning_", partial(MaskLoraConfig, target_sparsity=0.25, **MASKS), ("llama",)), "llama"
@@ -182,7 +187,19 @@ def zero(model: nn.Module, stage: int) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return deepspeed.initialize(model=model, optimizer=optimizer_for(model), config=config)[0]
+    optimizer = optimizer_for(model)
+    (group,) = (
+        optimizer.param_groups
+    )  # what must not decay has a group of its own, as under DeepSpeed users must have it
+    undecayed = [
+        p for key, p in model.named_parameters() if p.requires_grad and re.search(r"\.(ssf_|mask_.*_gate)", key)
+    ]
+    if undecayed:
+        kept = {id(parameter) for parameter in undecayed}
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in kept]
+        optimizer.add_param_group({"params": undecayed, "weight_decay": 0.0})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -212,7 +229,7 @@ TITLES = {
 
 def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
     # a large eps: Adam makes whole steps of gradients that are nothing but rounding
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, eps=1e-3)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, eps=1e-3, weight_decay=0.1)
 
 
 def train(
@@ -265,7 +282,13 @@ def save(wrapped: nn.Module, folder: Path) -> None:
         full = FullStateDictConfig()  # what is on the CPU cannot be offloaded to it
         with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, full):
             state = wrapped.state_dict()
-        if is_first:
+        if (
+            is_first and wrapped.module.peft_config["default"].peft_type == "LORA"
+        ):  # PEFT would write none of its tensors
+            folder.mkdir(exist_ok=True)
+            own = {key.replace(".default", ""): tensor for key, tensor in state.items() if ".lora_" in key}
+            save_file(own, folder / "adapter_model.safetensors")
+        elif is_first:
             wrapped.module.save_pretrained(folder, state_dict=state)
     else:
         state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -427,15 +450,48 @@ def outcome(name: str, way: str) -> str:
     )
 
 
+# The table
+
+
+def table(found: dict[str, dict[str, str]]) -> str:
+    """Markdown: a row for each method, a column for each way; below, why some are refused."""
+    ways = [way for way in WAYS if any(way in cells for cells in found.values())]
+    lines = [f"| | {' | '.join(TITLES[way] for way in ways)} |", f"|---|{':---:|' * len(ways)}"]
+    reasons: dict[str, str] = {}
+    for name in (name for name in CASES if name in found):
+        cells = []
+        for way in ways:
+            text = found[name].get(way, "-")
+            if text.startswith("refused"):
+                reason = text.split(": ", 2)[2]
+                text = f"refused [{list(reasons).index(reason) + 1 if reason in reasons else len(reasons) + 1}]"
+                reasons.setdefault(reason, text)
+            cells.append(text.split(":")[0])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=[*WAYS][: None if HAS_DEEPSPEED else -3])
     parser.add_argument("--verbose", action="store_true", help="show where errors came from")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file that cells are kept in")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="run nothing; put the table of the kept cells in FILE"
+    )
     options = parser.parse_args()
+    found = json.loads(options.results.read_text()) if options.results.exists() else {}
+    if options.write is not None:
+        text = BLOCK.sub(lambda match: match[1] + table(found) + match[2], options.write.read_text())
+        options.write.write_text(text)
+        return
     for name in options.methods:
         for way in options.ways:
             text = outcome(name, way)
+            found.setdefault(name, {})[way] = text.splitlines()[0]
+            options.results.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{name:16} {way:18} {text if options.verbose else text.splitlines()[0][:170]}", flush=True)
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import MLP, inputs
-from peft import get_peft_model
+from models import MLP, inputs, tiny
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sharding import (
     CASES,
@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
+from peft_ext import SparseFTConfig, lt_sft
 from peft_ext.core import sharding as core
 
 
@@ -85,6 +86,48 @@ def test_flattened_parameters_are_refused_at_the_first_step(name: str, way: str,
 
 
 # Checkpoints
+
+
+def _on_from(folder: Path, units: str | None) -> None:
+    """Trains adapters that were saved before, sharded or in one process."""
+    for name in FROM_FILES:
+        case = CASES[name]
+        base = tiny(case.model)
+        model = PeftModel.from_pretrained(base, str(folder / name), is_trainable=True).train()
+        wrapped = model if units is None else fsdp2(model, units)
+        rows = slice(None) if units is None or case.same_rows else rows_of(case, "fsdp2")
+        train(case, wrapped, optimizer_for(wrapped), rows, range(2))
+        if units is None:
+            model.save_pretrained(folder / f"{name}-alone")
+        else:
+            save(wrapped, folder / f"{name}-sharded")
+
+
+FROM_FILES = ("binary_low_rank", "spiel-ag", "growing")
+
+
+def test_training_goes_on_from_a_file(tmp_path: Path) -> None:
+    for name in FROM_FILES:
+        model = CASES[name].build()
+        CASES[name].method.randomize(model)
+        model.save_pretrained(tmp_path / name)
+    with forks([partial(_on_from, tmp_path, None)], tmp_path) as errors:
+        succeeded(errors)
+    succeeded(in_processes(2, partial(_on_from, tmp_path, "policy"), tmp_path))
+    for name in FROM_FILES:
+        assert not differences(adapter(tmp_path / f"{name}-sharded"), adapter(tmp_path / f"{name}-alone")), name
+
+
+def test_lt_sft_refuses_weights_that_are_sharded(tmp_path: Path) -> None:
+    def make_trainer(model: nn.Module) -> Trainer:
+        args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+        trainer = Trainer(model=model, args=args)  # type: ignore[arg-type]
+        trainer.is_fsdp_enabled = True  # accelerate starts it on GPUs only
+        return trainer
+
+    config = SparseFTConfig(selection="lt-sft", density=0.01)
+    with pytest.raises(ValueError, match=r"LT-SFT compares the weights .* and FSDP leaves each process a part"):
+        lt_sft(tiny("bert"), config, make_trainer)
 
 
 RESUMED = ("spiel-ag", "spiel-ma", "below", "mask_pruning", "binary_low_rank")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .schedule import exempt_from_weight_decay
-from .sharding import note_weight
+from .sharding import is_sharded, note_weight
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -117,8 +117,9 @@ class ExactLeaf(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "weight":
+        if name == "weight" and is_sharded(value):
             note_weight(self, value)
+            vars(self)["_exact"] = None  # all of the values, which no process is to keep
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -135,6 +136,9 @@ class ExactLeaf(nn.Module):
 
     def train(self, mode: bool = True) -> ExactLeaf:
         """Puts values that were cast to half precision back into fp32, for training."""
+        if is_sharded(self.weight):  # what FSDP2 gathers in half precision, it keeps in full precision
+            super().train(mode)
+            return self
         if mode and self.weight.dtype in HALF and not self.weight.is_meta:
             exact = self._exact
             was_exact = exact is not None and exact.dtype not in HALF and exact.shape == self.weight.shape

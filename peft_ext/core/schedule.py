@@ -196,15 +196,15 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
     if _is_nested(optimizer):
         return None
     _making_state.discard(optimizer)
-    if optimizer not in _checked:
-        _checked.add(optimizer)
-        refuse_flattened_decay(optimizer, _undecayed)
     if len(_listeners) and _counts(optimizer):
         closure = (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
         if not closure and _makes_state_only(optimizer):
             _making_state.add(optimizer)
         else:
             _announce(optimizer, closure)
+    if optimizer not in _checked:
+        _checked.add(optimizer)
+        refuse_flattened_decay(optimizer, _undecayed)
     stand_in = None if wrapped_optimizers(optimizer) else _stand_in(optimizer)
     return None if stand_in is None else ((stand_in, *args[1:]), kwargs)  # `step` is called with this as its `self`
 

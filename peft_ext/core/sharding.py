@@ -61,10 +61,9 @@ def owned_weight(leaf: nn.Module) -> Any:
     return vars(leaf).get("_sharded_weight", leaf.weight)
 
 
-def note_weight(leaf: nn.Module, weight: Any) -> None:
-    """To be called when something is assigned to `leaf.weight`: takes note of a sharded one, which is in place at rest."""
-    if is_sharded(weight):
-        vars(leaf)["_sharded_weight"] = weight
+def note_weight(leaf: nn.Module, weight: torch.Tensor) -> None:
+    """To be called when a sharded tensor is assigned to `leaf.weight`: it is in place while the module does not run."""
+    vars(leaf)["_sharded_weight"] = weight
 
 
 def held_by(leaf: nn.Module, optimizer: Optimizer) -> str | None:
@@ -77,6 +76,11 @@ def held_by(leaf: nn.Module, optimizer: Optimizer) -> str | None:
     if getattr(weight, "_fsdp_flattened", False) and world_size() > 1:
         return "FSDP1 (`use_orig_params=True`)"
     return None
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the module's parameters, and gathers them where it calls for them."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def refusal(what: str, holder: str, instead: str) -> ValueError:

@@ -88,6 +88,7 @@ class _Trainings:
     def trainer(self, model: nn.Module, phase: str) -> Any:
         """The user's Trainer, with a directory of its own for each phase."""
         trainer = self.make_trainer(model)
+        _refuse_sharded(trainer)
         args = copy.copy(trainer.args)
         args.output_dir = os.path.join(args.output_dir, phase)
         if phase.startswith("dense") and self.dense_learning_rate is not None:
@@ -128,6 +129,21 @@ class _Trainings:
 
 
 RESULT = "lt_sft.safetensors"
+
+
+def _refuse_sharded(trainer: Any) -> None:
+    """Raises `ValueError` if the trainer will shard the weights that are compared with their start and put back."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    stage = 0 if plugin is None else plugin.zero_stage
+    holder = f"DeepSpeed ZeRO-{stage}" if stage >= 2 else None
+    if trainer.is_fsdp_enabled:
+        holder = "FSDP"
+    if holder is not None:
+        raise ValueError(
+            f"LT-SFT compares the weights after its dense phase with those before it, and puts them back, and {holder} "
+            "leaves each process a part of them. Use one process, DistributedDataParallel or ZeRO-1, or a selection "
+            "without a dense phase: under FSDP2 all of them, under DeepSpeed a fixed one such as 'random'."
+        )
 
 
 def lt_sft(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ...core.sharding import is_partitioned
 from ...reading import (
     BackboneCall,
     Family,
@@ -131,6 +132,12 @@ class VQTLayer(ReaderLayer):
     def _run_backbone(self, reading: QueryReading, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         family, backbone, blocks = self.family, self.backbone, self.blocks(reading.adapter)
         reading.grad = torch.is_grad_enabled()
+        if reading.grad and self.training and is_partitioned(backbone):
+            raise ValueError(
+                "VQT cannot be trained under DeepSpeed ZeRO-3: each block runs twice in a forward, and ZeRO-3 does not "
+                "gather its frozen weights for the backward of the second run. Use ZeRO-1, ZeRO-2, FSDP2 "
+                "(`fsdp_version: 2`) or DistributedDataParallel."
+            )
         embedding_dropout = self.configs[reading.adapter].embedding_dropout if self.training else 0.0
         if self.cache is not None:
             if embedding_dropout > 0:
