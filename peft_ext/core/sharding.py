@@ -10,6 +10,7 @@ optimizer state of its own that could be gathered here: `held_by` says who holds
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -134,10 +135,15 @@ def call_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: A
     """The module called with these tensors for its parameters.
 
     FSDP1 puts gathered parameters beside the module's own as plain attributes, which `functional_call` leaves as they
-    are.
+    are. Under ZeRO-3 no hook of the module runs.
     """
     if torch.compiler.is_compiling():
         return functional_call(module, dict(parameters), args, kwargs)
+    if is_partitioned(module):  # the hooks of ZeRO-3 know no other tensors than the module's own
+        twin = copy.copy(module)
+        own = module._parameters  # which gathers what it is asked for
+        vars(twin)["_parameters"] = {key: parameters[key] if key in parameters else own[key] for key in own}
+        return twin.forward(*args, **kwargs)
     attributes = vars(module)
     gathered = {key: attributes[key] for key in parameters if key in attributes}
     attributes |= {key: parameters[key] for key in gathered}
