@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...core import HALF, ExactLeaf, ExtConfig, ExtLayer, needs_plain_operations
 from ...core.schedule import listen_to_steps
+from ...core.sharding import held_by, refusal, unwrapped
 from .config import SNELLConfig
 from .kernel import kernel_product, update_of
 
@@ -77,7 +78,9 @@ class Points(ExactLeaf):
         self.allocation.after_step(self, optimizer, taken)
 
     def foreign_step(self, optimizer: Optimizer) -> None:
-        """Of no concern."""
+        """Of no concern, unless that optimizer holds the points in a flattened copy."""
+        if (holder := held_by(self, optimizer)) is not None:
+            raise refusal("SNELL with `allocation='adaptive'`", holder, "`allocation='uniform'`")
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))
@@ -115,9 +118,13 @@ class SNELLLinear(ExtLayer):
 
     def points(self, adapter_name: str) -> tuple[Points, Points]:
         """Those of the outputs and of the inputs."""
-        outputs, inputs = self.snell_outputs[adapter_name], self.snell_inputs[adapter_name]
+        outputs, inputs = (unwrapped(leaves[adapter_name]) for leaves in (self.snell_outputs, self.snell_inputs))
         assert isinstance(outputs, Points) and isinstance(inputs, Points)
         return outputs, inputs
+
+    def _values(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The points of the outputs and of the inputs, as tensors; FSDP1 gathers them where its wrappers are called."""
+        return self.snell_outputs[adapter_name](), self.snell_inputs[adapter_name]()
 
     def sparsity(self, adapter_name: str) -> float:
         """The share of the update that is zero."""
@@ -127,7 +134,7 @@ class SNELLLinear(ExtLayer):
     def added(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """What an adapter adds to the output `(..., out)` of x `(..., in)`."""
         config = self.configs[adapter_name]
-        outputs, inputs = (leaf() for leaf in self.points(adapter_name))
+        outputs, inputs = self._values(adapter_name)
         plain = needs_plain_operations()
         y = kernel_product(x, outputs, inputs, self.sparsity(adapter_name), config.gate, plain)
         if self.training and config.drop_path:
@@ -155,7 +162,7 @@ class SNELLLinear(ExtLayer):
 
     def update(self, adapter_name: str) -> torch.Tensor:
         """The update of the weight, in its shape and in fp32 at least."""
-        outputs, inputs = (leaf().detach() for leaf in self.points(adapter_name))
+        outputs, inputs = (values.detach() for values in self._values(adapter_name))
         found = update_of(outputs, inputs, self.sparsity(adapter_name), self.configs[adapter_name].gate)
         return found.T if isinstance(self.get_base_layer(), Conv1D) else found
 
