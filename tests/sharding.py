@@ -463,7 +463,7 @@ def table(found: dict[str, dict[str, str]]) -> str:
         for way in ways:
             text = found[name].get(way, "-")
             if text.startswith("refused"):
-                reason = text.split(": ", 2)[2]
+                reason = re.sub(r" \('[^']*'\)", "", text.split(": ", 2)[2])  # of whichever selection
                 text = f"refused [{list(reasons).index(reason) + 1 if reason in reasons else len(reasons) + 1}]"
                 reasons.setdefault(reason, text)
             cells.append(text.split(":")[0])
