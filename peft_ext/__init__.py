@@ -3,6 +3,7 @@
 from .calibrate import calibrate
 from .core import ExtConfig, PeftMixedModel, load_plugins, register_method
 from .export import load_pruned, prune_and_unload, push_pruned_to_hub, save_as_lora, save_pruned
+from .hotswap import hotswap_adapter
 from .loading import load
 from .training import (
     Plan,
@@ -127,6 +128,7 @@ __all__ = [
     "calibrate",
     "fix_masks",
     "graft",
+    "hotswap_adapter",
     "import_lt_sft",
     "keep_ratios",
     "layer_confidence",

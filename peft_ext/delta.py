@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from .core import HALF, ExactLeaf, ExtLayer, linear_features
+from .core import HALF, ExactLeaf, ExtLayer, adapted_in_groups, linear_features
 from .core.schedule import exempt_from_weight_decay, listen_to_steps
 from .core.sharding import call_with, held_by, refusal
 from .sparse import (
@@ -285,7 +285,7 @@ class DeltaLayer(ExtLayer):
     """
 
     delta_names: tuple[str, str]  # the containers of the deltas on weights and on biases
-    supports_mixed_batches = False
+    supports_mixed_batches = True
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
@@ -326,6 +326,10 @@ class DeltaLayer(ExtLayer):
         if kwargs or len(args) != 1:
             raise TypeError(f"A sparse adapter on {type(self.base_layer).__name__} takes one positional argument.")
         return self._with_bias(self._with_weight(adapters, args[0]), adapters)
+
+    def mixed_batch_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Sample `i` passes through the module with the deltas of `adapter_names[i]` alone."""
+        return adapted_in_groups(self, adapter_names, *args, **kwargs)
 
     def _with_weight(self, adapters: list[str], x: torch.Tensor) -> torch.Tensor:
         """The output for the input x with the adapters on the weight, and not yet on the bias."""

@@ -57,6 +57,8 @@ class TestSparseFT(MethodConformance):
         prefix="sparse_ft_",
         config=partial(SparseFTConfig, selection="random", num_tunable_weights=256),
         models=("mlp", "conv1d_embedding", *TEXT, *VISION),
+        mixes_batches=True,
+        unmixable=("deberta-v2",),
         keeps_fp32=r".*",
     )
 
@@ -66,6 +68,8 @@ class TestSPT(MethodConformance):
         prefix="spt_",
         config=partial(SPTConfig, budget=120, r=2, dropout=0.0, drop_path=0.0),
         models=("mlp", *TEXT, *VISION),
+        mixes_batches=True,
+        unmixable=("deberta-v2",),
         keeps_fp32=r".*\.spt_(delta|bias)\..*",
         looks_at_data=True,
         inert=r".*(\.k_proj|\.key|\.key_proj)\.spt_bias\..*",
@@ -79,6 +83,8 @@ class TestMaskPruning(MethodConformance):
             MaskLoraConfig, r=2, lora_alpha=2, total_steps=10, warmup_ratio=0.0, penalty=1.0, mask_lr_ratio=1.0, seed=4
         ),
         models=("mlp", *TEXT, *VISION),
+        mixes_batches=True,
+        unmixable=("deberta-v2",),
         fields={
             "mlp": {
                 "target_modules": ["fc1", "fc2"],

@@ -486,5 +486,5 @@ def test_capabilities_of_the_kit_come_from_its_tests_and_a_methods_claims() -> N
     for method in ("ssf", "spt", "vqt"):
         found.add_kit(METHODS[method])
     assert found.cells["merge"] == {"ssf": "✓", "spt": "✓"}
-    assert found.cells["several adapters in one batch"] == {"ssf": "✓", "spt": "refused", "vqt": "refused"}
+    assert found.cells["several adapters in one batch"] == {"ssf": "✓", "spt": "✓", "vqt": "refused"}
     assert found.models["vqt"] == {"bert", "roberta", "vit"}

@@ -741,7 +741,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.capability("several adapters in one batch", "unipt", refused=True)
 def test_mixed_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="adapter_names"):
+    with pytest.raises(ValueError, match="`adapter_names`: each adapter has a head"):
         unipt("vit")(**batch_of("vit"), adapter_names=["default", "default"])
 
 

@@ -1123,7 +1123,7 @@ def test_merging_says_why_not() -> None:
 @pytest.mark.capability("several adapters in one batch", "vqt", refused=True)
 def test_mixed_batches_are_refused() -> None:
     model = vqt("vit")
-    with pytest.raises(ValueError, match="adapter_names"):
+    with pytest.raises(ValueError, match="`adapter_names`: each adapter has a head"):
         model(**batch_of("vit"), adapter_names=["default", "default"])
 
 

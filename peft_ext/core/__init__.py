@@ -29,7 +29,7 @@ from .leaves import HALF, AdapterVector, ExactLeaf, SharedLeaf, keeping_precisio
 from .lora import scale_at
 from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
-from .modes import evaluating, is_hooked, needs_plain_operations, without_adapters
+from .modes import adapted_in_groups, evaluating, is_hooked, needs_plain_operations, without_adapters
 from .names import layer_and_type
 from .packages import load_plugins
 from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
@@ -94,6 +94,7 @@ __all__ = [
     "Vector",
     "Writer",
     "about_of",
+    "adapted_in_groups",
     "after_saving",
     "backbone_linears",
     "backbone_modules",

@@ -59,6 +59,7 @@ class ExtConfig(PeftConfig):
     SIZES: ClassVar[tuple[str, ...]] = ()  # fields that say how large tensors of the adapter are
     NAMED_STARTS: ClassVar[tuple[str, ...]] = ()  # what `init_weights` takes besides True and False
     STARTS_FROM_ADAPTER: ClassVar[bool] = False  # whether that may be the directory, or the name, of an adapter
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ()  # fields that a trained adapter's function does not depend on
     # no fields, so not in the JSON
     awaits_weights = False  # read from a file whose weights were not loaded yet
     # optimizer steps of the training that is under way, from a callback

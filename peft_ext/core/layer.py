@@ -30,6 +30,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
     """
 
     supports_mixed_batches: ClassVar[bool] = False
+    why_not_mixed: ClassVar[str] = ""  # what stands in the way, for the error
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__()

@@ -57,6 +57,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def adapted_in_groups(
+    layer: ExtLayer, adapter_names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """The output `(B, ...)` of x `(B, ...)`, the samples of each adapter going through `adapted_forward` together.
+
+    For methods that change what the base layer computes, so that its output cannot be shared: each sample still passes
+    through it once.
+
+    Raises:
+        ValueError: The layer does not see the samples of the batch.
+    """
+    groups: dict[str, list[int]] = {}
+    for row, name in enumerate(layer.names_of_rows(adapter_names, len(x))):
+        groups.setdefault(name if layer.present([name]) else BASE_ADAPTER, []).append(row)
+    parts: list[torch.Tensor] = []
+    for name, rows in groups.items():
+        part = x if len(groups) == 1 else x.index_select(0, torch.tensor(rows, device=x.device))
+        is_base = name == BASE_ADAPTER
+        parts.append(
+            layer.base_layer(part, *args, **kwargs)
+            if is_base
+            else layer.adapted_forward([name], part, *args, **kwargs)
+        )
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([row for rows in groups.values() for row in rows], device=parts[0].device)
+    return torch.cat(parts).index_select(0, order.argsort())
+
+
 @contextmanager
 def mixed_batch(
     model: nn.Module, layer_cls: type[ExtLayer], adapter_names: list[str], num_beams: int | None
@@ -67,9 +96,10 @@ def mixed_batch(
         ValueError: The method cannot do it, an adapter does not exist, or the model is in training mode.
     """
     if not layer_cls.supports_mixed_batches:
+        reason = f": {layer_cls.why_not_mixed}" if layer_cls.why_not_mixed else ""
         raise ValueError(
-            f"{layer_cls.__name__} does not support `adapter_names`; run the samples of each adapter as a batch of "
-            "their own, with `set_adapter` in between."
+            f"{layer_cls.__name__} does not support `adapter_names`{reason}. Run the samples of each adapter as a "
+            "batch of their own, with `set_adapter` in between."
         )
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")

@@ -34,6 +34,7 @@ class BinaryAdapterConfig(LowBitConfig):
     """
 
     METHOD: ClassVar[str] = "BINARY_ADAPTER"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("dropout",)
 
     site: str = field(default="parallel", metadata={"help": "'parallel' or 'sequential'."})
     before_norm: bool | None = field(

@@ -25,3 +25,4 @@ class BinaryLoraConfig(LowBitConfig):
     """
 
     METHOD: ClassVar[str] = "BINARY_LOW_RANK"  # PEFT matches prefixes as substrings in places, and `lora_` is LoRA's
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("dropout",)

@@ -69,6 +69,16 @@ class MaskLoraConfig(ExtConfig):
     """
 
     METHOD: ClassVar[str] = "MASK_PRUNING"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = (
+        "lora_dropout",
+        "penalty",
+        "warmup_ratio",
+        "distillation",
+        "distillation_teacher",
+        "distillation_temperature",
+        "spread",
+        "seed",
+    )
     SIZES: ClassVar[tuple[str, ...]] = ("r",)
 
     r: int = field(default=8, metadata={"help": "Rank of LoRA."})

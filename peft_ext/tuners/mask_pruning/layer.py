@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer, linear_features
+from ...core import ExtLayer, adapted_in_groups, linear_features
 from ...groups import Group
 from .config import MaskLoraConfig
 from .gate import MaskGate
@@ -35,6 +35,7 @@ class MaskLoraLayer(ExtLayer):
     """`y = W (m * x) + b + scale B A (m * x)`; without a group of its own m is one, and some layers have no LoRA."""
 
     adapter_layer_names = ("mask_pruning_down", "mask_pruning_up", "mask_pruning_gate")
+    supports_mixed_batches = True
     mask_pruning_down: nn.ModuleDict
     mask_pruning_up: nn.ModuleDict
     mask_pruning_gate: nn.ModuleDict
@@ -80,6 +81,10 @@ class MaskLoraLayer(ExtLayer):
             branch = self.mask_pruning_up[name](self.mask_pruning_down[name](x, seen, self.cast_input_dtype_enabled))
             output = output + branch.to(output.dtype)
         return output
+
+    def mixed_batch_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Sample `i` is masked and adapted by `adapter_names[i]` alone."""
+        return adapted_in_groups(self, adapter_names, *args, **kwargs)
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """The weight with LoRA in it and zeros in the columns that the mask of evaluation cuts."""

@@ -30,6 +30,7 @@ class PASTAConfig(ExtConfig):
     """
 
     METHOD: ClassVar[str] = "PASTA"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("dropout",)
     SIZES: ClassVar[tuple[str, ...]] = ("num_vectors",)
     NAMED_STARTS: ClassVar[tuple[str, ...]] = ("normal",)
 

@@ -40,6 +40,7 @@ class S2FTConfig(CalibratedConfig):
     """
 
     METHOD: ClassVar[str] = "S2FT"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("ratios", "selection", "largest", "spread", "seed")
     SIZES: ClassVar[tuple[str, ...]] = ("num_channels_per_module",)
     # no field, so not in the JSON
     channels = None  # type: Any  # those of all targets, while the adapter is put on

@@ -35,6 +35,7 @@ class SNELLConfig(ExtConfig):
     """
 
     METHOD: ClassVar[str] = "SNELL"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("total_steps", "drop_path")
 
     r: int = field(default=8, metadata={"help": "Numbers for each row and column of a weight; even."})
     sparsity: float | None = field(default=None, metadata={"help": "Share of each update that is zero; 0.9 if empty."})

@@ -76,6 +76,23 @@ class SparseFTConfig(ExtConfig):
     """
 
     METHOD: ClassVar[str] = "SPARSE_FT"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = (
+        "density",
+        "num_tunable_weights",
+        "selection",
+        "spread",
+        "reselection_steps",
+        "accumulation_steps",
+        "reselection_rate",
+        "reselection_policy",
+        "total_steps",
+        "threshold",
+        "reselect_at",
+        "growth_power",
+        "growth_eps",
+        "seed",
+        "save_dtype",
+    )
 
     density: float | None = field(
         default=None, metadata={"help": "Tuned weights as a fraction of all parameters of the model."}

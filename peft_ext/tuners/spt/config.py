@@ -55,6 +55,15 @@ class SPTConfig(CalibratedConfig):
     """
 
     METHOD: ClassVar[str] = "SPT"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = (
+        "budget",
+        "dropout",
+        "drop_path",
+        "spread",
+        "seed",
+        "matrix_threshold",
+        "vector_threshold",
+    )
     SIZES: ClassVar[tuple[str, ...]] = ("ranks",)
 
     budget: float | int | None = field(

@@ -249,6 +249,17 @@ class SPTParameters(SPTLayer):
             effective[key] = parameter
         return effective
 
+    def mixed_batch_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Raises `ValueError`, unless the batch has one adapter: nothing is known of which input is of which sample."""
+        if len(names := set(adapter_names)) > 1:
+            raise ValueError(
+                f"A {type(self.get_base_layer()).__name__} with adapted parameters (`target_parameters`) cannot run a "
+                f"batch of several adapters ({', '.join(sorted(names))}): its inputs are tokens, not samples. Run the "
+                "samples of each adapter as a batch of their own, with `set_adapter` in between."
+            )
+        adapters = self.present(names)
+        return self.adapted_forward(adapters, *args, **kwargs) if adapters else self.base_layer(*args, **kwargs)
+
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """The parameters with the adapter's updates, as the forward has them."""
         base = self.get_base_layer()

@@ -27,6 +27,7 @@ class SSFConfig(ExtConfig):
     """
 
     METHOD: ClassVar[str] = "SSF"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("recover",)
     NAMED_STARTS: ClassVar[tuple[str, ...]] = ("identity",)
 
     shift: bool | None = field(

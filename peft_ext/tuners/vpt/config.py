@@ -44,6 +44,7 @@ class VPTConfig(CalibratedConfig):
     """
 
     METHOD: ClassVar[str] = "VPT"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("prompt_dropout",)
     SIZES: ClassVar[tuple[str, ...]] = ("num_tokens", "project_dim")
     STARTS_FROM_ADAPTER: ClassVar[bool] = True
     NAMED_STARTS: ClassVar[tuple[str, ...]] = (CLASS_TOKENS,)

@@ -35,6 +35,10 @@ class VPTLayer(ExtLayer):
 
     adapter_layer_names = ("vpt_prompts", "vpt_project", "vpt_keys", "vpt_values")
     other_param_names = ("configs", "_constants", "_owners")
+    why_not_mixed = (
+        "the prompts are further tokens for a whole batch; samples with other prompts would each need an attention mask "
+        "of their own, which not every attention implementation takes"
+    )
     vpt_prompts: nn.ModuleDict
     vpt_project: nn.ModuleDict
     vpt_keys: nn.ModuleDict

@@ -34,6 +34,7 @@ class VQTConfig(ReaderConfig):
     """
 
     METHOD: ClassVar[str] = "VQT"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("dropout", "embedding_dropout", "group_lasso")
     SIZES: ClassVar[tuple[str, ...]] = ("num_queries",)
 
     num_queries: int = field(default=10, metadata={"help": "Number of learnt queries per layer."})

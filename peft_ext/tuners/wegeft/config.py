@@ -28,6 +28,7 @@ class WeGeFTConfig(ExtConfig):
     """
 
     METHOD: ClassVar[str] = "WEGEFT"
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("dropout",)
     SIZES: ClassVar[tuple[str, ...]] = ("r",)
 
     r: int = field(default=64, metadata={"help": "Rank of the update."})
