@@ -76,12 +76,12 @@ def hotswap_adapter(
     _take_over_attributes(current, incoming)
 
 
-def _refuse_another_function(current: ExtConfig, incoming: PeftConfig, path: str) -> None:
+def _refuse_another_function(current: ExtConfig, incoming: Any, path: str) -> None:
     """Raises `ValueError` if the same tensors would be another function under the other config."""
     if type(current) is not type(incoming):
         raise ValueError(
             f"The adapter {path!r} is of the method {incoming.peft_type.value}, and that on the model of "
-            f"{current.peft_type.value}: an adapter is exchanged for one of the same method."
+            f"{current.METHOD}: an adapter is exchanged for one of the same method."
         )
     # as JSON has them, since one of the two may never have been in a file
     ours, theirs = (json.loads(json.dumps(config.to_dict())) for config in (current, incoming))
@@ -100,7 +100,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _take_over_attributes(current: ExtConfig, incoming: ExtConfig) -> None:
+def _take_over_attributes(current: ExtConfig, incoming: Any) -> None:
     """What a config holds beside its fields, such as a support, is that of the tensors now."""
     own = {field.name for field in fields(current)} | {"awaits_weights", "filled_in"}
     for name in (vars(current).keys() | vars(incoming).keys()) - own:
