@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .batches import batches, is_first_process, loader, world
 from .channel_norms import ChannelNorms, measure_channels
-from .core import ExtConfig, tuner_of
+from .core import ExtConfig, QuantisedWeight, in_order, tuner_of
 from .scores import ExactScores, PooledScores, Scores
 
 
@@ -86,7 +86,8 @@ def calibrate(
         ValueError: There are no batches, the loss is not finite or depends on no target, or an argument is none of
             those it can be.
 
-    Targets that the loss does not depend on, such as a pooler, get the score 0, and a warning names them.
+    Targets that the loss does not depend on, such as a pooler, get the score 0, and a warning names them. The gradient
+    of a quantised weight is that of what it is dequantised to.
     """
     if not isinstance(config, ExtConfig):
         raise TypeError(f"{type(config).__name__} is no config of this package, so there is nothing to calibrate.")
@@ -185,7 +186,8 @@ def measure(
         # a single tensor of the gradient's size is alive besides it, and none if it is in fp32
         values = grad.detach().to(dtype).reshape(-1)
         if kind in ("magnitude", "snip"):
-            values = values.mul_(parameter.detach().reshape(-1))
+            weight = parameter.values() if isinstance(parameter, QuantisedWeight) else parameter.detach()
+            values = values.mul_(weight.reshape(-1))
         is_signed = kind in ("snip", "gradient")
         scores.add(name, values if is_signed else values.abs_() if kind == "magnitude" else values.square_())
 
@@ -196,7 +198,11 @@ def measure(
 
     names = {id(parameter): name for name, parameter in candidates.items()}
     with ExitStack() as stack:
+        stack.enter_context(in_order(model))
         stack.enter_context(_as_it_was(model, candidates))
+        for parameter in candidates.values():
+            if isinstance(parameter, QuantisedWeight):
+                stack.callback(parameter.attach().remove)
         model.train(training)
         for parameter in candidates.values() if world() == 1 else ():
             hook = parameter.register_post_accumulate_grad_hook(release)

@@ -33,6 +33,7 @@ from .modes import adapted_in_groups, evaluating, is_hooked, needs_plain_operati
 from .names import layer_and_type
 from .packages import load_plugins
 from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
+from .quantised import QuantisedWeight, dequantised, in_order, is_quantised, weight_of
 from .registry import Method, about_of, is_registered, method_of, methods, register_method
 from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps, owners_of, stop_listening
 from .seeds import stable_generator
@@ -81,6 +82,7 @@ __all__ = [
     "Overlap",
     "PeftMixedModel",
     "Picture",
+    "QuantisedWeight",
     "Reading",
     "Row",
     "SharedLeaf",
@@ -101,13 +103,16 @@ __all__ = [
     "bias_flags",
     "carry_over",
     "count_parameters",
+    "dequantised",
     "evaluating",
     "exempt_from_weight_decay",
     "features_of",
     "head_modules",
+    "in_order",
     "is_admitted",
     "is_hooked",
     "is_named",
+    "is_quantised",
     "is_registered",
     "is_trained",
     "keeping_precision",
@@ -132,5 +137,6 @@ __all__ = [
     "tuner_of",
     "unadapted_modules",
     "warn_of_experts",
+    "weight_of",
     "without_adapters",
 ]

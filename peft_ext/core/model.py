@@ -31,6 +31,7 @@ from .hooks import MethodHooks
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
+from .quantised import weight_of
 from .sharding import plain_name
 from .stored import Stored, packed, refuse_other_shapes, without_inner
 from .targets import (
@@ -206,18 +207,9 @@ class ExtModel(MethodHooks, BaseTuner):
     def target_weights(cls, config: ExtConfig, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of those modules: what `candidates` returns where a sensitivity pass looks at nothing else.
 
-        Raises:
-            ValueError: One is quantised.
+        A quantised weight is stood for by a `QuantisedWeight`.
         """
-        found = {name: module.weight for name, module in cls.resolved_targets(config, model).items()}
-        for name, weight in found.items():
-            assert isinstance(weight, nn.Parameter)
-            if not weight.is_floating_point():
-                raise ValueError(
-                    f"The weight of {name!r} is quantised and has no gradient: calibrate on the model loaded without "
-                    "quantisation; the config that comes out fits both."
-                )
-        return found  # type: ignore[return-value]
+        return {name: weight_of(module) for name, module in cls.resolved_targets(config, model).items()}
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         refuse_unknown_tokens(peft_config, model)

@@ -5,6 +5,8 @@ model has: a frozen batch norm normalises with them, in training too.
 
 `nn.TransformerEncoder` and its layers. In eval mode without gradients they compute from their children's weights and
 call none of them. A layer with hooks in it is run the plain way; its encoder then must not make nested tensors.
+
+bitsandbytes' 4-bit modules stay in an order through which there is a gradient, see `quantised.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .layer import ExtLayer
+from .quantised import allow_order, keep_order
 
 
 _NESTED = "_peft_ext_use_nested_tensor"  # on an encoder: what it was before there was an adapter in it
@@ -23,6 +26,7 @@ _NESTED = "_peft_ext_use_nested_tensor"  # on an encoder: what it was before the
 
 def prepare(model: nn.Module) -> None:
     """To be called when layers are in `model`; what was prepared before stays."""
+    keep_order(model)
     trained = {
         id(module)
         for wrapper in model.modules()
@@ -41,6 +45,7 @@ def prepare(model: nn.Module) -> None:
 
 def restore(model: nn.Module) -> None:
     """Undoes `prepare`, when the last layers are about to leave `model`."""
+    allow_order(model)
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook in (keep_statistics, take_plain_path):

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer, ExtModel, backbone_linears, linear_features, matched_targets, warn_of_experts
+from ...core import ExtLayer, ExtModel, backbone_linears, linear_features, matched_targets, warn_of_experts, weight_of
 from ...lora_files import lora_of
 from ...scores import Scores
 from .config import CORE, DOWN, UP, LoraSBConfig
@@ -90,7 +90,6 @@ class LoraSBModel(ExtModel):
 
         Raises:
             TypeError: The start needs no data.
-            ValueError: The base is quantised.
         """
         if config.init_weights is not True:
             raise TypeError(f"`init_weights={config.init_weights!r}` looks at no data: there is nothing to calibrate.")
@@ -101,7 +100,7 @@ class LoraSBModel(ExtModel):
         """Writes the factors of -`step_size` sign(g), and R at the start, into the config."""
         support: dict[str, torch.Tensor] = {}
         for name, module in cls.resolved_targets(config, model).items():
-            weight: Any = module.weight
+            weight = weight_of(module)
             gradient = scores.of(name).to(weight.device).view(weight.shape)
             step = -config.step_size * (gradient.T if isinstance(module, Conv1D) else gradient).sign()
             down, values, up = factors(step, min(config.r, *step.shape))

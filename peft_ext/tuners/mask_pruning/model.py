@@ -27,6 +27,7 @@ from ...core import (
     linear_features,
     matched_targets,
     stable_generator,
+    weight_of,
     without_adapters,
 )
 from ...core.advice import trains_fresh_head
@@ -149,21 +150,12 @@ class MaskLoraModel(ExtModel):
         """The weights that the masks act on.
 
         Raises:
-            ValueError: `init_logits` is not `"sensitivity"`, or the base is quantised.
+            ValueError: `init_logits` is not `"sensitivity"`.
         """
         if config.init_logits != "sensitivity":
             raise ValueError(f"`calibrate` needs `init_logits='sensitivity'`, the config says {config.init_logits!r}.")
         targets = cls.resolved_targets(config, model)
-        found = {}
-        for name in groups_of(config, model):
-            weight: Any = (targets.get(name) or model.get_submodule(name)).weight
-            if not weight.is_floating_point():
-                raise ValueError(
-                    f"The weight of {name!r} is quantised and has no gradient: calibrate on the model loaded without "
-                    "quantisation; the config that comes out fits both."
-                )
-            found[name] = weight
-        return found
+        return {name: weight_of(targets.get(name) or model.get_submodule(name)) for name in groups_of(config, model)}
 
     @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Scores) -> None:

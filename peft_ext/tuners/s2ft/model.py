@@ -21,6 +21,7 @@ from ...core import (
     linear_features,
     matched_targets,
     warn_of_experts,
+    weight_of,
 )
 from ...lora_files import lora_of
 from .channels import Channels, Layout
@@ -156,11 +157,7 @@ class S2FTModel(ExtModel):
 
     @classmethod
     def candidates(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The weights of the target modules, of whose gradients the squares are summed.
-
-        Raises:
-            ValueError: One is quantised.
-        """
+        """The weights of the target modules, of whose gradients the squares are summed."""
         return cls.target_weights(config, model)
 
     @classmethod
@@ -184,8 +181,8 @@ class S2FTModel(ExtModel):
 
         def score(name: str, channels: Channels) -> torch.Tensor:
             if config.selection == "gradient":
-                weight: Any = modules[name].weight
-                squares = squares_by_channel(scores.of(name).view(weight.shape), modules[name], channels.side)
+                shape = weight_of(modules[name]).shape
+                squares = squares_by_channel(scores.of(name).view(shape), modules[name], channels.side)
                 return channels.by_unit(squares)
             norms = channels.by_unit(scores.of(name).square())
             if config.selection == "product":

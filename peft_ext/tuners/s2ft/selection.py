@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import is_named, stable_generator, unadapted_modules
+from ...core import dequantised, is_named, stable_generator, unadapted_modules
 from .channels import Channels, Layout
 from .config import BY_DATA, S2FTConfig
 
@@ -120,16 +120,15 @@ def weight_squares(name: str, module: nn.Module, side: str) -> torch.Tensor:
     """The sum of the squares of each channel's weights, `(size,)`.
 
     Raises:
-        ValueError: The weight is quantised.
+        ValueError: The weight is not loaded, or its quantisation cannot be undone.
     """
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    if not weight.is_floating_point() or weight.is_meta:
+    weight = dequantised(name, module)
+    if weight.is_meta:
         raise ValueError(
-            f"The weight of {name!r} is quantised or not loaded, so its channels cannot be chosen by their norm: calibrate "
-            "on the model loaded without quantisation, or take `selection='random'`."
+            f"The weight of {name!r} is not loaded, so its channels cannot be chosen by their norm: load the model's "
+            "weights first, or take `selection='random'`."
         )
-    return squares_by_channel(weight.detach().square(), module, side)
+    return squares_by_channel(weight.square(), module, side)
 
 
 def squares_by_channel(squares: torch.Tensor, module: nn.Module, side: str) -> torch.Tensor:

@@ -100,7 +100,7 @@ class SparseFTModel(ExtModel):
         """The weights of the target modules, for `calibrate`.
 
         Raises:
-            ValueError: The config's `selection` is not `"sensitivity"`, or the base is quantised.
+            ValueError: The config's `selection` is not `"sensitivity"`.
         """
         if config.selection != "sensitivity":
             raise ValueError(f"`calibrate` needs `selection='sensitivity'`, the config says {config.selection!r}.")

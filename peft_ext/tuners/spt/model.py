@@ -21,9 +21,11 @@ from ...core import (
     backbone_linears,
     backbone_modules,
     count_parameters,
+    is_quantised,
     layer_and_type,
     matched_targets,
     warn_of_experts,
+    weight_of,
 )
 from ...delta import layer_operation
 from ...scores import Scores
@@ -151,19 +153,8 @@ class SPTModel(ExtModel):
 
     @classmethod
     def candidates(cls, config: Any, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The weights and biases of the target modules, and the target parameters.
-
-        Raises:
-            ValueError: The base is quantised.
-        """
-        found = _parameters(cls.resolved_targets(config, model))
-        for name, parameter in found.items():
-            if not parameter.is_floating_point():
-                raise ValueError(
-                    f"{name!r} is quantised and has no gradient: calibrate on the model loaded without quantisation; "
-                    "the config that comes out fits both."
-                )
-        return found | cls.parameter_targets(config, model)
+        """The weights and biases of the target modules, and the target parameters."""
+        return _parameters(cls.resolved_targets(config, model)) | cls.parameter_targets(config, model)
 
     @classmethod
     def take_scores(cls, config: Any, model: nn.Module, scores: Scores) -> None:
@@ -203,13 +194,14 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _parameters(targets: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The weights and biases of modules, by name."""
-    return {
-        f"{name}.{key}": parameter
-        for name, module in targets.items()
-        for key in ("weight", "bias")
-        if isinstance(parameter := getattr(module, key, None), nn.Parameter)
-    }
+    """The weights and biases of modules, by name; a quantised weight is stood for by a `QuantisedWeight`."""
+    found = {}
+    for name, module in targets.items():
+        if is_quantised(module) or isinstance(getattr(module, "weight", None), nn.Parameter):
+            found[f"{name}.weight"] = weight_of(module)
+        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            found[f"{name}.bias"] = bias
+    return found
 
 
 def shapes_of(targets: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
