@@ -60,7 +60,8 @@ class Capabilities:
         """
         for mark in marks(test, "capability"):
             capability, *named = mark.args
-            for method, model in cases(test, *named):
+            found = [pair for name in named for pair in cases(test, name)] if named else cases(test)
+            for method, model in found:
                 self._enter(test.__name__, capability, method, model, mark.kwargs.get("refused", False))
 
     def add_kit(self, case: type[MethodConformance]) -> None:

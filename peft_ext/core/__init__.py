@@ -33,7 +33,7 @@ from .modes import adapted_in_groups, evaluating, is_hooked, needs_plain_operati
 from .names import layer_and_type
 from .packages import load_plugins
 from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
-from .quantised import QuantisedWeight, dequantised, in_order, is_quantised, weight_of
+from .quantised import QuantisedWeight, dequantised, empty_like_of, in_order, is_quantised, weight_of
 from .registry import Method, about_of, is_registered, method_of, methods, register_method
 from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps, owners_of, stop_listening
 from .seeds import stable_generator
@@ -104,6 +104,7 @@ __all__ = [
     "carry_over",
     "count_parameters",
     "dequantised",
+    "empty_like_of",
     "evaluating",
     "exempt_from_weight_decay",
     "features_of",

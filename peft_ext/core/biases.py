@@ -53,4 +53,8 @@ def set_bias_flags(model: nn.Module) -> None:
                 setattr(part, flag, True)
     for name, module in governed.items():
         if flags[name] in needed and module.bias is None:
-            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=False)
+            like = next(
+                other.bias for other in governed.values() if other.bias is not None
+            )  # weights may be quantised
+            zeros = torch.zeros(module.out_features, device=like.device, dtype=like.dtype)
+            module.bias = nn.Parameter(zeros, requires_grad=False)

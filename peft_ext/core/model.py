@@ -31,7 +31,7 @@ from .hooks import MethodHooks
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
-from .quantised import weight_of
+from .quantised import empty_like_of, weight_of
 from .sharding import plain_name
 from .stored import Stored, packed, refuse_other_shapes, without_inner
 from .targets import (
@@ -97,7 +97,7 @@ class ExtModel(MethodHooks, BaseTuner):
             return None
         layer_class = cls.layer_class_at(name, base_layer, config)
         layer = layer_class(target, **get_quantization_kwargs(tuner.model))
-        layer.like = next((p for p in tuner.model.parameters() if p.is_floating_point()), layer.like).new_empty(0)
+        layer.like = empty_like_of(tuner.model)
         layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config, **kwargs)
         if adapter_name not in tuner.active_adapters:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils import resolve_quantization_backend
 from torch import nn
 
 from .targets import linear_features
@@ -82,6 +82,15 @@ class _WithWeight(torch.autograd.Function):
         return grad, None, rows.T @ x.reshape(-1, x.shape[-1]).float()
 
 
+def empty_like_of(model: nn.Module) -> torch.Tensor:
+    """An empty tensor of the device and precision of the first parameter that is not of integers, or the default one.
+
+    torchao's tensors know no `new_empty`.
+    """
+    found = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
+    return torch.empty(0, device=found.device, dtype=found.dtype)
+
+
 def weight_of(module: nn.Module) -> nn.Parameter:
     """What a sensitivity pass looks at of a module: its weight, or what stands for a quantised one."""
     weight: Any = QuantisedWeight.of(module) if is_quantised(module) else module.weight
@@ -98,8 +107,13 @@ def dequantised(name: str, module: Any) -> torch.Tensor:
     """
     if _is_reordered(module):
         module.state_dict()  # this puts bitsandbytes' weights back in order
+    weight = getattr(module, "weight", None)
     try:
-        return dequantize_module_weight(module).detach()
+        if type(weight).__module__.startswith("torchao."):  # whose backend wants to know how to quantise again
+            return weight.dequantize()  # type: ignore[union-attr]
+        # not `dequantize_module_weight`, which makes a new 8-bit weight that has lost its scales
+        backend = resolve_quantization_backend(module)
+        return module.weight.detach() if backend is None else backend.get_base_weight(module).detach()
     except (TypeError, AttributeError, NotImplementedError) as error:
         where = f" of {name!r}" if name else ""
         raise ValueError(

@@ -116,7 +116,7 @@ class SparseProduct(torch.autograd.Function):
 
 def can_be_written(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether the module's weight can be changed for the time of a product without loss, hooks and gradients included."""
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     return (
         type(module) in (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
         and type(weight) is nn.Parameter

@@ -83,7 +83,8 @@ class BinaryAdapterLinear(LowBitLayer):
         if value is None:
             raise ValueError(
                 f"The adapter {adapter_name!r} reads what {reads!r} reads, which was not called before the module that it "
-                "is on. Use `site='sequential'` on this model."
+                "is on. If the base was dequantised under the adapter, save it and load it on the dequantised base; else "
+                "use `site='sequential'` on this model."
             )
         return value
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...architectures import architecture_of, describe
-from ...core import ExtLayer, ExtModel
+from ...core import ExtLayer, ExtModel, empty_like_of
 from .config import PASTAConfig
 from .layer import CHILD, PASTALayer
 from .rows import LeadingRows, SpecialTokens
@@ -58,7 +58,7 @@ class PASTAModel(ExtModel):
             is_new = layer is None
             if is_new:
                 layer = PASTALayer(block, rows)
-                layer.like = next(p for p in block.parameters() if p.is_floating_point()).new_empty(0)
+                layer.like = empty_like_of(block)
                 layer.activate_only(adapter_name)
             layer.update_layer(adapter_name, config, width=owner.config.hidden_size)
             if is_new:

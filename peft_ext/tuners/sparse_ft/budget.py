@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...core import count_parameters, stable_generator
+from ...core import count_parameters, is_quantised, stable_generator
 from ...delta import layer_operation
 from ...sparse import drawn_keys
 from .config import GIVEN, SPIEL, UNBUDGETED, WHERE_FROM, SparseFTConfig
@@ -17,9 +17,8 @@ def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, n
     sizes: dict[str, int] = {}
     for name, base_layer in targets.items():
         op = layer_operation(base_layer)
-        weight, bias = base_layer.weight, getattr(base_layer, "bias", None)
-        assert isinstance(weight, torch.Tensor)
-        sizes[name] = weight.numel() if op is None else op.n
+        bias = getattr(base_layer, "bias", None)
+        sizes[name] = base_layer.weight.numel() if op is None else op.n  # type: ignore[union-attr, operator]
         if isinstance(bias, torch.Tensor):
             sizes[f"{name}.bias"] = bias.numel()
         if op is None and config.selection in ("growing", *SPIEL):
@@ -27,7 +26,7 @@ def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, n
                 f"Target module {name!r} is a norm, for whose weights selection={config.selection!r} does not gather "
                 "gradients: leave it out of `target_modules`, or take a fixed support."
             )
-        if config.selection in ("below", "growing", "nonzero") and not weight.is_floating_point():
+        if config.selection in ("below", "growing", "nonzero") and is_quantised(base_layer):
             raise ValueError(
                 f"`selection={config.selection!r}` goes by the base's weights, and {name!r} is quantised: load the "
                 "base model without quantisation, or take another selection."

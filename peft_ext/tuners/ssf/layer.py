@@ -140,7 +140,8 @@ class SSFLayer(ExtLayer):
             )
         base, site = self.get_base_layer(), self.site
         scale, shift = self.vectors([adapter_name])
-        if getattr(base, "weight", None) is None:  # a norm without affine parameters gets them
+        if getattr(base, "weight", None) is None and self.quantization_backend is None:
+            # a norm without affine parameters gets them
             weight = scale.new_ones(getattr(base, "normalized_shape", (site.channels,)))
         else:
             weight = self.get_base_weight().to(scale.dtype)

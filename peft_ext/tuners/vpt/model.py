@@ -26,7 +26,7 @@ from torch import nn
 
 from ...architectures import ARCHITECTURES, Attention, Block, describe, patch_inputs
 from ...channel_norms import ChannelSite
-from ...core import ExtLayer, ExtModel, Row, head_modules, is_admitted, matched_targets
+from ...core import ExtLayer, ExtModel, Row, empty_like_of, features_of, head_modules, is_admitted, matched_targets
 from .config import CLASS_TOKENS, VPTConfig
 from .layer import CHILD, VPTLayer
 from .starts import check_start, start
@@ -94,7 +94,7 @@ class VPTModel(ExtModel):
         for name in targets:
             refuse_other_attention(name, model.get_submodule(blocks[name].attention[0].module))
         shares = [f for f, on in (("share_layers", config.share_layers), ("project_dim", config.project_dim)) if on]
-        sizes = {tuple(_weight(model, blocks[name].attention[0].k).shape) for name in targets}
+        sizes = {_key_sizes(model, blocks[name].attention[0].k) for name in targets}
         if shares and len(sizes) > 1:
             raise ValueError(
                 f"`{shares[0]}` needs blocks of one width; these have keys of the shapes {sorted(sizes)}."
@@ -118,7 +118,7 @@ class VPTModel(ExtModel):
         if is_new:
             names, is_last = _names_of(model, name)
             layer = VPTLayer(block, names, names.norm or "", patch_inputs(model.config), is_last)
-            layer.like = next((p for p in model.parameters() if p.is_floating_point()), layer.like).new_empty(0)
+            layer.like = empty_like_of(model)
             layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config, owner)
         if is_new:
@@ -241,11 +241,10 @@ def refuse_shallow(config: VPTConfig, model: nn.Module, targets: set[str]) -> No
         raise ValueError(f"With `deep=False` the prompts travel through all blocks; {missing[0]!r} is left out.")
 
 
-def _weight(model: nn.Module, name: str) -> torch.Tensor:
+def _key_sizes(model: nn.Module, name: str) -> tuple[int, int]:
     module: Any = model.get_submodule(name)
-    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight: torch.Tensor = base.weight
-    return weight
+    inputs, outputs = features_of(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+    return outputs, inputs
 
 
 def _names_of(model: nn.Module, name: str) -> tuple[Attention, bool]:
