@@ -413,10 +413,10 @@ def life(name: str, kind: str) -> dict[str, str]:
 
 
 def without_names(text: str) -> str:
-    """A refusal up to its first sentence, without the names of adapters and modules."""
+    """The first two sentences of a refusal, with dots for the names of adapters and modules."""
     text = text.removeprefix("refused: ").partition(": ")[2].splitlines()[0]
-    first = re.split(r"(?<=[.:;]) ", re.sub(r" ?'[^']*'", "", text), maxsplit=1)[0]
-    return first.rstrip(".:;")
+    sentences = re.split(r"(?<=[.;]) ", re.sub(r"'[\w.]+'", "…", text))
+    return " ".join(sentences[:2]).rstrip(".;")
 
 
 def table(found: dict[tuple[str, str], dict[str, str]], names: list[str], kinds: list[str]) -> str:
