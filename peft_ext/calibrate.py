@@ -197,6 +197,11 @@ def measure(
         take(names[id(parameter)], grad, parameter)
 
     names = {id(parameter): name for name, parameter in candidates.items()}
+    if away := [name for name, p in candidates.items() if p.is_meta]:
+        raise ValueError(
+            f"{_some(away)} is offloaded or not loaded, and only the weights of Linear modules can be measured then: "
+            "calibrate on the model loaded without offloading; the config that comes out fits both."
+        )
     with ExitStack() as stack:
         stack.enter_context(in_order(model))
         stack.enter_context(_as_it_was(model, candidates))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from .core import HALF, ExactLeaf, ExtLayer, adapted_in_groups, linear_features
+from .core import HALF, ExactLeaf, ExtLayer, adapted_in_groups, linear_features, onloaded
 from .core.schedule import exempt_from_weight_decay, listen_to_steps
 from .core.sharding import call_with, held_by, refusal
 from .sparse import (
@@ -321,7 +321,9 @@ class DeltaLayer(ExtLayer):
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module with W + S for the weight, S being the sum over the adapters."""
         if self.op is None:
-            output: torch.Tensor = call_with(self.base_layer, self._effective(adapters), args, kwargs)
+            with onloaded(self.get_base_layer()):
+                parameters = self._effective(adapters)
+            output: torch.Tensor = call_with(self.base_layer, parameters, args, kwargs)
             return output
         if kwargs or len(args) != 1:
             raise TypeError(f"A sparse adapter on {type(self.base_layer).__name__} takes one positional argument.")

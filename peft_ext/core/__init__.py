@@ -31,9 +31,10 @@ from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
 from .modes import adapted_in_groups, evaluating, is_hooked, needs_plain_operations, without_adapters
 from .names import layer_and_type
+from .offloading import empty_like_of, onloaded
 from .packages import load_plugins
 from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
-from .quantised import QuantisedWeight, dequantised, empty_like_of, in_order, is_quantised, weight_of
+from .quantised import QuantisedWeight, dequantised, in_order, is_quantised, weight_of
 from .registry import Method, about_of, is_registered, method_of, methods, register_method
 from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps, owners_of, stop_listening
 from .seeds import stable_generator
@@ -127,6 +128,7 @@ __all__ = [
     "method_of",
     "methods",
     "needs_plain_operations",
+    "onloaded",
     "overlap_of",
     "owners_of",
     "register_method",

@@ -13,6 +13,7 @@ from torch import nn
 
 from .config import ExtConfig
 from .leaves import FirstGradient, SharedLeaf
+from .offloading import refuse_new_parameter, working_device
 from .targets import features_of
 
 
@@ -183,7 +184,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        return (self.like.device, self.like.dtype) if device is None else (device, dtype)
+        return (self.like.device, self.like.dtype) if device is None else (working_device(base_layer, device), dtype)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes these adapters the active ones, and trainable unless `inference_mode`."""
@@ -270,6 +271,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
             merged = self.merged_tensors(name)
         base = self.get_base_layer()
         for key, value in merged.items():
+            refuse_new_parameter(name, key, base)
             current = getattr(base, key, None)
             if current is not None and key not in base._parameters and backend is None:
                 raise ValueError(

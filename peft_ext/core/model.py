@@ -31,7 +31,8 @@ from .hooks import MethodHooks
 from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
-from .quantised import empty_like_of, weight_of
+from .offloading import empty_like_of
+from .quantised import weight_of
 from .sharding import plain_name
 from .stored import Stored, packed, refuse_other_shapes, without_inner
 from .targets import (

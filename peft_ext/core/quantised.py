@@ -17,6 +17,7 @@ import torch
 from peft.utils import resolve_quantization_backend
 from torch import nn
 
+from .offloading import is_offloaded, onloaded, working_device
 from .targets import linear_features
 
 
@@ -35,7 +36,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 class QuantisedWeight(nn.Parameter):
-    """Stands for the weight `(outputs, inputs)` of a quantised Linear in a sensitivity pass; its values take no memory.
+    """Stands for the weight `(outputs, inputs)` of a quantised or offloaded Linear in a pass; its values take no memory.
 
     Once `attach` is called, a backward through the module adds the gradient of the dequantised weight to its `grad`.
     """
@@ -48,6 +49,7 @@ class QuantisedWeight(nn.Parameter):
         assert features is not None
         tensors = [*module.parameters(), *module.buffers()]
         device = tensors[0].device if tensors else torch.device(getattr(module, "device", "cpu"))
+        device = working_device(module, device)
         weight = QuantisedWeight(torch.zeros(1, device=device).expand(features[1], features[0]))
         weight.module = module
         return weight
@@ -64,7 +66,8 @@ class QuantisedWeight(nn.Parameter):
 
     def values(self) -> torch.Tensor:
         """The dequantised weight; see `dequantised`."""
-        return dequantised("", self.module)
+        with onloaded(self.module):
+            return dequantised("", self.module).clone()
 
 
 class _WithWeight(torch.autograd.Function):
@@ -82,18 +85,10 @@ class _WithWeight(torch.autograd.Function):
         return grad, None, rows.T @ x.reshape(-1, x.shape[-1]).float()
 
 
-def empty_like_of(model: nn.Module) -> torch.Tensor:
-    """An empty tensor of the device and precision of the first parameter that is not of integers, or the default one.
-
-    torchao's tensors know no `new_empty`.
-    """
-    found = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
-    return torch.empty(0, device=found.device, dtype=found.dtype)
-
-
 def weight_of(module: nn.Module) -> nn.Parameter:
-    """What a sensitivity pass looks at of a module: its weight, or what stands for a quantised one."""
-    weight: Any = QuantisedWeight.of(module) if is_quantised(module) else module.weight
+    """What a sensitivity pass looks at of a module: its weight, or what stands for a quantised or offloaded one."""
+    has_none = is_quantised(module) or (isinstance(module, nn.Linear) and is_offloaded(module))
+    weight: Any = QuantisedWeight.of(module) if has_none else module.weight
     assert isinstance(weight, nn.Parameter)
     return weight
 

@@ -20,6 +20,8 @@ from torch import distributed, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
+from .offloading import is_offloaded, onloaded
+
 
 WRAPPERS = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")  # in a module's name
 
@@ -135,7 +137,7 @@ def call_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: A
     """The module called with these tensors for its parameters.
 
     FSDP1 puts gathered parameters beside the module's own as plain attributes, which `functional_call` leaves as they
-    are. Under ZeRO-3 no hook of the module runs.
+    are. Under ZeRO-3, and of an offloaded module, no hook of the module runs.
     """
     if torch.compiler.is_compiling():
         return functional_call(module, dict(parameters), args, kwargs)
@@ -144,6 +146,11 @@ def call_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: A
         own = module._parameters  # which gathers what it is asked for
         vars(twin)["_parameters"] = {key: parameters[key] if key in parameters else own[key] for key in own}
         return twin.forward(*args, **kwargs)
+    if is_offloaded(module):  # its hook would put its own tensors in their place
+        twin = copy.copy(module)
+        with onloaded(module):
+            vars(twin)["_parameters"] = {**module._parameters, **parameters}
+        return type(module).forward(twin, *args, **kwargs)
     attributes = vars(module)
     gathered = {key: attributes[key] for key in parameters if key in attributes}
     attributes |= {key: parameters[key] for key in gathered}

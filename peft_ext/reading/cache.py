@@ -21,6 +21,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..core import empty_like_of
 from .kept import Kept
 from .layer import ReaderLayer, reader_of
 
@@ -181,7 +182,7 @@ class FrozenPassCache:
         return self._assemble(layer, [row for row in rows if row is not None])
 
     def _assemble(self, layer: ReaderLayer, rows: list[int]) -> Kept:
-        meta, device = self.meta, next(layer.backbone.parameters()).device
+        meta, device = self.meta, empty_like_of(layer.backbone).device
         tokens = {self._tokens[row] for row in rows}
         if len(tokens) > 1:
             raise ValueError(f"One batch holds samples of {sorted(tokens)} tokens; pad all to one length.")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..core import ExtLayer
+from ..core import ExtLayer, empty_like_of
 from .families import Family
 from .forwards import (
     is_checkpointed,
@@ -246,7 +246,7 @@ class ReaderLayer(ExtLayer):
         self._is_paused = True
         try:
             with torch.no_grad(), capture:
-                device = next(self.backbone.parameters()).device
+                device = empty_like_of(self.backbone).device
                 moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
                 self.model(**moved)
         finally:
@@ -259,9 +259,7 @@ class ReaderLayer(ExtLayer):
     # Making and removing adapters
 
     def _move_to_model(self, adapter: str) -> None:
-        like = next(
-            parameter for parameter in reversed(list(self.backbone.parameters())) if parameter.is_floating_point()
-        )
+        like = empty_like_of(self.backbone, last=True)
         for name in self.adapter_layer_names:
             leaves = getattr(self, name)
             if adapter in leaves and not any(parameter.is_meta for parameter in leaves[adapter].parameters()):

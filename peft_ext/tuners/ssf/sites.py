@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ...core import linear_out_features
+from ...core.sharding import call_with
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def rms_norm_offset(module: nn.Module) -> float | None:
     expected = x / x.square().mean(-1, keepdim=True).sqrt()
     try:
         with torch.no_grad(), torch.device("cpu"):
-            at_zero = functional_call(module, {"weight": torch.zeros_like(x[0])}, (x,))
-            at_two = functional_call(module, {"weight": torch.full_like(x[0], 2.0)}, (x,))
+            at_zero = call_with(module, {"weight": torch.zeros_like(x[0])}, (x,), {})
+            at_two = call_with(module, {"weight": torch.full_like(x[0], 2.0)}, (x,), {})
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return None  # takes something else than one tensor of features
     for offset in (0.0, 1.0):
@@ -149,8 +149,8 @@ def is_affine_norm(module: nn.Module) -> bool:
         with torch.no_grad(), torch.device("cpu"):
             zero, one = torch.zeros(width), torch.ones(width)
             with_bias = {"bias": bias} if "bias" in names else {}
-            normalised = functional_call(module, {"weight": one, **dict.fromkeys(with_bias, zero)}, (x,))
-            found = functional_call(module, {"weight": weight, **with_bias}, (x,))
+            normalised = call_with(module, {"weight": one, **dict.fromkeys(with_bias, zero)}, (x,), {})
+            found = call_with(module, {"weight": weight, **with_bias}, (x,), {})
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False  # takes something else than one tensor of features
     expected = weight * normalised + (bias if with_bias else 0)

@@ -218,7 +218,8 @@ class VPTLayer(ExtLayer):
         make_key = attention.get_submodule(self.names.k.removeprefix(inside))
         rows = self.rows(adapter, len(queries))
         like = next((p for module in (norm, make_key) if module for p in module.parameters() if p.ndim), queries)
-        rows = rows.to(like.device, like.dtype if like.is_floating_point() else queries.dtype)
+        device = queries.device if like.is_meta else like.device  # offloaded
+        rows = rows.to(device, like.dtype if like.is_floating_point() else queries.dtype)
         rows = rows if norm is None else norm(rows)
         if self.is_fused:
             _, k, v = make_key(rows).chunk(3, -1)
