@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from .core import empty_like_of
+
 
 def loader(dataloader: Iterable[Any] | None, trainer: Any, num_batches: int) -> Iterable[Any]:
     if (dataloader is None) == (trainer is None):
@@ -20,7 +22,7 @@ def loader(dataloader: Iterable[Any] | None, trainer: Any, num_batches: int) -> 
 
 def batches(dataloader: Iterable[Any], limit: int, model: nn.Module) -> Iterator[Any]:
     """At most `limit` batches, moved to the model; with several processes as many as all of them have."""
-    device = next(model.parameters()).device
+    device = empty_like_of(model).device
     iterator = iter(dataloader)
     for _ in range(limit):
         batch = next(iterator, None)

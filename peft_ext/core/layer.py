@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import ExtConfig
 from .leaves import FirstGradient, SharedLeaf
-from .offloading import refuse_new_parameter, working_device
+from .offloading import onloaded, refuse_new_parameter, working_device
 from .targets import features_of
 
 
@@ -308,7 +308,8 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         state = getattr(getattr(base, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             base.state_dict()  # bitsandbytes reorders weights for some CPUs in a forward; this puts them back
-        return super().get_base_weight()
+        with onloaded(base):
+            return super().get_base_weight()
 
     def unmerged_weight(self) -> torch.Tensor:
         """The base layer's weight as it was before any adapter of this layer was merged, dequantised."""

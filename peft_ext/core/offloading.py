@@ -31,8 +31,8 @@ def is_offloaded(module: nn.Module) -> bool:
 @contextmanager
 def onloaded(module: Any) -> Iterator[None]:
     """Inside, the parameters of an offloaded module are where it computes; values that are kept must be copies."""
-    if not is_offloaded(module):
-        yield
+    if not (is_offloaded(module) and any(parameter.is_meta for parameter in module.parameters(recurse=False))):
+        yield  # it is there, perhaps by an outer call of this
         return
     module._hf_hook.pre_forward(module)
     try:

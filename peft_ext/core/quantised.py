@@ -66,8 +66,7 @@ class QuantisedWeight(nn.Parameter):
 
     def values(self) -> torch.Tensor:
         """The dequantised weight; see `dequantised`."""
-        with onloaded(self.module):
-            return dequantised("", self.module).clone()
+        return dequantised("", self.module)
 
 
 class _WithWeight(torch.autograd.Function):
@@ -102,6 +101,12 @@ def dequantised(name: str, module: Any) -> torch.Tensor:
     """
     if _is_reordered(module):
         module.state_dict()  # this puts bitsandbytes' weights back in order
+    with onloaded(module):
+        weight = _dequantised(name, module)
+        return weight.clone() if is_offloaded(module) else weight
+
+
+def _dequantised(name: str, module: Any) -> torch.Tensor:
     weight = getattr(module, "weight", None)
     try:
         if type(weight).__module__.startswith("torchao."):  # whose backend wants to know how to quantise again

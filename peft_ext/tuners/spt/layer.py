@@ -63,7 +63,8 @@ class SPTLayer(DeltaLayer):
         """The weight as `(outputs, inputs)`, dequantised."""
         base: Any = self.get_base_layer()
         # exporters refuse the `data` that PEFT reads
-        weight = base.weight.detach() if self.quantization_backend is None else self.get_base_weight()
+        is_there = self.quantization_backend is None and not base.weight.is_meta
+        weight = base.weight.detach() if is_there else self.get_base_weight()
         return weight.T if self._is_transposed() else weight
 
     def _with_weight(self, adapters: list[str], x: torch.Tensor) -> torch.Tensor:
