@@ -63,7 +63,8 @@ def adapted(method: Method, base: Any, config: Any) -> Any:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", METHODS)
-def test_an_offloaded_base(method: str, way: str, tmp_path: Path) -> None:
+def test_an_offloaded_base(method: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # PEFT writes what is merged on disk beneath the working directory
     case = METHODS[method].method
     name = model_of(case)
     config = case.config_for(name)
