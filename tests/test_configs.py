@@ -284,3 +284,19 @@ def test_a_reference_that_trl_makes(method: str, tmp_path: Path) -> None:
         assert "ref" in trainer.model.peft_config
         trainer.train()
         assert abs(trainer.state.log_history[0]["kl"]) < 1e-6
+
+
+def test_a_copy_of_the_second_of_two_adapters_with_equal_configs() -> None:
+    """What the function depends on besides parameters comes from the adapter whose own config was given."""
+    model, _ = trained("masks")
+    for source in ("default", "second"):
+        model.add_adapter("second" if source == "default" else "third", model.peft_config[source])
+        if source == "default":
+            for name, buffer in model.named_buffers():
+                if name.endswith("mask_pruning_gate.second.kept"):
+                    buffer.copy_(1 - buffer)
+    own = {name: buffer for name, buffer in model.named_buffers() if ".mask_pruning_gate." in name}
+    for name, buffer in own.items():
+        if ".third." in name:
+            assert torch.equal(buffer, own[name.replace(".third.", ".second.")]), name
+    assert any(not torch.equal(own[name.replace(".third.", ".default.")], own[name]) for name in own if ".third." in name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_conformance import METHODS
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from peft_ext.testing import Method
 from peft_ext.testing.models import inputs, logits, loss, tiny
@@ -79,7 +82,8 @@ def test_training_saving_and_merging(method: Method, name: str, precision: str, 
         torch.testing.assert_close(logits(loaded, batch), expected, atol=2e-2, rtol=2e-2)
         if method.merges:
             merged = model.merge_and_unload()
-            torch.testing.assert_close(logits(merged, batch), expected, atol=1e-1, rtol=1e-1)
+            error = (logits(merged, batch) - expected).abs().float().mean()
+            assert error <= 0.1 * expected.abs().float().mean()  # each weight is rounded once
 
 
 @pytest.mark.parametrize(("method", "name"), [case for case in CASES if "mlp" not in case.id])
@@ -91,6 +95,34 @@ def test_compiled(method: Method, name: str) -> None:
         compiled = torch.compile(model, backend="inductor" if DEVICE == "cuda" else "aot_eager")
         torch.testing.assert_close(logits(compiled, batch), expected, atol=1e-3, rtol=1e-2)
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("store") / "store"
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("method", "name"), [case for case in CASES if "mlp" not in case.id])
+def test_fully_sharded_in_one_process(method: Method, name: str, one_process: None) -> None:
+    plain = method.adapted(name).to(DEVICE).train()
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded, mesh=torch.distributed.init_device_mesh(DEVICE, (1,)))
+    batch = on_device(inputs(name))
+    for model in (plain, sharded):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(2):
+            loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = {key: p for key, p in plain.named_parameters() if p.requires_grad}
+    for key, parameter in sharded.named_parameters():
+        if key in expected:
+            whole: Any = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            torch.testing.assert_close(whole, expected[key], atol=1e-4, rtol=1e-3)
 
 
 def test_sparse_gradients_by_every_route() -> None:

@@ -52,7 +52,6 @@ def parts(device: str, is_quick: bool) -> dict[str, tuple[list[str], int]]:
     rounds = 1 if is_quick else 10
     small = ["--batch", "1", "--length", "16"] if is_quick else []
     one_image = ["--batch", "1"] if is_quick else ["--batch", "32"]
-    workers = ["--world", "1", "--device", device]
     return {
         "tests": (["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", *["-x"] * is_quick], 150),
         "cost-vit-b16": (cost("vit-b16", device, rounds, *one_image), 60),
@@ -66,7 +65,6 @@ def parts(device: str, is_quick: bool) -> dict[str, tuple[list[str], int]]:
             60,
         ),
         "sparse": (["examples/benchmark/sparse_cost.py", "linear-8x1024", "--rounds", str(rounds), "--json"], 60),
-        "sharding": (["tests/sharding.py", *workers], 90),
     }
 
 

@@ -23,6 +23,8 @@ def own_config(configs: dict[str, Any], model: nn.Module, adapter_name: str) -> 
     """Inside, `adapter_name` is put on the model, with a copy of the config that it was given."""
     given = configs[adapter_name]
     others = [name for name, other in configs.items() if name != adapter_name and isinstance(other, ExtConfig)]
+    # several adapters may have equal configs: the one whose own config was given comes first
+    others.sort(key=lambda name: configs[name] is not given)
     source = next((name for name in others if given.is_of(configs[name])), None)
     own = configs[adapter_name] = given.for_adapter(reopen=source is None)
     before = dict(vars(own))
