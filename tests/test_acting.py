@@ -16,7 +16,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import peft_ext
-from peft_ext import SparseFTConfig, SSFConfig
+from peft_ext import MaskLoraConfig, SparseFTConfig, SSFConfig
+from peft_ext.core import ExtLayer
 from peft_ext.core.uncalled import uncalled_modules
 from peft_ext.tuners.sparse_ft.model import SparseFTModel
 
@@ -254,3 +255,13 @@ def test_lora_of_peft_on_the_same_model_keeps_the_record_quiet(tmp_path: Path) -
     model.set_adapter(["default", "lora"])
     model(input_ids=torch.tensor([[3, 4, 5]])).logits.square().sum().backward()
     model.save_pretrained(tmp_path)
+
+
+def test_parameters_that_peft_has_cast_are_watched_too(tmp_path: Path) -> None:
+    """On a base in half precision PEFT makes new parameters; saving must not say that they learnt nothing."""
+    model = get_peft_model(tiny("llama").to(torch.bfloat16), MaskLoraConfig(r=2, total_steps=4)).train()
+    tokens = torch.arange(3, 11)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    layers = [module for module in model.modules() if isinstance(module, ExtLayer)]
+    assert layers and all(layer.learnt == {"default"} for layer in layers)
+    model.save_pretrained(tmp_path)  # a warning is an error here

@@ -299,4 +299,6 @@ def test_a_copy_of_the_second_of_two_adapters_with_equal_configs() -> None:
     for name, buffer in own.items():
         if ".third." in name:
             assert torch.equal(buffer, own[name.replace(".third.", ".second.")]), name
-    assert any(not torch.equal(own[name.replace(".third.", ".default.")], own[name]) for name in own if ".third." in name)
+    assert any(
+        not torch.equal(own[name.replace(".third.", ".default.")], own[name]) for name in own if ".third." in name
+    )

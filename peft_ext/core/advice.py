@@ -35,6 +35,13 @@ def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
                 return
 
 
+def watch_first_gradients(model: nn.Module) -> None:
+    """From now on each layer of the model notes which of its adapters has had a gradient."""
+    for module in model.modules():
+        if isinstance(module, ExtLayer):
+            module.watch_first_gradients()
+
+
 def warn_of_idle_layers(model: nn.Module, adapter_names: Iterable[str]) -> None:
     """Says once, of each adapter that was trained here, which of its layers took no part in the training."""
     for adapter in adapter_names:

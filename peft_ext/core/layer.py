@@ -189,7 +189,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes these adapters the active ones, and trainable unless `inference_mode`."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._watch_first_gradients()
+        self.watch_first_gradients()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes the adapter off, and what is known of its training."""
@@ -197,7 +197,8 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         for record in (self.watched, self.learnt, self.reported):
             record.discard(adapter_name)
 
-    def _watch_first_gradients(self) -> None:
+    def watch_first_gradients(self) -> None:
+        """Hooks on the parameters of the trained adapters note that there was a gradient."""
         for container in self.adapter_layer_names:
             for adapter, leaf in getattr(self, container).items():
                 for parameter in leaf.parameters():

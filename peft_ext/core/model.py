@@ -24,7 +24,7 @@ from peft.utils.other import _get_submodules
 from torch import nn
 from transformers import PreTrainedModel
 
-from .advice import warn_of_experts, warn_of_fresh_head, warn_of_idle_layers
+from .advice import warn_of_experts, warn_of_fresh_head, warn_of_idle_layers, watch_first_gradients
 from .config import ExtConfig
 from .copies import own_config
 from .hooks import MethodHooks
@@ -104,6 +104,10 @@ class ExtModel(MethodHooks, BaseTuner):
         if adapter_name not in tuner.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
         return layer
+
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        super()._cast_adapter_dtype(*args, **kwargs)
+        watch_first_gradients(self.model)  # of the new parameters that PEFT makes where it casts
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter on the model, the first or a further one.
