@@ -238,11 +238,6 @@ class SPTParameters(SPTLayer):
         effective = {}
         for key in self._keys(adapters):
             parameter: torch.Tensor = getattr(self.get_base_layer(), key)
-            if parameter.is_meta and hasattr(self.base_layer, "_hf_hook"):
-                raise ValueError(
-                    f"{key!r} is offloaded, so that an update of it would be lost: keep the experts on a device, or "
-                    "merge the adapter."
-                )
             with torch.autocast(parameter.device.type, enabled=False):
                 for name in adapters:
                     parameter = self._changed(name, key, parameter)
