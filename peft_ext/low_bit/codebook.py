@@ -31,13 +31,18 @@ def coded_size(n: int, bits: int) -> int:
     return -(-n * bits // 8)
 
 
-@cache
+@torch.compiler.assume_constant_result  # a compiler would write all rounds into its graph
 def codebook(bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The `2**bits` levels of a standard normal variable, and the `2**bits - 1` thresholds between them.
 
     Each level is the median of its cell, each threshold in the middle between two levels; up to 4 bits this is where
     the published 500 rounds arrive (at 8 bits they do not converge).
     """
+    return _codebook(bits)
+
+
+@cache
+def _codebook(bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     size = 2**bits
     levels = torch.special.ndtri((torch.arange(size, dtype=torch.float64) + 0.5) / size)
     for _ in range(ROUNDS):
@@ -50,13 +55,17 @@ def codebook(bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def tables(bits: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The codebook as tensors of the dtype and device of `like`."""
+    if torch.compiler.is_compiling():  # which would compile again when something else is kept
+        return _tensors(bits, like)
     key = (bits, like.dtype, like.device)
-    if (kept := _tables.get(key)) is not None:
-        return kept
-    with torch.inference_mode(False):  # what is kept must serve training, too
-        levels, thresholds = (torch.tensor(t, dtype=like.dtype, device=like.device) for t in codebook(bits))
-    if not torch.compiler.is_compiling():
-        _tables[key] = (levels, thresholds)
+    if key not in _tables:
+        with torch.inference_mode(False):  # what is kept must serve training, too
+            _tables[key] = _tensors(bits, like)
+    return _tables[key]
+
+
+def _tensors(bits: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    levels, thresholds = (torch.tensor(t, dtype=like.dtype, device=like.device) for t in codebook(bits))
     return levels, thresholds
 
 

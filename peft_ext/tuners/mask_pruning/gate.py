@@ -133,8 +133,10 @@ class MaskGate(ExactLeaf):
         """The mask `(units,)`, in fp32; `None` where nothing is masked."""
         if self.is_open:
             return None
-        if not self.training:
-            return self.hard()
+        return self._training_mask() if self.training else self.hard()
+
+    @torch.compiler.disable  # noise and temperature are others in each step, and would have all compiled again
+    def _training_mask(self) -> torch.Tensor | None:
         schedule = self.schedule
         if schedule is not None and torch.is_grad_enabled():
             schedule.was_used = True

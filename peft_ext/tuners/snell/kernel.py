@@ -78,9 +78,10 @@ def quantile(chunks: Chunks, total: int, q: float) -> torch.Tensor:
     """
     rank = q * (total - 1)
     low = min(int(rank), total - 1)
-    if total <= DIRECT:
+    if total <= DIRECT or torch.compiler.is_compiling():
         held = list(chunks())
-        if held[0].is_cuda:  # where it is fast, and waits for nothing
+        # where it is fast, and waits for nothing; and a compiler cannot follow a search that goes by the values
+        if held[0].is_cuda or torch.compiler.is_compiling():
             values = torch.cat(held)
             first, second = (values.kthvalue(min(low + k, total)).values for k in (1, 2))
             return torch.lerp(first, second, rank - low)
