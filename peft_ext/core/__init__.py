@@ -38,7 +38,7 @@ from .quantised import QuantisedWeight, dequantised, in_order, is_quantised, wei
 from .registry import Method, about_of, is_registered, method_of, methods, register_method
 from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps, owners_of, stop_listening
 from .seeds import stable_generator
-from .sharing import SharingModel, StandIn
+from .sharing import SharedLayer, SharingModel, StandIn
 from .targets import (
     backbone_linears,
     backbone_modules,
@@ -86,6 +86,7 @@ __all__ = [
     "QuantisedWeight",
     "Reading",
     "Row",
+    "SharedLayer",
     "SharedLeaf",
     "SharingModel",
     "Site",

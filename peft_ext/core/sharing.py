@@ -20,6 +20,21 @@ class StandIn(nn.Identity):
         self.in_features = self.out_features = in_features
 
 
+class SharedLayer(ExtLayer):
+    """The base of the layers of such a tuner: around a `StandIn`, which nobody calls, or around a module."""
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches the adapters on or off; while they are off, nothing is merged."""
+        super().enable_adapters(enabled)
+        if not enabled and self.merged and isinstance(self.base_layer, StandIn):
+            self.unmerge()  # the layers of the modules do so in their forward
+
+    def unmerge(self) -> None:
+        """Takes out what was merged; a stand-in that is not merged any more has nothing to say."""
+        if self.merged or not isinstance(self.base_layer, StandIn):
+            super().unmerge()
+
+
 class SharingModel(ExtModel):
     """Keeps the shared leaves in layers around `StandIn`s, in the child `shared` of the model, by the name of a group.
 

@@ -58,6 +58,18 @@ class MergingTests(ConformanceTests):
         with pytest.warns(UserWarning, match="Already unmerged"):
             model.unmerge_adapter()
 
+    @on(lambda method: method.few if method.merges and method.adapts_modules else ())
+    def test_a_forward_with_the_adapters_off_ends_a_merge(self, name: str) -> None:
+        model, batch = self.adapted(name), inputs(name)
+        model.add_adapter("second", self.config_for(name))
+        expected = logits(model, batch)
+        model.merge_adapter()
+        with model.disable_adapter():
+            logits(model, batch)
+        assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
+        same(logits(model, batch), expected)
+        model.delete_adapter("second")  # refused while an adapter is merged
+
     @mergeable
     def test_unload_gives_the_base_back(self, name: str) -> None:
         model = self.adapted(name)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExactLeaf, ExtLayer, SharedLeaf, keeping_precision
+from ...core import ExactLeaf, SharedLayer, SharedLeaf, keeping_precision
 from .config import LoraFusionConfig
 
 
@@ -85,7 +85,7 @@ class Magnitudes(Coefficients):
     """The trained lengths of the rows of the changed weight, `weight` `(out,)`."""
 
 
-class LoraFusionLayer(ExtLayer):
+class LoraFusionLayer(SharedLayer):
     """Coefficients, by adapter. Of this class itself are shared ones, in the model's `shared_coefficients`."""
 
     adapter_layer_names: tuple[str, ...] = ("fused_low_rank_coefficients",)

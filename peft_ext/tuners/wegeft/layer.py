@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer, SharedLeaf, linear_features
+from ...core import SharedLayer, SharedLeaf, linear_features
 from .config import WeGeFTConfig
 
 
-class WeGeFTLayer(ExtLayer):
+class WeGeFTLayer(SharedLayer):
     """Two maps: `wegeft_down` holds Q^T `(r, in)`, `wegeft_up` P^T `(in, r)`, as weights of `nn.Linear`.
 
     Of this class itself are the shared ones, in the model's `shared_maps`; their own forward is never run.
