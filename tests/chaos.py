@@ -33,11 +33,12 @@ import torch
 from models import inputs, tiny
 from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file
+from test_conformance import METHODS as CONFORMING
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import peft_ext
-from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig
+from peft_ext import MaskLoraConfig, SNELLConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig
 
 
 STEPS = 12
@@ -60,6 +61,15 @@ METHODS: dict[str, Callable[[Any], PeftConfig]] = {
         r=2, total_steps=STEPS, target_sparsity=0.25, warmup_ratio=0.2, modules_to_save=["classifier"]
     ),
     "vqt": lambda _: VQTConfig(num_queries=2),
+    "below": lambda _: SparseFTConfig(selection="below", threshold=1e-3, total_steps=STEPS),
+    "growing": lambda _: SparseFTConfig(selection="growing", num_tunable_weights=64, total_steps=STEPS),
+    "snella": lambda _: SNELLConfig(r=2, allocation="adaptive", total_steps=STEPS),
+    # the others as the kit has them
+    **{
+        name: lambda base, method=case.method: method.config_for("bert", base)
+        for name, case in CONFORMING.items()
+        if name not in ("ssf", "sparse_ft", "spt", "mask_pruning", "vqt")
+    },
 }
 
 

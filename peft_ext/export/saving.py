@@ -223,7 +223,10 @@ def per_layer_sizes(model: nn.Module, plain: nn.Module) -> dict[int, dict[str, i
     layers = getattr(text, "num_hidden_layers", None)
     if not isinstance(layers, int) or getattr(plain.config, "is_encoder_decoder", False):
         return None
-    declared = set(text.to_dict())  # the names that a file may have; older configs are no dataclasses
+    if dataclasses.is_dataclass(text):
+        declared = {field.name for field in dataclasses.fields(text)}
+    else:  # of older versions of transformers
+        declared = set(type(text)().to_dict())
     heads = next((key for key in HEADS if key in declared), None)
     sizes: dict[int, dict[str, int]] = defaultdict(dict)
     before = groups_of(plain)

@@ -452,7 +452,7 @@ def run_sequences(method: Method, number: int, steps: int = 8, seed: int | None 
 class SequenceTests(ConformanceTests):
     """Whatever is done with adapters, in whatever order, they are the functions that their tensors say."""
 
-    sequences: ClassVar[int] = 50
+    sequences: ClassVar[int] = 200
 
     def test_random_sequences(self) -> None:
         run_sequences(self.method, self.sequences)
