@@ -125,7 +125,8 @@ def _dequantised(name: str, module: Any) -> torch.Tensor:
 
 
 def _is_reordered(module: nn.Module) -> bool:
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    # not `module.weight`, which PEFT's wrapper of trained tokens computes anew each time
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
