@@ -96,7 +96,7 @@ def test_on_the_stream_of_every_architecture_that_has_one(name: str) -> None:
             else:
                 module.register_forward_hook(partial(replace, leaves[key]))
         expected = output_of(other, batch)
-        assert not torch.allclose(before, expected, atol=1e-3)
+        assert not torch.allclose(before, expected, rtol=0.0, atol=1e-6)
         torch.testing.assert_close(output_of(adapted, batch), expected, atol=1e-10, rtol=0.0)
     with pytest.raises(ValueError, match=r"(?s)at `site='attn'`.*skip connection.*site='mlp'` or `site='qkv'`"):
         adapted.merge_and_unload()  # type: ignore[operator]
