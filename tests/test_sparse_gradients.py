@@ -202,6 +202,9 @@ class Recorder:
         """Nobody else writes the indices here."""
         return False
 
+    def see(self, values: torch.Tensor) -> None:
+        """A forward reads the values."""
+
     def observe(self, leaf: SparseDelta, gradient: Gradient, values: torch.Tensor) -> None:
         self.seen.append((gradient, values))
 
