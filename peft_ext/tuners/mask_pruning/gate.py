@@ -126,14 +126,19 @@ class MaskGate(ExactLeaf):
         """The mask of evaluation, `(units,)` of zeros and ones in fp32; NaN where the logits are."""
         if self.is_fixed:
             return self.kept.float()
-        logits = self.logits()
-        return torch.where(logits.isnan(), logits, (logits > 0).float())
+        return self._rounded(self.logits())
+
+    def _rounded(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.where(logits.isnan(), logits, (logits > 0).float())  # a gradient of zero, and NaN stays
 
     def forward(self) -> torch.Tensor | None:
         """The mask `(units,)`, in fp32; `None` where nothing is masked."""
         if self.is_open:
             return None
-        return self._training_mask() if self.training else self.hard()
+        if self.training:
+            return self._training_mask()
+        # while a leaf runs, its weight is whole; logits that are not decided have a gradient, if only of zero
+        return self.hard() if self.is_fixed else self._rounded(self.weight.float() * self.rate)
 
     @torch.compiler.disable  # noise and temperature are others in each step, and would have all compiled again
     def _training_mask(self) -> torch.Tensor | None:
