@@ -5,9 +5,10 @@ A method is a config (`ExtConfig`), a layer (`ExtLayer`) with trainable leaves (
 """
 
 from .about import About, Writer
-from .advice import warn_of_experts
+from .advice import all_linears, warn_of_experts
 from .biases import bias_flags, set_bias_flags
 from .calibration import CalibratedConfig
+from .chosen import ChosenChannels
 from .config import ExtConfig, after_saving
 from .files import (
     ADAPTER_CONFIG,
@@ -67,6 +68,7 @@ __all__ = [
     "BadInput",
     "Bars",
     "CalibratedConfig",
+    "ChosenChannels",
     "Column",
     "Curve",
     "ExactLeaf",
@@ -100,6 +102,7 @@ __all__ = [
     "about_of",
     "adapted_in_groups",
     "after_saving",
+    "all_linears",
     "backbone_linears",
     "backbone_modules",
     "bias_flags",

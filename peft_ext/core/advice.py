@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import ExtConfig
 from .layer import ExtLayer
+from .targets import backbone_linears
 
 
 def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
@@ -33,6 +34,21 @@ def warn_of_experts(config: ExtConfig, model: nn.Module) -> None:
                     stacklevel=2,
                 )
                 return
+
+
+def all_linears(name: str, config: ExtConfig, model: nn.Module) -> set[str]:
+    """All Linear modules of the backbone, as default targets of the method `name`; says so if experts are left out.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found = backbone_linears(model)
+    if not found:
+        raise ValueError(
+            f"{name} has no default targets on this {type(model).__name__}, which has no Linear module outside its head."
+        )
+    warn_of_experts(config, model)
+    return found
 
 
 def watch_first_gradients(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from .config import ExtConfig
 from .leaves import FirstGradient, SharedLeaf
 from .offloading import onloaded, refuse_new_parameter, working_device
+from .quantised import put_in_order
 from .targets import features_of
 
 
@@ -306,9 +307,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
     def get_base_weight(self) -> torch.Tensor:
         """The base layer's weight, dequantised."""
         base = self.get_base_layer()
-        state = getattr(getattr(base, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            base.state_dict()  # bitsandbytes reorders weights for some CPUs in a forward; this puts them back
+        put_in_order(base)
         with onloaded(base):
             return super().get_base_weight()
 

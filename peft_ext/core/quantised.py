@@ -99,8 +99,7 @@ def dequantised(name: str, module: Any) -> torch.Tensor:
     Raises:
         ValueError: PEFT cannot undo this quantisation.
     """
-    if _is_reordered(module):
-        module.state_dict()  # this puts bitsandbytes' weights back in order
+    put_in_order(module)
     with onloaded(module):
         weight = _dequantised(name, module)
         return weight.clone() if is_offloaded(module) else weight
@@ -124,10 +123,12 @@ def _dequantised(name: str, module: Any) -> torch.Tensor:
         ) from error
 
 
-def _is_reordered(module: nn.Module) -> bool:
+def put_in_order(module: nn.Module) -> None:
+    """Puts a weight back in order that bitsandbytes has reordered."""
     # not `module.weight`, which PEFT's wrapper of trained tokens computes anew each time
     state = getattr(module._parameters.get("weight"), "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False))
+    if getattr(state, "packing_format_for_cpu", False):
+        module.state_dict()
 
 
 def keep_order(model: nn.Module) -> None:
@@ -136,8 +137,7 @@ def keep_order(model: nn.Module) -> None:
         if getattr(module, _REORDERS, False):
             setattr(module, _ORDER, True)
             setattr(module, _REORDERS, False)
-        if _is_reordered(module):
-            module.state_dict()
+        put_in_order(module)
 
 
 def allow_order(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer, ExtModel, backbone_linears, linear_features, matched_targets, warn_of_experts, weight_of
+from ...core import ExtLayer, ExtModel, all_linears, linear_features, matched_targets, weight_of
 from ...lora_files import lora_of
 from ...scores import Scores
 from .config import CORE, DOWN, UP, LoraSBConfig
@@ -31,14 +31,7 @@ class LoraSBModel(ExtModel):
         Raises:
             ValueError: It has none.
         """
-        names = backbone_linears(model)
-        if not names:
-            raise ValueError(
-                f"LoRA-SB has no default targets on this {type(model).__name__}, which has no Linear module outside its "
-                "head."
-            )
-        warn_of_experts(config, model)
-        return names
+        return all_linears("LoRA-SB", config, model)
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:

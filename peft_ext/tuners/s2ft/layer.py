@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,20 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ...core import HALF, ExactLeaf, ExtLayer
+from ...core import HALF, ChosenChannels, ExactLeaf, ExtLayer
 from ...core.sharding import unwrapped
 from .channels import Channels
 from .config import S2FTConfig
 
 
-_UNKNOWN = (
-    "The config has the numbers of chosen channels, but not which they are (JSON has no room for them), and no saved "
-    "adapter was loaded. Choose them before `get_peft_model`, with `config = peft_ext.calibrate(model, config, "
-    "dataloader)`, or load the adapter with `PeftModel.from_pretrained`."
-)
-
-
-class ChannelBlock(ExactLeaf):
+class ChannelBlock(ChosenChannels, ExactLeaf):
     """What is added to the weights of chosen channels: `weight` and, of each channel, its place in `indices` `(k,)`.
 
     The weight is `(outputs, k)` for input channels, `(k, inputs)` for output channels, and starts at zero.
@@ -36,35 +28,10 @@ class ChannelBlock(ExactLeaf):
 
     def __init__(self, channels: Channels, k: int, indices: torch.Tensor | None) -> None:
         super().__init__()
-        self.side, self.size = channels.side, channels.size
+        self.side = channels.side
         shape = (channels.outputs, k) if self.side == "inputs" else (k, channels.inputs)
         self.weight = nn.Parameter(torch.zeros(shape))
-        self.indices: torch.Tensor
-        chosen = torch.full((k,), -1, dtype=torch.int32) if indices is None else indices
-        self.register_buffer("indices", chosen.clone())
-        self._is_known = indices is not None
-
-    def chosen(self) -> torch.Tensor:
-        """The indices of the channels, `(k,)`.
-
-        Raises:
-            ValueError: Nothing was loaded yet.
-        """
-        if not self._is_known:
-            self._is_known = not self.is_unloaded()
-            if not self._is_known:
-                raise ValueError(_UNKNOWN)
-        return self.indices
-
-    def is_unloaded(self) -> bool:
-        """Whether it waits for a saved adapter, to say which channels these are."""
-        return not self._is_known and (self.indices.is_meta or bool((self.indices < 0).any()))
-
-    def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises `ValueError` if the indices of a file are none of this module."""
-        indices = tensors["indices"]
-        if int(indices[0]) < 0 or int(indices[-1]) >= self.size or bool((indices.diff() <= 0).any()):
-            raise ValueError(f"`indices` are not distinct, sorted and below {self.size}")
+        self.choose(k, channels.size, indices)
 
     def forward(self) -> torch.Tensor:
         """The weights, in fp32 at least, as a new tensor: FSDP frees its own when the leaf's forward ends."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,20 +10,15 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer
+from ...core import ChosenChannels, ExtLayer
 from .config import SCTConfig
 from .places import Place
 
 
 START_STD = 0.02  # as published
-_UNKNOWN = (
-    "The config says that its channels were chosen, but not which they are (JSON has no room for them), and no saved "
-    "adapter was loaded. Choose them before `get_peft_model`, with `config = peft_ext.calibrate(model, config, "
-    "dataloader)`, or load the adapter with `PeftModel.from_pretrained`."
-)
 
 
-class ChannelMap(nn.Module):
+class ChannelMap(ChosenChannels):
     """M, `weight` `(K, K)`, and c, `bias` `(K,)`, for the channels `indices` `(K,)`, sorted int32.
 
     Args:
@@ -36,43 +30,17 @@ class ChannelMap(nn.Module):
 
     def __init__(self, k: int, width: int, has_bias: bool, indices: torch.Tensor | None) -> None:
         super().__init__()
-        self.width = width
         self.weight = nn.Parameter(torch.zeros(k, k))
         self.register_parameter("bias", nn.Parameter(torch.zeros(k)) if has_bias else None)
         self.bias: nn.Parameter | None
-        self.indices: torch.Tensor
-        chosen = torch.full((k,), -1, dtype=torch.int32) if indices is None else indices
-        self.register_buffer("indices", chosen.clone())
-        self._is_known = indices is not None
-
-    def chosen(self) -> torch.Tensor:
-        """The indices of the channels, `(K,)`.
-
-        Raises:
-            ValueError: Nothing was loaded yet.
-        """
-        if not self._is_known:
-            self._is_known = not self.is_unloaded()
-            if not self._is_known:
-                raise ValueError(_UNKNOWN)
-        return self.indices
-
-    def is_unloaded(self) -> bool:
-        """Whether it waits for a saved adapter, to say which channels these are."""
-        return not self._is_known and (self.indices.is_meta or bool((self.indices < 0).any()))
-
-    def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises `ValueError` if the indices of a file are none of this module."""
-        indices = tensors["indices"]
-        if int(indices[0]) < 0 or int(indices[-1]) >= self.width or bool((indices.diff() <= 0).any()):
-            raise ValueError(f"`indices` are not distinct, sorted and below {self.width}")
+        self.choose(k, width, indices)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """M x + c, of the chosen channels alone: `(..., K)` of `(..., K)`."""
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{len(self.indices)} of {self.width} channels"
+        return f"{len(self.indices)} of {self.size} channels"
 
 
 class SCTLayer(ExtLayer):

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ...core import ExtLayer, ExtModel, backbone_linears, linear_features, warn_of_experts
+from ...core import ExtLayer, ExtModel, all_linears, linear_features
 from .allocation import Allocation, first_kept
 from .layer import SNELLLinear
 
@@ -27,13 +27,7 @@ class SNELLModel(ExtModel):
         Raises:
             ValueError: It has none.
         """
-        names = backbone_linears(model)
-        if not names:
-            raise ValueError(
-                f"SNELL has no default targets on this {type(model).__name__}, which has no Linear module outside its head."
-            )
-        warn_of_experts(config, model)
-        return names
+        return all_linears("SNELL", config, model)
 
     @classmethod
     def layer_class(cls, base_layer: nn.Module) -> type[ExtLayer]:
