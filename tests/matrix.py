@@ -37,7 +37,7 @@ CORNERS = {  # what each installs; hub 2 is newer than what older transformers a
 }
 SHARED = ("torch", "numpy", "nvidia", "triton", "sympy", "accelerate", "psutil", "yaml", "_yaml", "packaging", "rich")
 TESTS = ["tests/test_conformance.py", "tests/test_export.py", "tests/test_vqt.py", "tests/test_vpt.py"]
-MARKERS = ("<!-- matrix -->", "<!-- /matrix -->")
+BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
 
 
 def overlay(name: str) -> Path:
@@ -107,11 +107,10 @@ def main() -> None:
         parser.error(f"no corner {', '.join(sorted(unknown))}: take {', '.join(CORNERS)}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if options.write:
-        text = options.write.read_text(encoding="utf-8")
-        before, rest = text.split(MARKERS[0])
-        options.write.write_text(
-            f"{before}{MARKERS[0]}\n{table(results)}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}", encoding="utf-8"
-        )
+        page, count = BLOCK.subn(lambda match: f"{match[1]}{table(results)}\n{match[2]}", options.write.read_text())
+        if not count:
+            parser.error(f"{options.write} has no line `<!-- matrix -->` followed by `<!-- /matrix -->`")
+        options.write.write_text(page)
         return
     failed = False
     for name in options.corners or CORNERS:

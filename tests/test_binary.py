@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from models import inputs, logits, loss, tiny
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_integrations import quantised_llama
+from test_integrations import check_training_and_merging_in_4_bit, quantised_llama
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -413,21 +413,7 @@ def test_a_leaf_says_what_it_is() -> None:
 @pytest.mark.capability("4-bit base", "binary_low_rank")
 @pytest.mark.filterwarnings("ignore:.*ecompile.*", "ignore:.*quant_state.*")
 def test_4bit_base_of_low_rank_updates() -> None:
-    model, batch = get_peft_model(quantised_llama(), BinaryLoraConfig(r=4)), inputs("llama")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "binary_low_rank" in key:
-                parameter.normal_(std=0.1)
-    model(**batch).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    expected = logits(model.eval(), batch)
-    with model.disable_adapter():
-        assert not torch.allclose(logits(model, batch), expected, atol=1e-2)
-    model.merge_adapter()  # requantises to 4 bits
-    assert (logits(model, batch) - expected).abs().max() < 0.5 * expected.abs().max()
-    model.unmerge_adapter()
-    torch.testing.assert_close(logits(model, batch), expected, atol=0.05, rtol=0.05)
+    check_training_and_merging_in_4_bit(BinaryLoraConfig(r=4), "binary_low_rank")
 
 
 @pytest.mark.capability("4-bit base", "binary_adapter")

@@ -223,6 +223,25 @@ def quantised_llama() -> nn.Module:
     return model
 
 
+def check_training_and_merging_in_4_bit(config: Any, prefix: str) -> None:
+    """An adapter on a 4-bit base has gradients and an effect, and comes out of a merge again."""
+    model, batch = get_peft_model(quantised_llama(), config), inputs("llama")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if prefix in key:
+                parameter.normal_(std=0.1)
+    model(**batch).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    expected = logits(model.eval(), batch)
+    with model.disable_adapter():
+        assert not torch.allclose(logits(model, batch), expected, atol=1e-2)
+    model.merge_adapter()  # requantises to 4 bits
+    assert (logits(model, batch) - expected).abs().max() < 0.5 * expected.abs().max()
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, batch), expected, atol=0.05, rtol=0.05)
+
+
 @pytest.mark.capability("4-bit base", "ssf")
 @pytest.mark.filterwarnings("ignore:.*ecompile.*", "ignore:.*quant_state.*")
 def test_4bit_base() -> None:

@@ -14,7 +14,7 @@ import transformers as tf
 from models import MLP, inputs, logits, loss, tiny
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_integrations import quantised_llama
+from test_integrations import check_training_and_merging_in_4_bit
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -445,18 +445,4 @@ def test_heads_that_do_not_divide_and_unknown_orders_are_refused() -> None:
 @pytest.mark.capability("4-bit base", "s2ft")
 @pytest.mark.filterwarnings("ignore:.*ecompile.*", "ignore:.*quant_state.*")
 def test_4bit_base() -> None:
-    model, batch = get_peft_model(quantised_llama(), S2FTConfig(ratios={"down": 0.1, "o": 0.5})), inputs("llama")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "s2ft_" in key:
-                parameter.normal_(std=0.1)
-    model(**batch).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    expected = logits(model.eval(), batch)
-    with model.disable_adapter():
-        assert not torch.allclose(logits(model, batch), expected, atol=1e-2)
-    model.merge_adapter()  # requantises to 4 bits
-    assert (logits(model, batch) - expected).abs().max() < 0.5 * expected.abs().max()
-    model.unmerge_adapter()
-    torch.testing.assert_close(logits(model, batch), expected, atol=0.05, rtol=0.05)
+    check_training_and_merging_in_4_bit(S2FTConfig(ratios={"down": 0.1, "o": 0.5}), "s2ft_")

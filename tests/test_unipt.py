@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from measures import saved_bytes
 from models import inputs, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -413,23 +414,6 @@ def test_an_interrupted_forward_leaves_nothing_behind() -> None:
     handle.remove()
     assert torch.is_grad_enabled() and not base.vit.layers[-1]._forward_hooks
     assert torch.equal(logits(model, batch), expected)
-
-
-def saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
-    """Bytes kept for the backward: storages that are no parameter or buffer, each counted once."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch).loss
-    loss.backward()
-    return sum(kept.values())
 
 
 def test_bytes_saved_for_backward() -> None:

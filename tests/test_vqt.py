@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from measures import saved_bytes
 from models import inputs, tiny
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -292,24 +293,6 @@ def test_recorded_hidden_states_are_the_tokens(name: str, checkpointing: bool) -
 
 
 # No backward through the backbone
-
-
-def saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
-    """Bytes kept for the backward: storages that are no parameter or buffer, each counted once."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch).loss
-    total = sum(kept.values())
-    loss.backward()
-    return total
 
 
 @pytest.fixture(scope="module")

@@ -25,46 +25,28 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results" / "gpu"
-METHODS = ["LoRA r=8", "SSF", "sparse fine-tuning", "mask-pruning LoRA r=8", "VQT, 4 queries", "full fine-tuning"]
+METHODS = [
+    *["frozen backbone", "full fine-tuning", "LoRA r=8", "SSF", "SpIEL-AG", "S2FT", "WeGeFT", "mask-pruning LoRA r=8"],
+    *["VQT, 4 queries", "VPT, 10 prompts"],
+]
 
 
-def cost(preset: str, device: str, rounds: int, *more: str) -> list[str]:
+def cost(preset: str, device: str, is_quick: bool, *sizes: str) -> list[str]:
     """The table of cost.py for one preset, LoRA beside ours, in bf16."""
-    return [
-        "examples/benchmark/cost.py",
-        preset,
-        "--device",
-        device,
-        "--rounds",
-        str(rounds),
-        "--warmup",
-        "1",
-        "--autocast",
-        "bfloat16",
-        "--json",
-        str(RESULTS),
-        *more,
-    ]
+    rounds = ["--rounds", "1", "--warmup", "1"] if is_quick else ["--rounds", "10", "--json", str(RESULTS)]
+    common = ["--device", device, "--autocast", "bfloat16", "--table", *rounds]
+    return ["examples/benchmark/cost.py", preset, *common, *sizes, "--methods", *METHODS]
 
 
 def parts(device: str, is_quick: bool) -> dict[str, tuple[list[str], int]]:
     """By name, most important first: the arguments of Python, and the most seconds."""
-    rounds = 1 if is_quick else 10
-    small = ["--batch", "1", "--length", "16"] if is_quick else []
-    one_image = ["--batch", "1"] if is_quick else ["--batch", "32"]
+    text = ["--batch", "1", "--length", "16"] if is_quick else []
+    image = ["--batch", "1"] if is_quick else ["--batch", "32"]
     return {
         "tests": (["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", *["-x"] * is_quick], 150),
-        "cost-vit-b16": (cost("vit-b16", device, rounds, *one_image), 60),
-        "cost-llama-1b": (cost("llama-1b", device, rounds, *small), 90),
-        "cost-bert-base": (cost("bert-base", device, rounds, *(small or ["--batch", "32"])), 60),
-        "pruned": (
-            [
-                *["examples/benchmark/prune_cost.py", "vit-tiny" if is_quick else "vit-b16", "--batches", "1", "32"],
-                *["--rounds", "1" if is_quick else "4", "--seconds", "1", "--json"],
-            ],
-            60,
-        ),
-        "sparse": (["examples/benchmark/sparse_cost.py", "linear-8x1024", "--rounds", str(rounds), "--json"], 60),
+        "cost-vit-b16": (cost("vit-b16", device, is_quick, *image), 90),
+        "cost-llama-1b": (cost("llama-1b", device, is_quick, *text), 120),
+        "cost-bert-base": (cost("bert-base", device, is_quick, *(text or ["--batch", "32"])), 90),
     }
 
 

@@ -32,17 +32,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import cost
-from methods import CONFIGS, Setting, adapt
+from methods import CONFIGS, COST_NAMES, LORA, Setting, adapt
+from resumable import write_between
 
 
 RESULTS = Path(__file__).parent / "results"
 LINES, META = RESULTS / "large.jsonl", RESULTS / "large-meta.json"
 GIB = 2**30
 STEPS = 3
-METHODS = [
-    *["lora", "ssf", "random", "spiel-ag", "spt", "mask-25", "vqt", "s2ft", "wegeft", "lora-sb", "lora-xs", "bi-lora"],
-    *["adapter", "pasta", "sct", "snell", "unipt"],
-]
+METHODS = [LORA, *(name for name in CONFIGS if name in COST_NAMES and name != LORA)]  # what cost.py measures
 META_METHODS = ["lora", "ssf", "random", "s2ft", "wegeft", "bi-lora", "adapter", "pasta", "vqt"]
 SHAPES = {  # Llama 3.1
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -193,14 +191,6 @@ def meta_table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(file: Path, name: str, text: str) -> None:
-    """Puts a table between the markers `<!-- NAME -->` and `<!-- /NAME -->`."""
-    whole = file.read_text(encoding="utf-8")
-    before, rest = whole.split(f"<!-- {name} -->")
-    after = rest.split(f"<!-- /{name} -->")[1]
-    file.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}", encoding="utf-8")
-
-
 def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
 
@@ -217,9 +207,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if options.write:
         done = {row["method"]: row for row in read()}
-        write(options.write, "large", table([done[name] for name in METHODS if name in done]))
+        tables = {"large": table([done[name] for name in METHODS if name in done])}
         if META.exists():
-            write(options.write, "large-meta", meta_table(json.loads(META.read_text())))
+            tables["large-meta"] = meta_table(json.loads(META.read_text()))
+        write_between(options.write, tables)
         return
     if options.meta:
         META.write_text(json.dumps(on_meta(), indent=1) + "\n")
