@@ -41,6 +41,7 @@ LINES, META = RESULTS / "large.jsonl", RESULTS / "large-meta.json"
 GIB = 2**30
 STEPS = 3
 METHODS = [LORA, *(name for name in CONFIGS if name in COST_NAMES and name != LORA)]  # what cost.py measures
+PRESETS = [name for name, workload in cost.PRESETS.items() if workload.kind == "causal"]
 META_METHODS = ["lora", "ssf", "random", "s2ft", "wegeft", "bi-lora", "adapter", "pasta", "vqt"]
 SHAPES = {  # Llama 3.1
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -198,7 +199,7 @@ def read() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help=f"{', '.join(METHODS)}; all if none is named")
-    parser.add_argument("--preset", default="llama-1b", choices=cost.PRESETS)
+    parser.add_argument("--preset", default="llama-1b", choices=PRESETS)
     parser.add_argument("--length", type=int, default=64, help="tokens")
     parser.add_argument("--meta", action="store_true")
     parser.add_argument("--here", action="store_true", help="in this process, printed; for one method")
