@@ -276,6 +276,8 @@ def test_parameters_of_three_dimensions_that_are_no_experts() -> None:
         BinaryLoraConfig(r=2),
         LoraSBConfig(r=2, init_weights="weights"),
         S2FTConfig(ratios={"o": 0.5}),
+        SSFConfig(),
+        MaskLoraConfig(total_steps=10),
     ],
     ids=lambda config: config.METHOD,
 )

@@ -169,3 +169,33 @@ def test_vqt_leaves_the_model_as_it_was() -> None:
     base.forward = own
     get_peft_model(base, VQTConfig(num_queries=2)).unload()
     assert base.forward is own
+
+
+MERGES = sorted(name for name, case in METHODS.items() if case.method.merges)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporters about themselves
+@pytest.mark.parametrize("method", MERGES)
+def test_merged_models_are_exported(method: str) -> None:
+    """A merged model is as the stock one to `torch.export`."""
+    model, data = two_adapters(method), batch(MODELS[method])
+    merged = model.merge_and_unload().eval()
+    with torch.no_grad():
+        expected = merged(**data).logits
+        found = torch.export.export(merged, (), data).module()(**data).logits
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["ssf", "sparse_ft", "wegeft"])
+def test_merged_models_in_onnx(method: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="ONNX export needs onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="running it needs onnxruntime")
+    case = METHODS[method].method
+    model = case.adapted("vit")
+    case.randomize(model)
+    merged, pixels = model.merge_and_unload().eval(), inputs("vit")["pixel_values"]
+    torch.onnx.export(merged, (pixels,), str(tmp_path / "model.onnx"), input_names=["pixel_values"], dynamo=True)
+    found = runtime.InferenceSession(tmp_path / "model.onnx").run(None, {"pixel_values": pixels.numpy()})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), merged(pixels).logits, rtol=0, atol=1e-4)

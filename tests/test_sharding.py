@@ -10,6 +10,7 @@ import json
 import os
 import socket
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -365,14 +366,16 @@ def _trainers(names: tuple[str, ...], rows: int, folder: Path, world: int) -> No
         succeeded(errors)
 
 
-def test_trainer_in_two_processes_is_one_with_the_larger_batch(tmp_path: Path) -> None:
+def test_trainer_in_several_processes_is_one_with_the_larger_batch(tmp_path: Path) -> None:
     names = ("ssf", "spiel-ma", "mask_pruning", "vqt", "sparse_ft")
-    for world in (1, 2):
+    for world in (1, 2, 4):
         _trainers(names, 12, tmp_path, world)
-    for name in names:
-        alone, first, second = (load_file(tmp_path / f"{name}-{run}") for run in ("1-0", "2-0", "2-1"))
-        assert not differences(first, alone), name
-        assert all(torch.equal(value, second[key]) for key, value in first.items()), name
+    for name, world in product(names, (2, 4)):
+        alone = load_file(tmp_path / f"{name}-1-0")
+        first, *others = (load_file(tmp_path / f"{name}-{world}-{rank}") for rank in range(world))
+        assert not differences(first, alone), (name, world)
+        for other in others:
+            assert all(torch.equal(value, other[key]) for key, value in first.items()), (name, world)
 
 
 def test_an_uneven_last_batch(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from models import MLP
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_ext import SparseFTConfig, SSFConfig
+from peft_ext import PeftMixedModel, SparseFTConfig, SSFConfig
 
 
 FOLDER = Path(__file__).parent / "fixtures" / "adapters-0.1"
@@ -170,3 +171,22 @@ def test_values_and_places_load_together_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not which they are"):
         MAKE.outputs(loaded, "llama")
     assert torch.equal(MAKE.outputs(loaded.unload(), "llama"), before)
+
+
+# What adapters are called
+
+
+@pytest.mark.parametrize("name", ["0", "fc1"])
+def test_a_name_that_would_hide_modules_from_saving_is_refused(name: str) -> None:
+    """PEFT leaves out of an adapter's file whatever holds the name of another adapter."""
+    config = SSFConfig(target_modules=["fc1", "fc2"])
+    model = get_peft_model(nn.ModuleList([MLP()]), config, adapter_name=name)  # alone it is saved in full
+    before = state_of(model)
+    with pytest.raises(ValueError, match=rf"Adapter name '{name}' is also a part.*such as 'adapter_{name}'"):
+        model.add_adapter("second", config)
+    assert list(model.peft_config) == [name]
+    after = state_of(model)
+    assert before[1:] == after[1:] and all(torch.equal(a[1], b[1]) for a, b in zip(before[0], after[0], strict=True))
+    mixed = PeftMixedModel(nn.ModuleList([MLP()]), LoraConfig(target_modules=["fc1"]), adapter_name="task")
+    with pytest.raises(ValueError, match="is also a part of the name"):
+        mixed.add_adapter(name, config)

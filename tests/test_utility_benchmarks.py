@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 from test_comparison import BENCHMARK, folder  # noqa: F401 (a fixture)
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
 import compress_check
+import cost
+import growth
 import head_check
+import large
+import many
 import razor_check
+import recipes
 import resumable
 import sampling_loss
 import tasks
@@ -100,3 +106,66 @@ def test_a_page_without_the_markers_is_refused(tmp_path: Path) -> None:
     page.write_text("nothing")
     with pytest.raises(ValueError, match="has no line `<!-- heads -->`"):
         resumable.write_between(page, {"heads": "table"})
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "use_cache": False}
+
+
+def _small_llama() -> Any:
+    config = LlamaConfig(**SMALL, num_attention_heads=2, num_key_value_heads=1)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_many_adapters_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cost.PRESETS, "vit-6x384", cost.Workload("vit-6x384", _small_llama, "causal", 1, length=8))
+    monkeypatch.setattr(many, "PRESETS", ("vit-6x384",))
+    results, page = tmp_path / "many.json", tmp_path / "page.md"
+    page.write_text("<!-- many -->\nold\n<!-- /many -->\n")
+    options = ["many", "--number", "12", "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", [*options, "--methods", "SSF", "VQT, 4 queries"])
+    many.main()
+    lora, ssf = json.loads(results.read_text())
+    assert (lora["method"], ssf["method"]) == ("LoRA r=8", "SSF")  # VQT reads no model that generates
+    for row in (lora, ssf):
+        assert row["others_bytes"] == pytest.approx(11 * row["first_bytes"], rel=0.05)
+        assert row["switch_s"] > 0 and row["exchange_s"] > 0
+    monkeypatch.setattr(sys, "argv", [*options, "--write", str(page)])
+    many.main()
+    assert "old" not in page.read_text() and "12 adapters" in page.read_text()
+
+
+def test_growth_is_measured_once_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [growth.Point(64, depth, tokens=8) for depth in (1, 2)]
+    monkeypatch.setattr(growth, "SWEEPS", {"depth": points})
+    results, page = tmp_path / "growth.jsonl", tmp_path / "page.md"
+    page.write_text("<!-- growth-depth -->\n<!-- /growth-depth -->\n")
+    options = ["growth", "--results", str(results), "--sweeps", "depth", "--rounds", "1"]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", [*options, "--methods", "ssf", "random", "--output", str(tmp_path)])
+        growth.main()
+    rows = growth.read(results)
+    assert [row["point"]["depth"] for row in rows] == [1, 2] and (tmp_path / "growth.png").exists()
+    assert all(row["trained"].keys() == {"lora", "ssf", "random"} and not row["skipped"] for row in rows)
+    assert rows[1]["trained"]["random"] == rows[1]["trained"]["lora"]
+    monkeypatch.setattr(sys, "argv", [*options, "--write", str(page)])
+    growth.main()
+    assert "| SSF |" in page.read_text()
+
+
+def test_a_large_model_goes_through_all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cost.PRESETS, "llama-1b", cost.Workload("llama-1b", _small_llama, "causal", 1, length=8))
+    monkeypatch.setattr(large, "_LOWEST_TOKEN", 1)
+    row = large.one("s2ft", "llama-1b", 8)
+    assert row["loaded_differs_by"] == 0 and row["merged_differs_by"] < 0.2 and row["trained"] > 0
+    assert {"inject_s", "steps_s", "save_s", "load_s", "merge_s", "peak_gib"} <= row.keys()
+
+
+def test_recipes_look_at_validation_alone() -> None:
+    settings = {"task": "trec", "settings": "some", "budget": 1.0, "seed": 0, "metric": "accuracy"}
+    rows = [
+        settings | {"method": method, "learning_rate": rate, "validation": score, "test": 1 - score}
+        for method, found in {"lora": {1e-3: 0.9, 3e-3: 0.8}, "ssf": {1e-3: 0.7, 3e-3: 0.8, 1e-2: 0.6}}.items()
+        for rate, score in found.items()
+    ]
+    made = recipes.table(rows, ["lora", "ssf"])
+    assert "| LoRA | 0.001 * (1) |" in made and "| SSF | 0.003 (3) |" in made

@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from compare import load_results
-from resumable import Job, caption, chosen, jobs, markdown, parsed, parser, score, title, train, work, write_between
+from methods import title
+from resumable import Job, caption, chosen, jobs, markdown, parsed, parser, score, train, work, write_between
 from tasks import Prepared
 from torch.utils.data import DataLoader
 

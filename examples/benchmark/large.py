@@ -40,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 LINES, META = RESULTS / "large.jsonl", RESULTS / "large-meta.json"
 GIB = 2**30
 STEPS = 3
+_LOWEST_TOKEN = 1000  # special ones come first
 METHODS = [LORA, *(name for name in CONFIGS if name in COST_NAMES and name != LORA)]  # what cost.py measures
 PRESETS = [name for name, workload in cost.PRESETS.items() if workload.kind == "causal"]
 META_METHODS = ["lora", "ssf", "random", "s2ft", "wegeft", "bi-lora", "adapter", "pasta", "vqt"]
@@ -70,7 +71,7 @@ def one(method: str, preset: str, length: int) -> dict[str, Any]:
     torch.manual_seed(0)
     workload = cost.PRESETS[preset]
     model: Any = workload.build().to(torch.bfloat16)
-    tokens = torch.randint(1000, model.config.vocab_size, (1, length))
+    tokens = torch.randint(_LOWEST_TOKEN, model.config.vocab_size, (1, length))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
     row: dict[str, Any] = {"method": method, "preset": preset, "length": length, "model_gib": 0.0}
     forget_peak()

@@ -216,17 +216,16 @@ def _spt(setting: Setting, at_random: bool = False, spread: float = 0.0) -> Peft
     return config
 
 
-def _s2ft(setting: Setting, **options: Any) -> PeftConfig:
+def _s2ft(setting: Setting, kinds: tuple[str, ...] = ("down",), **options: Any) -> PeftConfig:
     """The second layers of the feed-forward blocks, as published; the first, too, where these have too few weights."""
-    kinds, share = ["down"], 2.0
-    while share > 1:
-        names = describe(setting.model).modules(kinds)
+    for taken in (kinds, (*kinds, "up")):
+        names = describe(setting.model).modules(taken)
         share = setting.budget / sum(setting.linears[name].weight.numel() for name in names)
-        if share > 1:
-            if len(kinds) == 2:
-                raise ValueError(f"a budget of {setting.budget} weights is more than the feed-forward blocks have")
-            kinds.append("up")
-    config = S2FTConfig(ratios=dict.fromkeys(kinds, share), seed=setting.seed, task_type=setting.task_type, **options)
+        if share <= 1:
+            break
+    else:
+        raise ValueError(f"a budget of {setting.budget} weights is more than the feed-forward blocks have")
+    config = S2FTConfig(ratios=dict.fromkeys(taken, share), seed=setting.seed, task_type=setting.task_type, **options)
     return _calibrated(setting, config) if options else config
 
 
@@ -472,6 +471,7 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "sensitivity-drawn": lambda setting: _calibrated(setting, _sparse(setting, "sensitivity", spread=2.0)),
     "s2ft": _s2ft,
     "s2ft-activation": partial(_s2ft, selection="activation"),
+    "s2ft-everywhere": partial(_s2ft, kinds=("v", "o", "up", "down")),  # instead of the second layers alone
     "spt": _spt,
     "spt-drawn": partial(_spt, spread=2.0),  # in proportion to |g|, as scores are squares
     "spt-random": partial(_spt, at_random=True),
@@ -541,6 +541,7 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "sensitivity-drawn": "sparse, drawn by sensitivity",
     "spt-drawn": "SPT, drawn",
     "s2ft-activation": "S2FT, small activations",
+    "s2ft-everywhere": "S2FT, all kinds of module",
     "spt": "SPT",
     "lora-sb": "LoRA-SB",
     "snell-weight": "SNELL, gate of the code",
@@ -550,6 +551,14 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     **{f"magnitude-{percent}": f"LoRA, {percent} % cut by magnitude" for percent in (20, 25, 50)},
     **{f"random-{percent}": f"LoRA, {percent} % cut at random" for percent in (20, 25, 50)},
 }
+
+
+def title(method: str) -> str:
+    """How the docs call it."""
+    return TITLES.get(method, method)
+
+
+BUILT_IN = (PROBE, FULL, LORA, "dora", "adalora", "ia3", "ln", "shira", "super-tuning")  # PEFT's, and none
 PROMPTS = ("vpt", "vpt-50", "vpt-shallow", "e2vpt")
 OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt", *PROMPTS, *REGISTERED)
 

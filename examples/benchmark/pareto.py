@@ -31,7 +31,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from compare import RESULTS, best_rate, load_results
-from methods import COST_NAMES, PROBE, TITLES
+from methods import BUILT_IN, COST_NAMES, PROBE, title
 from tasks import find_task
 
 
@@ -154,14 +154,10 @@ def _probe_lines(panels: Any, score: float) -> None:
         panels[0, 0].set_ylim(low, high)
 
 
-def title(method: str) -> str:
-    """What the docs call a method."""
-    return TITLES.get(method, method)
-
-
 def is_ours(method: str) -> bool:
-    """Whether it is of this package, and not PEFT's."""
-    return method.startswith(("ssf", "vqt", "sp", "lt", "mask", "smallest", "sensitivity")) or method == "random"
+    """Whether it is of this package, and not PEFT's or a control."""
+    is_control = method.startswith(("magnitude-", "random-"))
+    return method not in BUILT_IN and not is_control
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -29,6 +29,7 @@ from activations import adapted
 from compare import load_results
 from cost import MIB, PRESETS, machine
 from cost import Settings as CostSettings
+from methods import title
 from resumable import (
     FOLDER,
     Job,
@@ -39,7 +40,6 @@ from resumable import (
     parsed,
     parser,
     score,
-    title,
     train,
     work,
     write_between,

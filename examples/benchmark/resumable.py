@@ -32,7 +32,7 @@ from compare import (
     settings_of,
     trainer_of,
 )
-from methods import TITLES, adapt, callbacks
+from methods import adapt, callbacks
 from tasks import Prepared, find_task, prepare
 from torch import nn
 from transformers import Trainer, set_seed
@@ -196,10 +196,6 @@ def chosen(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str, str], di
 def score(values: Sequence[float]) -> str:
     """Mean and standard deviation over the seeds."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def title(method: str) -> str:
-    return TITLES.get(method, method)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:

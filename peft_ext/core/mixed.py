@@ -36,6 +36,7 @@ from .layer import ExtLayer
 from .merging import announce_unloading, check_merges
 from .model import tuner_of
 from .stored import without_inner
+from .targets import refuse_ambiguous_names
 from .upkeep import prepare, restore
 
 
@@ -64,6 +65,7 @@ class _MixedModel(MixedModel):
         return MixedModel._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        refuse_ambiguous_names(self.peft_config, model)
         if isinstance(peft_config, ExtConfig):
             tuner_of(peft_config).check_targets(peft_config, model)
 

@@ -39,6 +39,7 @@ from .targets import (
     is_admitted,
     is_named,
     matched_targets,
+    refuse_ambiguous_names,
     refuse_unknown_targets,
     refuse_unknown_tokens,
     unadapted_modules,
@@ -218,6 +219,7 @@ class ExtModel(MethodHooks, BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         refuse_unknown_tokens(peft_config, model)
+        refuse_ambiguous_names(self.peft_config, model)
         self.check_targets(peft_config, model)
 
     @classmethod

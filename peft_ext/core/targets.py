@@ -33,6 +33,27 @@ def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def refuse_ambiguous_names(adapters: Iterable[str], model: nn.Module) -> None:
+    """Raises for several adapters of which one is called like a part of the model's own names.
+
+    PEFT writes an adapter without all tensors whose names hold that of another: beside an adapter `"0"` nothing of
+    `layers.0` would be saved.
+
+    Raises:
+        ValueError: An adapter has such a name.
+    """
+    adapters = set(adapters)
+    if len(adapters) < 2:
+        return
+    for name, _ in unadapted_modules(model):
+        for part in adapters.intersection(name.split(".")):
+            raise ValueError(
+                f"Adapter name {part!r} is also a part of the name of a module of the model, {name!r}. With several "
+                f"adapters PEFT would leave out that module where it saves the others. Take another name, such as "
+                f"'adapter_{part}'."
+            )
+
+
 def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Those of `unadapted_modules` that the config's names or expressions match."""
     return ((name, module) for name, module in unadapted_modules(model) if check_target_module_exists(config, name))

@@ -27,6 +27,7 @@ from ...core import (
     linear_features,
     matched_targets,
     stable_generator,
+    warn_of_experts,
     weight_of,
     without_adapters,
 )
@@ -64,6 +65,7 @@ class MaskLoraModel(ExtModel):
         names = backbone_linears(model)
         if not names:
             find_groups(model, config.prune, config.groups)  # says why there are none
+        warn_of_experts(config, model)
         return names
 
     @classmethod

@@ -9,7 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...architectures import architecture_of
-from ...core import ExtLayer, ExtModel, backbone_modules, bias_flags, linear_out_features, set_bias_flags
+from ...core import (
+    ExtLayer,
+    ExtModel,
+    backbone_modules,
+    bias_flags,
+    linear_out_features,
+    set_bias_flags,
+    warn_of_experts,
+)
 from .config import SSFConfig
 from .layer import SSFLayer, SSFLinear
 from .sites import is_operation, site_of
@@ -26,7 +34,7 @@ class SSFModel(ExtModel):
         """Every operation of the backbone, as published: Linear modules, convolutions and norms.
 
         No embedding table, no module whose weight is computed from others, which no merge could change, and nothing
-        that the heads of the architecture do not read.
+        that the heads of the architecture do not read. Experts that are no modules are left out, and a warning says so.
 
         Raises:
             ValueError: There are none, or the model is none of transformers, so that its head is not known.
@@ -50,6 +58,7 @@ class SSFModel(ExtModel):
                 f"SSF has no default targets on this {type(model).__name__}: outside its head it has no Linear module, "
                 "no convolution and no norm. Name modules in `target_modules`."
             )
+        warn_of_experts(config, model)
         return names
 
     @classmethod
