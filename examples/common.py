@@ -433,7 +433,8 @@ def print_runs(title: str, runs: Sequence[Run], score: str = "test accuracy") ->
             continue
         run = group[0]
         has_adapter = run.adapter_bytes is not None
-        error = f"{max(other.merged_difference or 0.0 for other in group):.1e}" if has_adapter else "-"
+        errors = [other.merged_difference for other in group if other.merged_difference is not None]
+        error = f"{max(errors):.1e}" if errors else "-"
         size = f"{run.adapter_bytes:,}" if has_adapter else "-"
         table.add_row(*row, f"{run.trainable:,}", f"{run.trainable_with_head:,}", size, error)
     console.print(table)

@@ -21,6 +21,10 @@ from common import console
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"
+ON_DIGITS = (  # by the example for any method
+    *("s2ft", "wegeft", "low_rank_core", "sct", "snell", "fused_low_rank"),
+    *("vpt", "pasta", "unipt", "binary_low_rank", "binary_adapter"),
+)
 # how each example is called, and where it saves what gets the card of that name
 PLAN: dict[str, tuple[str, dict[str, str]]] = {
     "quickstart": ("", {"quickstart": "quickstart/SSF/adapter"}),
@@ -63,18 +67,20 @@ PLAN: dict[str, tuple[str, dict[str, str]]] = {
         {"prune_sft_adapter": "prune_sft/adapter", "prune_sft": "prune_sft/pruned"},
     ),
     "trainer_text_classification": ("", {"trainer_text_classification": "trainer_text_classification/adapter"}),
+    **{f"any_method {name}": ("", {name: f"any_method/{name}/adapter"}) for name in ON_DIGITS},
 }
 
 
 def run(example: str, again: bool) -> None:
     """Runs an example and copies its cards, unless they are there."""
     arguments, saved = PLAN[example]
+    script, *positional = example.split()
     if not again and all((CARDS / name / "README.md").is_file() for name in saved):
         console.print(f"{example}: has its card")
         return
     for source in saved.values():  # a card of an earlier run would be merged with the new one
         shutil.rmtree(ROOT / "runs" / source, ignore_errors=True)
-    command = [sys.executable, f"examples/{example}.py", *arguments.split()]
+    command = [sys.executable, f"examples/{script}.py", *positional, *arguments.split()]
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": search}, check=True)
     for name, source in saved.items():
@@ -86,7 +92,7 @@ def run(example: str, again: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("examples", nargs="*", default=list(PLAN), help=f"default: {' '.join(PLAN)}")
+    parser.add_argument("examples", nargs="*", default=list(PLAN), help=f"default: {', '.join(PLAN)}")
     parser.add_argument("--again", action="store_true", help="also where the card is there")
     args = parser.parse_args()
     for example in args.examples:

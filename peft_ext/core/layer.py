@@ -190,7 +190,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes these adapters the active ones, and trainable unless `inference_mode`."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.watch_first_gradients()
+        self.watch_first_gradients(self.active_adapters)  # no other is trained now; there may be a hundred
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes the adapter off, and what is known of its training."""
@@ -198,14 +198,15 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         for record in (self.watched, self.learnt, self.reported):
             record.discard(adapter_name)
 
-    def watch_first_gradients(self) -> None:
-        """Hooks on the parameters of the trained adapters note that there was a gradient."""
-        for container in self.adapter_layer_names:
-            for adapter, leaf in getattr(self, container).items():
-                for parameter in leaf.parameters():
-                    if parameter.requires_grad and adapter not in self.learnt and not parameter._backward_hooks:
-                        self.watched.add(adapter)
-                        parameter.register_hook(FirstGradient(self, adapter))
+    def watch_first_gradients(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Hooks on the parameters of these adapters, of all if `None`, note that there was a gradient."""
+        for adapter in self._get_available_adapters() if adapter_names is None else adapter_names:
+            if adapter in self.learnt:
+                continue
+            for parameter in (p for leaf in self.leaves_of(adapter) for p in leaf.parameters()):
+                if parameter.requires_grad and not parameter._backward_hooks:
+                    self.watched.add(adapter)
+                    parameter.register_hook(FirstGradient(self, adapter))
 
     def finish_update(self, adapter_name: str, config: ExtConfig) -> None:
         """To be called at the end of `update_layer`: device, dtype, `requires_grad` and, for tests, a random start."""
