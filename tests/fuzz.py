@@ -41,7 +41,22 @@ from safetensors.torch import load, save, save_file
 from torch import nn
 
 import peft_ext
-from peft_ext import FrozenPassCache, LoraFusionConfig, SparseFTConfig, SPTConfig
+from peft_ext import (
+    BinaryAdapterConfig,
+    BinaryLoraConfig,
+    FrozenPassCache,
+    LoraFusionConfig,
+    LoraSBConfig,
+    PASTAConfig,
+    S2FTConfig,
+    SCTConfig,
+    SNELLConfig,
+    SparseFTConfig,
+    SPTConfig,
+    UniPTConfig,
+    VPTConfig,
+    WeGeFTConfig,
+)
 from peft_ext.inspection import describe
 
 
@@ -159,8 +174,22 @@ def damaged(kind: Kind, content: bytes, rng: random.Random) -> tuple[bytes, bool
 # Kinds
 
 
+WRITTEN: dict[str, tuple[str, Any]] = {  # by today's code: base and config
+    "s2ft": ("llama", S2FTConfig(ratios={"down": 0.25, "o": 0.5})),
+    "wegeft": ("llama", WeGeFTConfig(r=2)),
+    "lora-xs": ("llama", LoraSBConfig(r=4, init_weights="weights")),
+    "sct": ("vit", SCTConfig(site="mlp", num_channels=4)),
+    "snell": ("vit", SNELLConfig(r=2)),
+    "vpt": ("vit", VPTConfig(num_tokens=2, project_dim=4)),
+    "unipt": ("vit", UniPTConfig(reduction_factor=4)),
+    "pasta": ("bert", PASTAConfig(special_tokens=[3, 4])),
+    "bi-lora": ("llama", BinaryLoraConfig(r=2)),
+    "bi-adaptformer": ("bert", BinaryAdapterConfig(r=2)),
+}
+
+
 def base_of(name: str) -> nn.Module:
-    base, dtype, _ = MAKE.CASES[name]
+    base, dtype = (WRITTEN[name][0], torch.float32) if name in WRITTEN else MAKE.CASES[name][:2]
     if name not in _bases:
         _bases[name] = MAKE.BASES[base](dtype)
     return copy.deepcopy(_bases[name])
@@ -169,10 +198,26 @@ def base_of(name: str) -> nn.Module:
 _bases: dict[str, nn.Module] = {}
 
 
+def write(name: str, folder: Path) -> None:
+    """Saves an adapter of today's code, with values other than those of its start."""
+    torch.manual_seed(0)
+    kind, config = WRITTEN[name]
+    base = base_of(name)
+    config = copy.deepcopy(config)
+    if name == "sct":
+        config = peft_ext.calibrate(base, config, [MAKE.batch(kind)], progress=False)
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(str(folder))
+
+
 def read_adapter(name: str) -> Callable[[Path], torch.Tensor]:
     def read(folder: Path) -> torch.Tensor:
         model = peft_ext.load(folder, base_of(name))
-        return MAKE.outputs(model, MAKE.CASES[name][0])
+        return MAKE.outputs(model, WRITTEN[name][0] if name in WRITTEN else MAKE.CASES[name][0])
 
     return read
 
@@ -217,6 +262,11 @@ def made(folder: Path) -> list[Kind]:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             kinds.append(Kind(f"{name}: {file}", FIXTURES / name, file, read_adapter(name)))
             kinds.append(Kind(f"inspect {name}: {file}", FIXTURES / name, file, inspect))
+    for name in WRITTEN:
+        write(name, folder / name)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            kinds.append(Kind(f"{name}: {file}", folder / name, file, read_adapter(name)))
+            kinds.append(Kind(f"inspect {name}: {file}", folder / name, file, inspect))
     for file in ("config.json", "model.safetensors"):
         kinds.append(Kind(f"pruned: {file}", FIXTURES / "pruned", file, read_pruned))
     kinds.append(Kind("inspect pruned: config.json", FIXTURES / "pruned", "config.json", inspect))
