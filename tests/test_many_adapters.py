@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,17 @@ import test_spt_parameters as experts
 import torch
 from models import inputs, logits, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_comparison import BENCHMARK
 from test_conformance import METHODS
 from torch import nn
 
 import peft_ext
 from peft_ext import SparseFTConfig, SSFConfig
 from peft_ext.testing.method import close, differ
+
+
+sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
+from many import held
 
 
 MANY = 20
@@ -90,18 +95,6 @@ def test_experts_refuse_mixed_batches() -> None:
 
 
 # Many adapters
-
-
-def held(model: nn.Module) -> int:
-    """The bytes of all tensors that the model holds, also those that are in no state dict."""
-    gc.collect()
-    seen: dict[int, int] = {}
-    for module in model.modules():
-        for value in [*vars(module).values(), *module.parameters(False), *module.buffers(False)]:
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
