@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import MLP
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -176,17 +176,22 @@ def test_values_and_places_load_together_or_not_at_all(tmp_path: Path) -> None:
 # What adapters are called
 
 
-@pytest.mark.parametrize("name", ["0", "fc1"])
+@pytest.mark.parametrize("name", ["0", "fc1", "weight", "ssf_scale", "modules_to_save"])
 def test_a_name_that_would_hide_modules_from_saving_is_refused(name: str) -> None:
     """PEFT leaves out of an adapter's file whatever holds the name of another adapter."""
     config = SSFConfig(target_modules=["fc1", "fc2"])
     model = get_peft_model(nn.ModuleList([MLP()]), config, adapter_name=name)  # alone it is saved in full
     before = state_of(model)
-    with pytest.raises(ValueError, match=rf"Adapter name '{name}' is also a part.*such as 'adapter_{name}'"):
+    with pytest.raises(ValueError, match=rf"Adapter name '{name}' is also a part of the .*such as 'adapter_{name}'"):
         model.add_adapter("second", config)
     assert list(model.peft_config) == [name]
     after = state_of(model)
     assert before[1:] == after[1:] and all(torch.equal(a[1], b[1]) for a, b in zip(before[0], after[0], strict=True))
-    mixed = PeftMixedModel(nn.ModuleList([MLP()]), LoraConfig(target_modules=["fc1"]), adapter_name="task")
-    with pytest.raises(ValueError, match="is also a part of the name"):
+    mixed = PeftMixedModel(nn.ModuleList([MLP()]), SSFConfig(target_modules=["fc1"]), adapter_name="task")
+    with pytest.raises(ValueError, match="is also a part of the"):
         mixed.add_adapter(name, config)
+
+
+def test_a_name_with_a_dot_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'a\.b' must have a character, and no dot"):
+        get_peft_model(MLP(), SSFConfig(target_modules=["fc1"]), adapter_name="a.b")

@@ -33,25 +33,35 @@ def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def refuse_ambiguous_names(adapters: Iterable[str], model: nn.Module) -> None:
-    """Raises for several adapters of which one is called like a part of the model's own names.
+IN_KEYS = {"weight", "bias", "base_layer", "modules_to_save", "original_module"}  # beside the names of modules
 
-    PEFT writes an adapter without all tensors whose names hold that of another: beside an adapter `"0"` nothing of
+
+def refuse_ambiguous_names(adapters: Iterable[str], model: nn.Module) -> None:
+    """Raises for a name that no module can have, and for several adapters of which one is called like a part of a key.
+
+    PEFT writes an adapter without all tensors whose keys hold the name of another: beside an adapter `"0"` nothing of
     `layers.0` would be saved.
 
     Raises:
         ValueError: An adapter has such a name.
     """
     adapters = set(adapters)
+    for name in adapters:
+        if not name or "." in name:
+            raise ValueError(f"Adapter name {name!r} must have a character, and no dot: it is that of a module.")
     if len(adapters) < 2:
         return
+    parts = dict.fromkeys(IN_KEYS, "the keys of tensors")
     for name, _ in unadapted_modules(model):
-        for part in adapters.intersection(name.split(".")):
-            raise ValueError(
-                f"Adapter name {part!r} is also a part of the name of a module of the model, {name!r}. With several "
-                f"adapters PEFT would leave out that module where it saves the others. Take another name, such as "
-                f"'adapter_{part}'."
-            )
+        parts |= dict.fromkeys(name.split("."), f"the name of a module of the model, {name!r}")
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            parts |= dict.fromkeys(layer.adapter_layer_names, "the keys of tensors")
+    for name in sorted(adapters & parts.keys()):
+        raise ValueError(
+            f"Adapter name {name!r} is also a part of {parts[name]}. With several adapters PEFT would leave out tensors "
+            f"of this name where it saves the others. Take another name, such as 'adapter_{name}'."
+        )
 
 
 def matched_targets(config: ExtConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
