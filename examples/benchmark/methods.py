@@ -348,6 +348,12 @@ def _vpt(setting: Setting, **options: Any) -> PeftConfig:
     return VPTConfig(task_type=setting.task_type, **options)
 
 
+def _vpt_class_tokens(setting: Setting) -> PeftConfig:
+    """A prompt for each class, which starts at its mean class token."""
+    config: Any = setting.model.config
+    return _calibrated(setting, _vpt(setting, num_tokens=config.num_labels, init_weights="class-tokens"))
+
+
 def _pruning(setting: Setting, how: str, sparsity: float) -> PeftConfig:
     # the controls train LoRA alone until `SetMasks` decides
     phases = {"fix_ratio": FIX_RATIO} if how == "mask" else {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0}
@@ -460,6 +466,7 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
     "pasta": _pasta,
     "vpt": partial(_vpt, num_tokens=10),
     "vpt-50": partial(_vpt, num_tokens=50),
+    "vpt-class-tokens": _vpt_class_tokens,
     "vpt-shallow": partial(_vpt, num_tokens=50, deep=False),
     "e2vpt": partial(_vpt, num_tokens=5, kv_tokens=5),
     **{name: partial(_sparse, selection=name) for name in ("spiel-ag", "spiel-ma", "lt-sft", "random", "smallest")},
@@ -526,6 +533,7 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "dora": "DoRA",
     "shira": "SHiRA",
     "vqt": "VQT",
+    "vpt-class-tokens": "VPT, from class tokens",
     "bi-lora": "Bi-LoRA, 1 bit",
     "bi-adaptformer": "Bi-AdaptFormer, 1 bit",
     "adapter": "bottleneck adapter",
@@ -560,7 +568,7 @@ def title(method: str) -> str:
 
 BUILT_IN = (PROBE, FULL, LORA, "dora", "adalora", "ia3", "ln", "shira", "super-tuning")  # PEFT's, and none
 PROMPTS = ("vpt", "vpt-50", "vpt-shallow", "e2vpt")
-OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt", *PROMPTS, *REGISTERED)
+OF_THEIR_OWN_SIZE = (PROBE, FULL, "ia3", "ln", "ssf", "vqt", *PROMPTS, "vpt-class-tokens", *REGISTERED)
 
 
 def is_experiment(method: str) -> bool:
