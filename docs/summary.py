@@ -30,6 +30,11 @@ ROWS = {  # as `methods.py` names them, and as the table does
     "spt": "SPT",
     "mask-25": "mask pruning, a quarter cut",
     "vqt": "VQT, 4 queries",
+    "unipt": "UniPT",
+    "pasta": "PASTA",
+    "s2ft": "S2FT",
+    "wegeft": "WeGeFT",
+    "bi-lora": "Bi-LoRA, 1 bit",
 }
 SAME_COST = {"random": "spiel-ag"}  # a fixed support; the step of SpIEL counts its reselections besides
 

@@ -523,6 +523,7 @@ COST_NAMES = {  # as `cost.py` calls them
     "spt-random": "SPT, at random",
     "wegeft": "WeGeFT",
     "lora-xs": "LoRA-XS",
+    "bi-lora": "Bi-LoRA r=8",
     "snell": "SNELL",
     "sct": "SCT",
     "sct-mlp": "SCT on the feed-forward part",

@@ -41,7 +41,14 @@ COSTS = {
     "smollm2": "smollm2-135m",
     "dinov2-small": "dinov2-small",
 }
-LIKE = {"spt": "spt-random", "spiel-ma": "spiel-ag", "mask-50": "mask-25"}  # they cost the same
+LIKE = {  # they cost the same
+    "spt": "spt-random",
+    "spiel-ma": "spiel-ag",
+    "mask-50": "mask-25",
+    "lora-sb": "lora-xs",
+    "s2ft-everywhere": "s2ft",
+    "vpt-class-tokens": "vpt",
+}
 AXES = {
     "parameters": "trained parameters, head included",
     "memory": "kept for the backward, MiB",
