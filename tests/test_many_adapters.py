@@ -231,3 +231,30 @@ def test_hotswap_of_lora_is_that_of_peft(tmp_path: Path) -> None:
 
 def test_every_method_is_here() -> None:
     assert {peft_type.lower() for peft_type in peft_ext.METHODS} == set(METHODS)
+
+
+# Large models
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"vpt", "fused_low_rank"}))
+def test_injection_is_linear_in_depth(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer looks through the whole model: four times as many layers take about four times as many looks.
+
+    VPT describes the model for each of its blocks, which are few; fused LoRAs come with a number of layers.
+    """
+    looks = []
+    for depth in (4, 16):
+        base = tiny(MODELS[method], num_hidden_layers=depth)
+        config = METHODS[method].method.config_for(MODELS[method], base)
+        seen, walk = [0], nn.Module.named_modules
+
+        def counted(self: nn.Module, *args: Any, seen: list[int] = seen, walk: Any = walk, **kwargs: Any) -> Any:
+            for found in walk(self, *args, **kwargs):
+                seen[0] += 1
+                yield found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "named_modules", counted)
+            get_peft_model(base, config)
+        looks.append(seen[0])
+    assert looks[1] < 4.5 * looks[0]

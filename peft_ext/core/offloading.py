@@ -55,8 +55,9 @@ def empty_like_of(model: nn.Module, last: bool = False) -> torch.Tensor:
 
     torchao's tensors know no `new_empty`.
     """
-    found = [(module, p) for module in model.modules() for p in module._parameters.values() if p is not None]
-    for module, parameter in reversed(found) if last else found:
+    # the first is found without a walk through the whole model, since every layer that is injected asks for it
+    found = ((module, p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for module, parameter in reversed([*found]) if last else found:
         if parameter.is_floating_point():
             return torch.empty(0, device=working_device(module, parameter.device), dtype=parameter.dtype)
     return torch.empty(0)
