@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import cost
-from methods import CONFIGS, COST_NAMES, LORA, Setting, adapt
+from methods import CONFIGS, COST_NAMES, LORA, Setting, adapt, title
 from resumable import write_between
 
 
@@ -43,7 +43,7 @@ STEPS = 3
 _LOWEST_TOKEN = 1000  # special ones come first
 METHODS = [LORA, *(name for name in CONFIGS if name in COST_NAMES and name != LORA)]  # what cost.py measures
 PRESETS = [name for name, workload in cost.PRESETS.items() if workload.kind == "causal"]
-META_METHODS = ["lora", "ssf", "random", "s2ft", "wegeft", "bi-lora", "adapter", "pasta", "vqt"]
+META_METHODS = ["lora", "ssf", "random", "s2ft", "wegeft", "bi-lora", "adapter", "pasta"]
 SHAPES = {  # Llama 3.1
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
@@ -166,24 +166,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         if "refused" in row:
-            lines.append(f"| {row['method']} | {row['refused']} | | | | | | | |")
+            lines.append(f"| {title(row['method'])} | {row['refused']} | | | | | | | |")
             continue
         merge = f"{row['merge_s']:.1f}" if "merge_s" in row else "no"
         lines.append(
-            f"| {row['method']} | {row['trained']:,} | {row['peak_gib']:.2f} | {row['peak_gib'] / lora['peak_gib']:.2f} | "
+            f"| {title(row['method'])} | {row['trained']:,} | {row['peak_gib']:.2f} | {row['peak_gib'] / lora['peak_gib']:.2f} | "
             f"{row['inject_s']:.1f} | {row['steps_s'] / lora['steps_s']:.2f} | "
             f"{row['files_bytes'] / lora['files_bytes']:.3f} | {row['load_s']:.1f} | {merge} |"
         )
     caption = (
         f"{rows[0]['preset']}, bf16, batch 1 of {rows[0]['length']} tokens, {STEPS} steps of AdamW; the process with the model alone "
-        f"has {lora['model_gib']:.2f} GiB. Each method in a process of its own."
+        f"has {lora['model_gib']:.2f} GiB. Each method in a process of its own, one after the other on a shared machine: "
+        "the bytes are exact, the times are hints."
     )
     return "\n".join([caption, "", *lines])
 
 
 def meta_table(rows: dict[str, Any]) -> str:
     lines = ["| model and method | trained | tensors, MiB | inject, s |", "|---|---:|---:|---:|"]
-    for name, row in rows.items():
+    for key, row in rows.items():
+        size, _, method = key.partition(" ")
+        name = f"{size}, {title(method)}"
         if "refused" in row:
             lines.append(f"| {name} | {row['refused']} | | |")
         else:
