@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP
+from models import MLP, tiny
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_ext import PeftMixedModel, SparseFTConfig, SSFConfig
+from peft_ext import PeftMixedModel, SparseFTConfig, SSFConfig, VQTConfig
 
 
 FOLDER = Path(__file__).parent / "fixtures" / "adapters-0.1"
@@ -195,3 +195,14 @@ def test_a_name_that_would_hide_modules_from_saving_is_refused(name: str) -> Non
 def test_a_name_with_a_dot_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'a\.b' must have a character, and no dot"):
         get_peft_model(MLP(), SSFConfig(target_modules=["fc1"]), adapter_name="a.b")
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name 'vqt' should not be contained:UserWarning")
+def test_a_name_like_that_of_a_reader() -> None:
+    """The module of VQT is called `vqt`: beside an adapter of this name another one of VQT would not be saved."""
+    model = get_peft_model(tiny("vit"), VQTConfig(), adapter_name="vqt")
+    with pytest.raises(ValueError, match="Adapter name 'vqt' is also a part of"):
+        model.add_adapter("second", VQTConfig())
+    mixed = PeftMixedModel(tiny("vit"), VQTConfig(), adapter_name="vqt")
+    mixed.add_adapter("ssf", SSFConfig())
+    assert list(mixed.peft_config) == ["vqt", "ssf"]

@@ -33,6 +33,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
 
     supports_mixed_batches: ClassVar[bool] = False
     why_not_mixed: ClassVar[str] = ""  # what stands in the way, for the error
+    holds_whole_adapters: ClassVar[bool] = False  # it is the only layer of its method
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__()

@@ -65,7 +65,8 @@ class _MixedModel(MixedModel):
         return MixedModel._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        refuse_ambiguous_names(self.peft_config, model)
+        layer_class = tuner_of(peft_config).tuner_layer_cls if isinstance(peft_config, ExtConfig) else None
+        refuse_ambiguous_names(self.peft_config, model, layer_class)
         if isinstance(peft_config, ExtConfig):
             tuner_of(peft_config).check_targets(peft_config, model)
 

@@ -219,7 +219,7 @@ class ExtModel(MethodHooks, BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         refuse_unknown_tokens(peft_config, model)
-        refuse_ambiguous_names(self.peft_config, model)
+        refuse_ambiguous_names(self.peft_config, model, self.tuner_layer_cls)
         self.check_targets(peft_config, model)
 
     @classmethod

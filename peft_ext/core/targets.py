@@ -36,11 +36,12 @@ def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 IN_KEYS = {"weight", "bias", "base_layer", "modules_to_save", "original_module"}  # beside the names of modules
 
 
-def refuse_ambiguous_names(adapters: Iterable[str], model: nn.Module) -> None:
+def refuse_ambiguous_names(adapters: Iterable[str], model: nn.Module, layer_class: type[nn.Module] | None) -> None:
     """Raises for a name that no module can have, and for several adapters of which one is called like a part of a key.
 
     PEFT writes an adapter without all tensors whose keys hold the name of another: beside an adapter `"0"` nothing of
-    `layers.0` would be saved.
+    `layers.0` would be saved. The one layer of another method than that of `layer_class` (`None`: PEFT's), whose adapter
+    comes in, hides nothing: what is below its name is that method's alone.
 
     Raises:
         ValueError: An adapter has such a name.
@@ -52,7 +53,13 @@ def refuse_ambiguous_names(adapters: Iterable[str], model: nn.Module) -> None:
     if len(adapters) < 2:
         return
     parts = dict.fromkeys(IN_KEYS, "the keys of tensors")
-    for name, _ in unadapted_modules(model):
+    apart = {
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "holds_whole_adapters", False)
+        and (layer_class is None or not isinstance(module, layer_class))
+    }
+    for name in (name for name, _ in unadapted_modules(model) if name not in apart):
         parts |= dict.fromkeys(name.split("."), f"the name of a module of the model, {name!r}")
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):

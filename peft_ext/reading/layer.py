@@ -78,6 +78,7 @@ class ReaderLayer(ExtLayer):
     method: ClassVar[str]
     keeps: ClassVar[str]
     why_not_mixed = "each adapter has a head with classes of its own, and a batch of logits has one number of classes"
+    holds_whole_adapters = True
     with_queries: ClassVar[bool] = False  # whether it reads with learnt queries
     reading_class: ClassVar[type[Reading]] = Reading
 
