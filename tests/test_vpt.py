@@ -787,3 +787,18 @@ def test_compiled(deep: bool) -> None:
     for ours, other in zip(layers_of(model), layers_of(compiled), strict=True):
         expected = ours.vpt_prompts["default"].weight.grad
         torch.testing.assert_close(other.vpt_prompts["default"].weight.grad, expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:_compile flag on create_block_mask:DeprecationWarning"
+)  # of torch about transformers
+def test_flex_attention() -> None:
+    """On images, which need no mask: that of a text is compiled, which a test that forbids warnings does not survive."""
+    base = tiny("vit")
+    model = get_peft_model(base, VPTConfig(num_tokens=3)).eval()
+    found = []
+    for attention in ("eager", "flex_attention"):
+        base.set_attn_implementation(attention)
+        with torch.no_grad():
+            found.append(model(**inputs("vit")).logits)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
