@@ -25,7 +25,6 @@ from common import (
     console,
     count_trainable,
     label_names,
-    load_data,
     logits_of,
     method_rows,
     print_runs,
@@ -33,7 +32,7 @@ from common import (
     rivals_above,
     write_card,
 )
-from image_classification import BATCH_SIZE, digits, make_trainer, pretrained_on_digits, with_pixels
+from image_classification import BATCH_SIZE, base_and_data, make_trainer, with_pixels
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
@@ -108,9 +107,7 @@ def main() -> None:
     folder = args.output_dir or Path("runs/any_method") / args.method
     quiet()
 
-    base = pretrained_on_digits() if args.model == "digits" else args.model
-    is_digits = args.dataset == "digits" and not args.train_file
-    data = digits(range(5, 10), train=200, validation=200) if is_digits else load_data(args, "image")
+    base, data = base_and_data(args)
     head = {**label_names(data), "ignore_mismatched_sizes": True}
     processor = AutoImageProcessor.from_pretrained(base)
     inputs = with_pixels(data, processor)

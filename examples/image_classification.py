@@ -112,6 +112,14 @@ def pretrained_on_digits() -> str:
     return str(directory)
 
 
+def base_and_data(args: argparse.Namespace) -> tuple[str, DatasetDict]:
+    """The model and the data that the flags name; by default the ViT of the digits 0 to 4, and the digits 5 to 9."""
+    base = pretrained_on_digits() if args.model == "digits" else args.model
+    if args.dataset == "digits" and not args.train_file:
+        return base, digits(range(5, 10), train=200, validation=200)
+    return base, load_data(args, "image")
+
+
 def with_pixels(data: DatasetDict, processor: Any) -> DatasetDict:
     """The data with images turned into pixel values as they are read."""
 
@@ -162,9 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
 
-    base = pretrained_on_digits() if args.model == "digits" else args.model
-    is_digits = args.dataset == "digits" and not args.train_file
-    data = digits(range(5, 10), train=200, validation=200) if is_digits else load_data(args, "image")
+    base, data = base_and_data(args)
     # a head for the new classes instead of the one in the checkpoint
     head = {**label_names(data), "ignore_mismatched_sizes": True}
     processor = AutoImageProcessor.from_pretrained(base)

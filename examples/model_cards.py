@@ -18,13 +18,14 @@ from pathlib import Path
 
 from common import console
 
+import peft_ext  # noqa: F401  (registers the methods)
+from peft_ext.core import methods
+
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"
-ON_DIGITS = (  # by the example for any method
-    *("s2ft", "wegeft", "low_rank_core", "sct", "snell", "fused_low_rank"),
-    *("vpt", "pasta", "unipt", "binary_low_rank", "binary_adapter"),
-)
+OWN_EXAMPLE = ("SSF", "VQT", "SPARSE_FT", "SPT", "MASK_PRUNING")  # the other methods have the one for any method
+ON_DIGITS = [name.lower() for name in methods() if name not in OWN_EXAMPLE]
 # how each example is called, and where it saves what gets the card of that name
 PLAN: dict[str, tuple[str, dict[str, str]]] = {
     "quickstart": ("", {"quickstart": "quickstart/SSF/adapter"}),

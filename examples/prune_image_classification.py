@@ -22,14 +22,13 @@ from common import (
     card_info,
     console,
     label_names,
-    load_data,
     logits_of,
     quiet,
     size_rows,
     write_card,
     write_results,
 )
-from image_classification import digits, make_trainer, pretrained_on_digits, with_pixels
+from image_classification import base_and_data, make_trainer, with_pixels
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
@@ -53,9 +52,7 @@ def main() -> None:
     quiet()
     set_seed(args.seed)
 
-    base = pretrained_on_digits() if args.model == "digits" else args.model
-    is_digits = args.dataset == "digits" and not args.train_file
-    data = digits(range(5, 10), train=200, validation=200) if is_digits else load_data(args, "image")
+    base, data = base_and_data(args)
     head = {**label_names(data), "ignore_mismatched_sizes": True}
     inputs = with_pixels(data, AutoImageProcessor.from_pretrained(base))
     dense = AutoModelForImageClassification.from_pretrained(base, **head).eval()

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import add_data_arguments, card_info, check_round_trip, console, label_names, load_data, quiet, write_card
-from image_classification import digits, make_trainer, pretrained_on_digits, with_pixels
+from common import add_data_arguments, card_info, check_round_trip, console, label_names, quiet, write_card
+from image_classification import base_and_data, make_trainer, with_pixels
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
@@ -38,9 +38,7 @@ def main() -> None:
     quiet()
     set_seed(args.seed)
 
-    base = pretrained_on_digits() if args.model == "digits" else args.model
-    is_digits = args.dataset == "digits" and not args.train_file
-    data = digits(range(5, 10), train=200, validation=200) if is_digits else load_data(args, "image")
+    base, data = base_and_data(args)
     head = {**label_names(data), "ignore_mismatched_sizes": True}
     inputs = with_pixels(data, AutoImageProcessor.from_pretrained(base))
     model = AutoModelForImageClassification.from_pretrained(base, **head)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Run, add_data_arguments, console, count_trainable, label_names, load_data, print_runs, quiet
-from image_classification import BATCH_SIZE, digits, make_trainer, pretrained_on_digits, with_pixels
+from common import Run, add_data_arguments, console, count_trainable, label_names, print_runs, quiet
+from image_classification import BATCH_SIZE, base_and_data, make_trainer, with_pixels
 from peft import get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -89,9 +89,7 @@ def main() -> None:
         parser.error("--start class-tokens is for prompts of each layer; leave --shallow out")
     quiet()
 
-    base = pretrained_on_digits() if args.model == "digits" else args.model
-    is_digits = args.dataset == "digits" and not args.train_file
-    data = digits(range(5, 10), train=200, validation=200) if is_digits else load_data(args, "image")
+    base, data = base_and_data(args)
     head = {**label_names(data), "ignore_mismatched_sizes": True}
     inputs = with_pixels(data, AutoImageProcessor.from_pretrained(base))
     rates = GRID[args.optimizer] if args.grid else (args.learning_rate or DEFAULT[args.optimizer],)

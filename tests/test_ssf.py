@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import re
 import shutil
 import warnings
@@ -29,6 +28,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import SSFConfig, core
+from peft_ext.training.toys import kept_for_backward
 from peft_ext.tuners.ssf import ScaledLinear, ScaleShift, SSFLayer, functional
 
 
@@ -702,23 +702,8 @@ def test_module_that_returns_a_tuple() -> None:
 # ---------------------------------------------------------------- memory, attention
 
 
-def saved_bytes(run: Callable[[], torch.Tensor], model: nn.Module) -> int:
-    """Bytes of all storages kept for the backward, without the model's own."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run()
-    total = sum(kept.values())
-    del output
-    gc.collect()
-    return total
+def kept(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
+    return kept_for_backward(model, run)[0]
 
 
 def test_bytes_saved_for_backward() -> None:
@@ -727,14 +712,14 @@ def test_bytes_saved_for_backward() -> None:
     base = tiny("vit", image_size=224, patch_size=16, num_labels=10, **fields).train().requires_grad_(False)
     pixels = torch.randn(2, 3, 224, 224)
     batch = {"pixel_values": pixels, "labels": torch.tensor([0, 1])}
-    frozen = saved_bytes(lambda: base(**{**batch, "pixel_values": pixels.clone().requires_grad_()}).loss, base)
+    frozen = kept(base, lambda: base(**{**batch, "pixel_values": pixels.clone().requires_grad_()}).loss)
     model = get_peft_model(base, SSFConfig()).train()
-    ours = saved_bytes(lambda: model(**batch).loss, model)
+    ours = kept(model, lambda: model(**batch).loss)
     assert ours <= 1.1 * frozen, (ours, frozen, ours / frozen)
     for layer in model.modules():
         if isinstance(layer, SSFLayer):
             layer.recover["default"] = False
-    plain = saved_bytes(lambda: model(**batch).loss, model)
+    plain = kept(model, lambda: model(**batch).loss)
     assert plain > 1.3 * frozen  # the measure sees the difference
 
 
@@ -745,7 +730,7 @@ def test_frozen_vectors_keep_nothing(few: bool) -> None:
     x = torch.randn(8 if few else 32, 16, requires_grad=True)
     model = adapt(op, torch.float32).requires_grad_(False)
     scale, _ = layer_of(model).vectors(["default"])
-    assert saved_bytes(lambda: model(x), model) <= 4 * 64 * 2 + 8  # the vectors themselves
+    assert kept(model, lambda: model(x)) <= 4 * 64 * 2 + 8  # the vectors themselves
     assert_close(torch.autograd.grad(model(x).sum(), x)[0], (scale.unsqueeze(1) * op.weight).sum(0).expand_as(x), 1e-5)
 
 

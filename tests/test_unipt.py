@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from measures import saved_bytes
 from models import inputs, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -27,6 +26,7 @@ from transformers import Trainer, TrainingArguments
 import peft_ext
 from peft_ext import FrozenPassCache, UniPTConfig, VQTConfig, layer_confidence
 from peft_ext.reading import reader_of, recomputed
+from peft_ext.training.toys import saved_bytes
 from peft_ext.tuners.unipt import UniPTLayer
 
 

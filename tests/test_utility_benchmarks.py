@@ -143,7 +143,7 @@ def test_growth_is_measured_once_and_drawn(tmp_path: Path, monkeypatch: pytest.M
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", [*options, "--methods", "ssf", "random", "--output", str(tmp_path)])
         growth.main()
-    rows = growth.read(results)
+    rows = growth.load_results(results)
     assert [row["point"]["depth"] for row in rows] == [1, 2] and (tmp_path / "growth.png").exists()
     assert all(row["trained"].keys() == {"lora", "ssf", "random"} and not row["skipped"] for row in rows)
     assert rows[1]["trained"]["random"] == rows[1]["trained"]["lora"]

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from measures import saved_bytes
 from models import inputs, tiny
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -27,6 +26,7 @@ from transformers import Trainer, TrainingArguments
 import peft_ext
 from peft_ext import FrozenPassCache, SSFConfig, VQTConfig, attention_maps, select_features
 from peft_ext.reading.cache import sample_keys
+from peft_ext.training.toys import saved_bytes
 from peft_ext.tuners.vqt.layer import VQTLayer, layer_of
 
 

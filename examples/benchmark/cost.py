@@ -62,6 +62,7 @@ import peft_ext
 from peft_ext import BinaryLoraConfig, MaskLoraConfig, PASTAConfig, SSFConfig
 from peft_ext.architectures import describe
 from peft_ext.core import about_of
+from peft_ext.training.toys import kept_for_backward
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -503,19 +504,7 @@ class Job:
 
     def saved_bytes(self) -> int:
         """Bytes of the distinct storages that the backward keeps, besides parameters and buffers."""
-        own = storages([*self.model.parameters(), *self.model.buffers()])
-        seen: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            parts = [tensor._indices(), tensor._values()] if tensor.layout is torch.sparse_coo else [tensor]
-            for storage in (part.untyped_storage() for part in parts):
-                if storage.data_ptr() not in own:
-                    seen[storage.data_ptr()] = storage.nbytes()
-            return tensor  # which keeps the storage, so that no other takes its address
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss()
-        total = sum(seen.values())
+        total, loss = kept_for_backward(self.model, self.loss)
         loss.backward()
         self._clear()
         return total

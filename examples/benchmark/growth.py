@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from compare import load_results
 from cost import Settings, copy_model, machine
 from methods import CONFIGS, LORA, Setting, title
 from resumable import FOLDER, markdown, write_between
@@ -182,10 +183,6 @@ def draw(found: dict[str, list[dict[str, Any]]], methods: Sequence[str], folder:
     figure.savefig(folder / "growth.png", dpi=100)
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=SWEEPS, metavar="SWEEP")
@@ -204,13 +201,13 @@ def main() -> None:
         methods = tuple(dict.fromkeys([LORA, *options.methods]))
         for sweep in options.sweeps:
             for point in SWEEPS[sweep]:
-                if any(row["point"] == asdict(point) for row in read(options.results)):
+                if any(row["point"] == asdict(point) for row in load_results(options.results)):
                     continue
                 row = measure(point, methods, options.rounds) | {"machine": machine(Settings(threads=options.threads))}
                 with options.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(sweep, point, {method: round(ratio(row, method) or 0, 2) for method in methods}, flush=True)
-    rows = {json.dumps(row["point"], sort_keys=True): row for row in read(options.results)}
+    rows = {json.dumps(row["point"], sort_keys=True): row for row in load_results(options.results)}
     keys = {sweep: [json.dumps(asdict(point), sort_keys=True) for point in points] for sweep, points in SWEEPS.items()}
     found = {sweep: [rows[key] for key in own if key in rows] for sweep, own in keys.items()}
     found = {sweep: own for sweep, own in found.items() if own}

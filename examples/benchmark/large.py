@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import cost
+from compare import load_results
 from methods import CONFIGS, COST_NAMES, LORA, Setting, adapt, title
 from resumable import write_between
 
@@ -196,10 +197,6 @@ def meta_table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help=f"{', '.join(METHODS)}; all if none is named")
@@ -211,7 +208,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.write:
-        done = {row["method"]: row for row in read()}
+        done = {row["method"]: row for row in load_results(LINES)}
         tables = {"large": table([done[name] for name in METHODS if name in done])}
         if META.exists():
             tables["large-meta"] = meta_table(json.loads(META.read_text()))
@@ -224,7 +221,7 @@ def main() -> None:
         print(json.dumps(one(options.methods[0], options.preset, options.length)))
         return
     for method in options.methods or METHODS:
-        if any(row["method"] == method and row["preset"] == options.preset for row in read()):
+        if any(row["method"] == method and row["preset"] == options.preset for row in load_results(LINES)):
             continue
         command = [
             sys.executable,

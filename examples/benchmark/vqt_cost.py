@@ -29,6 +29,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_ext import FrozenPassCache, VQTConfig
+from peft_ext.training.toys import saved_bytes
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,25 +37,6 @@ SIZES = {
     "small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536},
     "base": {},
 }
-
-
-def saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
-    """Bytes of the storages that autograd keeps for the backward, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch).loss
-    total = sum(kept.values())
-    loss.backward()
-    model.zero_grad()
-    return total
 
 
 def step(model: nn.Module, batch: dict[str, Any]) -> float:
@@ -127,6 +109,8 @@ def main() -> None:
     batch = {"pixel_values": torch.randn(args.batch, 3, 224, 224), "labels": torch.randint(0, 10, (args.batch,))}
     models = methods(base)
     kept = {name: saved_bytes(model, batch) for name, model in models.items()}
+    for model in models.values():
+        model.zero_grad()
 
     times: dict[str, list[float]] = {name: [] for name in [*models, "VQT, 1, cached"]}
     with tempfile.TemporaryDirectory() as directory:

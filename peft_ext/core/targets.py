@@ -52,21 +52,21 @@ def refuse_ambiguous_names(adapters: Iterable[str], model: nn.Module, layer_clas
             raise ValueError(f"Adapter name {name!r} must have a character, and no dot: it is that of a module.")
     if len(adapters) < 2:
         return
-    parts = dict.fromkeys(IN_KEYS, "the keys of tensors")
-    apart = {
-        name
-        for name, module in model.named_modules()
-        if getattr(module, "holds_whole_adapters", False)
-        and (layer_class is None or not isinstance(module, layer_class))
-    }
+    keys, apart = set(IN_KEYS), set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            keys.update(module.adapter_layer_names)
+            is_another = layer_class is None or not isinstance(module, layer_class)
+            if is_another and getattr(module, "holds_whole_adapters", False):
+                apart.add(name)
+    clashes = dict.fromkeys(adapters & keys, "the keys of tensors")
     for name in (name for name, _ in unadapted_modules(model) if name not in apart):
-        parts |= dict.fromkeys(name.split("."), f"the name of a module of the model, {name!r}")
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            parts |= dict.fromkeys(layer.adapter_layer_names, "the keys of tensors")
-    for name in sorted(adapters & parts.keys()):
+        clashes |= dict.fromkeys(
+            adapters.intersection(name.split(".")), f"the name of a module of the model, {name!r}"
+        )
+    for name in sorted(clashes):
         raise ValueError(
-            f"Adapter name {name!r} is also a part of {parts[name]}. With several adapters PEFT would leave out tensors "
+            f"Adapter name {name!r} is also a part of {clashes[name]}. With several adapters PEFT would leave out tensors "
             f"of this name where it saves the others. Take another name, such as 'adapter_{name}'."
         )
 

@@ -167,8 +167,8 @@ def toy_batch(config: Any, batch: int, tokens: int, kind: str, rng: random.Rando
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def saved_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """Bytes of the distinct storages that the backward of the loss keeps, besides parameters and buffers."""
+def kept_for_backward(model: nn.Module, run: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """Bytes of the distinct storages that the backward of `run()` keeps, besides the model's own; and what it returns."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
 
@@ -180,8 +180,13 @@ def saved_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
         return tensor  # which keeps the storage, so that no other takes its address
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**inputs).loss
-    total = sum(seen.values())
+        output = run()
+    return sum(seen.values()), output
+
+
+def saved_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes that the backward of the loss keeps, which is run then."""
+    total, loss = kept_for_backward(model, lambda: model(**inputs).loss)
     if loss.requires_grad:
         loss.backward()
     return total
