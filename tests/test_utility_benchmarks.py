@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
+import compare
 import compress_check
 import cost
 import growth
@@ -77,17 +78,23 @@ def test_scripts_run_what_is_missing_and_write_their_table(
     assert len({line.count("|") for line in text.splitlines() if "|" in line}) == 1
 
 
-def test_the_rate_of_the_comparison_is_taken(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {
-        "task": "cola", "method": "lora", "budget": 1.0, "seed": 0, "metric": "accuracy",
-        "settings": "24 examples, 1 epochs of batches of 8, at most 8 tokens",
-    }  # fmt: skip
+def test_a_plain_variant_is_a_run_of_the_comparison(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = small / "compare.jsonl"
-    lines = [row | {"learning_rate": rate, "validation": value} for rate, value in ((1e-3, 0.5), (3e-3, 0.6))]
-    comparison.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lengths = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    common = ["cola", "--data", str(small), "--methods", "lora", "--seeds", "1", *lengths]
+    monkeypatch.setattr(sys, "argv", ["compare", *common, "--results", str(comparison), "--rates", "1e-3", "3e-3"])
+    compare.main()
+    rows = {row["learning_rate"]: row for row in map(json.loads, comparison.read_text().splitlines())}
+    arguments = ("--methods", "lora", "--variants", "dense", "--seeds", "1")
+    dense = command(razor_check, monkeypatch, small, *arguments, "--rates", "3e-3")
+    assert all(dense[0][name] == rows[3e-3][name] for name in ("validation", "test", "trained", "settings"))
+
     monkeypatch.setattr(resumable, "RESULTS", comparison)
-    found = command(razor_check, monkeypatch, small, "--methods", "lora", "--variants", "dense", "--seeds", "1")
-    assert [line["learning_rate"] for line in found] == [3e-3]
+    found = command(
+        razor_check, monkeypatch, small, "--methods", "lora", "--seeds", "1", "--variants", *razor_check.KEEPS
+    )
+    best = max(rows.values(), key=lambda row: row["validation"])["learning_rate"]
+    assert [(line["variant"], line["learning_rate"]) for line in found[1:]] == [("keep 0.3", best), ("keep 0.1", best)]
     with pytest.raises(ValueError, match=r"no run of full on cola with 24 examples.*give --rates"):
         command(razor_check, monkeypatch, small, "--methods", "full")
 

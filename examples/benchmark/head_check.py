@@ -19,9 +19,8 @@ from typing import Any
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from compare import load_results
 from methods import title
-from resumable import Job, caption, chosen, jobs, markdown, parsed, parser, score, train, work, write_between
+from resumable import Job, caption, chosen, jobs, lines_of, markdown, parsed, parser, score, train, work, write_between
 from tasks import Prepared
 from torch.utils.data import DataLoader
 
@@ -65,9 +64,10 @@ def main() -> None:
     made = parser(__doc__, ("trec", "signdigits"))
     made.add_argument("--methods", nargs="+", default=METHODS)
     args = parsed(made, "head-check.jsonl")
+    args.plain = dict.fromkeys(args.methods, FRESH)
     work(args, jobs(args, [(method, head) for method in args.methods for head in (FRESH, FITTED)]), run)
     if args.write:
-        write_between(args.write, {"heads": table(load_results(args.results))})
+        write_between(args.write, {"heads": table(lines_of(args))})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import torch
 from activations import adapted
-from compare import load_results
 from cost import MIB, PRESETS, machine
 from cost import Settings as CostSettings
 from methods import title
@@ -36,6 +35,7 @@ from resumable import (
     caption,
     chosen,
     jobs,
+    lines_of,
     markdown,
     parsed,
     parser,
@@ -143,13 +143,14 @@ def main() -> None:
     made.add_argument("--steps", type=int, metavar="ROUNDS", help="time steps, and train nothing")
     made.add_argument("--preset", default="vit-6x384", choices=PRESETS, help="of the steps")
     args = parsed(made, "razor-check.jsonl")
+    args.plain = dict.fromkeys(args.methods, "dense")
     if args.steps:
         STEPS.write_text(json.dumps(measure_steps(args.preset, args.steps, args.threads), indent=1) + "\n")
         print(steps_table(json.loads(STEPS.read_text())))
     else:
         work(args, jobs(args, [(method, keep) for method in args.methods for keep in args.variants]), run)
     if args.write:
-        tables = {"razor": table(rows)} if (rows := load_results(args.results)) else {}
+        tables = {"razor": table(rows)} if (rows := lines_of(args)) else {}
         if STEPS.exists():
             tables["razor-steps"] = steps_table(json.loads(STEPS.read_text()))
         write_between(args.write, tables)

@@ -1,8 +1,9 @@
 """Trainings in variants, for the scripts that compare what goes with every method: one line of JSON for each run.
 
 A script says which jobs there are and what is done in one; here is what they have in common. A job that has its line is
-not run again, so a script can be stopped and goes on. Data, trainer and scores are those of `compare.py`, and so are the
-learning rates, unless `--rates` gives others: then the best is chosen by the validation split with the first seed.
+not run again, so a script can be stopped and goes on. Data, trainer, seeds and scores are those of `compare.py`, and so are
+the learning rates, unless `--rates` gives others: then the best is chosen by the validation split with the first seed.
+A variant that changes nothing is a run of `compare.py`, whose lines count (`plain`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from compare import (
     RESULTS,
     Plan,
@@ -35,7 +37,7 @@ from compare import (
 from methods import adapt, callbacks
 from tasks import Prepared, find_task, prepare
 from torch import nn
-from transformers import Trainer, set_seed
+from transformers import Trainer
 
 
 FOLDER = RESULTS.parent
@@ -65,7 +67,7 @@ def parser(text: str | None, tasks: Sequence[str], seeds: int = 3) -> argparse.A
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[3] / "shared" / "data")
     made.add_argument("--write", type=Path, metavar="FILE", help="put the tables between their markers")
-    made.set_defaults(known=tasks)
+    made.set_defaults(known=tasks, plain={})  # plain: the variant of a method that is a run of compare.py
     return made
 
 
@@ -107,11 +109,21 @@ def _rates(
 ) -> Sequence[float]:
     if args.rates and seed == 0:
         return args.rates
-    rows = _own(load_results(args.results), variant) if args.rates else load_results(RESULTS)
+    rows = _own(lines_of(args), variant) if args.rates else load_results(RESULTS)
     rate = best_rate(rows, task, method, 1.0, settings)
     if rate is None:
         raise ValueError(f"{RESULTS.name} has no run of {method} on {task} with {settings}: give --rates")
     return [rate]
+
+
+def lines_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of the results, and those of the comparison that are plain variants."""
+    settings = {(task, settings_of(lengths_of(task, args))) for task in LENGTHS}
+    return load_results(args.results) + [
+        row | {"variant": args.plain[row["method"]]}
+        for row in load_results(RESULTS)
+        if row["method"] in args.plain and row["budget"] == 1 and (row["task"], row["settings"]) in settings
+    ]
 
 
 def _own(rows: Iterable[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
@@ -123,7 +135,7 @@ def work(args: argparse.Namespace, todo: Iterable[Job], run: Run) -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
     made: dict[str, Prepared] = {}
     for job in todo:
-        done = [Job(**{name: row[name] for name in Job.__dataclass_fields__}) for row in load_results(args.results)]
+        done = [Job(**{name: row[name] for name in Job.__dataclass_fields__}) for row in lines_of(args)]
         if job in done:
             continue
         own = lengths_of(job.task, args)
@@ -166,9 +178,9 @@ def train(
     """
     task = find_task(job.task)
     setting = setting_of(job, args, made)
-    said = before(setting.model)
+    with torch.random.fork_rng(devices=[]):  # whatever is drawn, the adapter starts as in `compare.py`
+        said = before(setting.model)
     start = time.perf_counter()
-    set_seed(job.seed)  # again: whatever was drawn before, the adapter starts as it does in the other variants
     model, _ = adapt(job.method, setting)
     with tempfile.TemporaryDirectory() as directory:
         more = callbacks(job.method, setting)

@@ -20,13 +20,13 @@ from typing import Any
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from compare import RESULTS, load_results, settings_of, steps_of
+from compare import steps_of
 from resumable import (
     Job,
     caption,
     chosen,
     jobs,
-    lengths_of,
+    lines_of,
     markdown,
     parsed,
     parser,
@@ -61,17 +61,6 @@ def run(job: Job, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
     return train(job, args, made, around=around).row
 
 
-def known(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The lines of the results, and those of LoRA in the comparison, which are runs of the same kind."""
-    rows = load_results(args.results)
-    settings = {(task, settings_of(lengths_of(task, args))) for task in args.known}
-    return rows + [
-        row | {"variant": LORA}
-        for row in load_results(RESULTS)
-        if row["method"] == "lora" and row["budget"] == 1 and (row["task"], row["settings"]) in settings
-    ]
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Losses on test."""
     lines = [
@@ -84,11 +73,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     made = parser(__doc__, ("gsm8k",))
     made.add_argument("--variants", nargs="+", default=WAYS[1:], choices=WAYS, metavar="WAY")
-    made.set_defaults(rates=[1e-4, 3e-4])
+    made.set_defaults(rates=[1e-4, 3e-4], plain={"lora": LORA, "full": FULL})
     args = parsed(made, "sampling-loss.jsonl")
     work(args, jobs(args, [("lora" if way == LORA else "full", way) for way in args.variants]), run)
     if args.write:
-        write_between(args.write, {"sampling": table(known(args))})
+        write_between(args.write, {"sampling": table(lines_of(args))})
 
 
 if __name__ == "__main__":
