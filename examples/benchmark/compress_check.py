@@ -26,6 +26,7 @@ from compare import load_results, scored
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from resumable import Job, Trained, caption, jobs, markdown, parsed, parser, score, train, work, write_between
 from tasks import Prepared, find_task
+from transformers import set_seed
 
 from peft_ext.export import compress
 
@@ -39,7 +40,11 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def run(job: Job, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
-    trained = train(job, args, made)
+    def drawn_anew(_: Any) -> dict[str, Any]:
+        set_seed(job.seed)  # the seed of LoRA's start, which is drawn again from it
+        return {}
+
+    trained = train(job, args, made, drawn_anew)
     return {**trained.row, "forms": compressed(trained, job, args.keep, made)}
 
 

@@ -4,7 +4,8 @@
     python examples/benchmark/head_check.py --write docs/linear_probe.md # the table, between its markers
 
 The probe comes before any calibration, so that methods which look at gradients first look at those of a fitted head.
-Both variants have the rate that `compare.jsonl` has chosen with a fresh head. Lines go to `results/head-check.jsonl`.
+With a fresh head the rate is what `compare.jsonl` has chosen; with a fitted one that or a third of it, by the validation
+split with the first seed. Lines go to `results/head-check.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+import torch
 from methods import title
 from resumable import Job, caption, chosen, jobs, lines_of, markdown, parsed, parser, score, train, work, write_between
 from tasks import Prepared
@@ -37,10 +40,23 @@ def run(job: Job, args: argparse.Namespace, made: Prepared) -> dict[str, Any]:
             return {}
         start = time.perf_counter()
         batches = DataLoader(made.data["train"], batch_size=32, collate_fn=made.collate)  # type: ignore[arg-type]
-        probe = peft_ext.linear_probe(model, batches, seed=job.seed)
+        with torch.random.fork_rng(devices=[]):  # the adapter starts as from a fresh head
+            probe = peft_ext.linear_probe(model, batches, seed=job.seed)
         return {"probe": {"C": probe.C, "held_out": probe.score, "seconds": round(time.perf_counter() - start, 1)}}
 
     return train(job, args, made, before).row
+
+
+def todo(args: argparse.Namespace) -> Iterator[Job]:
+    """Fresh heads at the known rate, then fitted ones, with the first seed at two rates."""
+    for task, method in product(args.tasks, args.methods):
+        one = argparse.Namespace(**vars(args) | {"tasks": [task]})
+        fresh = jobs(one, [(method, FRESH)])  # each asks for its rate when the one before is done
+        first = next(fresh)
+        yield first
+        yield from fresh
+        one.rates = args.rates or [first.learning_rate, float(f"{first.learning_rate / 3:.2g}")]
+        yield from jobs(one, [(method, FITTED)])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -55,8 +71,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         pair = [[row[seed]["test"] for seed in common] for row in (fresh, fitted)]
         probe = score([fitted[seed]["probe"]["held_out"] for seed in common])
         change = sum(b - a for a, b in zip(*pair, strict=True)) / len(common)
-        lines.append((task, title(method), str(len(common)), score(pair[0]), score(pair[1]), f"{change:+.3f}", probe))
-    head = ("task", "method", "seeds", "fresh head", "fitted head", "difference", "the probe alone, held out")
+        rates = [f"{next(iter(row.values()))['learning_rate']:g}" for row in (fresh, fitted)]
+        scores = [f"{score(values)} at {rate}" for values, rate in zip(pair, rates, strict=True)]
+        lines.append((task, title(method), str(len(common)), *scores, f"{change:+.3f}", probe))
+    head = (
+        "task",
+        "method",
+        "seeds",
+        "fresh head, at rate",
+        "fitted head, at rate",
+        "difference",
+        "the probe alone, held out",
+    )
     return f"{markdown(head, lines, 2)}\n\n{caption(rows)}"
 
 
@@ -65,7 +91,7 @@ def main() -> None:
     made.add_argument("--methods", nargs="+", default=METHODS)
     args = parsed(made, "head-check.jsonl")
     args.plain = dict.fromkeys(args.methods, FRESH)
-    work(args, jobs(args, [(method, head) for method in args.methods for head in (FRESH, FITTED)]), run)
+    work(args, todo(args), run)
     if args.write:
         write_between(args.write, {"heads": table(lines_of(args))})
 

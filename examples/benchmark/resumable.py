@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from compare import (
     RESULTS,
     Plan,
@@ -173,13 +172,13 @@ def train(
         job: What to train.
         args: The lengths.
         made: The task.
-        before: What is done to the pretrained model first; it returns what the line for the results says of it.
+        before: What is done to the pretrained model first; it returns what the line for the results says of it. What
+            it draws changes how the adapter starts.
         around: A context of the training, given the model with the method on it.
     """
     task = find_task(job.task)
     setting = setting_of(job, args, made)
-    with torch.random.fork_rng(devices=[]):  # whatever is drawn, the adapter starts as in `compare.py`
-        said = before(setting.model)
+    said = before(setting.model)
     start = time.perf_counter()
     model, _ = adapt(job.method, setting)
     with tempfile.TemporaryDirectory() as directory:
