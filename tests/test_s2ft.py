@@ -127,7 +127,7 @@ def test_training_is_that_of_the_same_weights_as_a_sparse_adapter() -> None:
 def test_it_is_the_published_form_with_permuted_channels() -> None:
     """The published code puts the chosen channels first in up, gate and down, and slices; here they are gathered."""
     base, batch = tiny("llama").double(), inputs("llama")
-    model = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios={"down": 0.25}, spread="per_layer"))
+    model = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios={"down": 0.25}, scope="per_layer"))
     for block in blocks(model).values():
         nn.init.normal_(block.weight)
     for name, block in blocks(model).items():
@@ -205,7 +205,7 @@ def test_published_counts() -> None:
 
 def test_heads_of_grouped_queries_go_together() -> None:
     """Four query heads of width 4 on two key-value heads: a unit is 4 rows of v, and the 8 columns of o that read it."""
-    model = get_peft_model(tiny("llama", **GROUPED), S2FTConfig(ratios={"o": 0.5, "v": 0.5}, spread="per_layer"))
+    model = get_peft_model(tiny("llama", **GROUPED), S2FTConfig(ratios={"o": 0.5, "v": 0.5}, scope="per_layer"))
     for name, block in blocks(model).items():
         width = 8 if name.endswith("o_proj") else 4
         first = int(block.indices[0])
@@ -230,9 +230,9 @@ def test_values_and_channels_of_fused_projections(
 
 def test_at_random_over_all_layers_or_in_each() -> None:
     counts = {"global": set(), "per_layer": set()}  # type: dict[str, set[int]]
-    for spread, found in counts.items():
+    for scope, found in counts.items():
         for seed in range(4):
-            model = get_peft_model(tiny("llama"), S2FTConfig(ratios={"down": 0.25}, spread=spread, seed=seed))
+            model = get_peft_model(tiny("llama"), S2FTConfig(ratios={"down": 0.25}, scope=scope, seed=seed))
             own = [len(block.indices) for block in blocks(model).values()]
             assert sum(own) == 12  # a quarter of 2 x 24
             found.update(own)
@@ -386,7 +386,7 @@ def test_one_batch_of_several_adapters_on_both_sides() -> None:
         ({"ratios": {}}, r"`ratios` must be in \(0, 1\]"),
         ({"selection": "best"}, "`selection` must be one of random, weight"),
         ({"largest": True}, "`largest=True` has no effect"),
-        ({"spread": "layer"}, "`spread` must be 'global' or 'per_layer'"),
+        ({"scope": "layer"}, "`scope` must be 'global' or 'per_layer'"),
         ({"num_channels_per_module": {"fc1": 0}}, "`num_channels_per_module` must map"),
     ],
 )
@@ -399,7 +399,7 @@ def test_config_refuses(fields: dict[str, Any], message: str) -> None:
     ("name", "fields", "message"),
     [
         ("llama", {"ratios": {"down": 0.01}}, r"leaves none of the 48 .* of 2 modules: give it 0\.021 or more"),
-        ("llama", {"ratios": {"down": 0.03}, "spread": "per_layer"}, r"none of the 24 .* of 'model\.layers\.0\.mlp"),
+        ("llama", {"ratios": {"down": 0.03}, "scope": "per_layer"}, r"none of the 24 .* of 'model\.layers\.0\.mlp"),
         ("llama", {"ratios": {"fc9": 0.5}}, "`ratios` names 'fc9', .* it has down, gate, k, o, q, up, v"),
         (
             "llama",

@@ -86,7 +86,7 @@ ABOUT = S2FTAbout(
   url = {https://arxiv.org/abs/2412.06289}
 }""",
     merges=True,
-    headline=("ratios", "selection", "spread"),
+    headline=("ratios", "selection", "scope"),
     page="docs/s2ft.md",
     offsets=r"block\.weight",
 )

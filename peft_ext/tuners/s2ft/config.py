@@ -12,7 +12,7 @@ from ...core import CalibratedConfig
 
 BY_DATA = ("activation", "product", "gradient")
 SELECTIONS = ("random", "weight", *BY_DATA)
-SPREADS = ("global", "per_layer")
+SCOPES = ("global", "per_layer")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class S2FTConfig(CalibratedConfig):
             `"product"` of both, or the norm of the `"gradient"` of their weight. The last three need
             `peft_ext.calibrate`.
         largest: Whether the largest of these are chosen, and not the smallest.
-        spread: `"global"`: from all layers together, so that a layer may get many or none; `"per_layer"`: each layer
+        scope: `"global"`: from all layers together, so that a layer may get many or none; `"per_layer"`: each layer
             gets its share.
         seed: Of the random choice; the same in all processes.
         num_channels_per_module: Chosen channels of each module, by name. Filled in by itself, so that an adapter loads
@@ -40,7 +40,7 @@ class S2FTConfig(CalibratedConfig):
     """
 
     METHOD: ClassVar[str] = "S2FT"
-    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("ratios", "selection", "largest", "spread", "seed")
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("ratios", "selection", "largest", "scope", "seed")
     SIZES: ClassVar[tuple[str, ...]] = ("num_channels_per_module",)
     # no field, so not in the JSON
     channels = None  # type: Any  # those of all targets, while the adapter is put on
@@ -51,7 +51,7 @@ class S2FTConfig(CalibratedConfig):
     )
     selection: str = field(default="random", metadata={"help": f"Which channels: one of {', '.join(SELECTIONS)}."})
     largest: bool = field(default=False, metadata={"help": "Choose the largest by `selection`, not the smallest."})
-    spread: str = field(default="global", metadata={"help": f"Over the layers: {' or '.join(SPREADS)}."})
+    scope: str = field(default="global", metadata={"help": f"Over the layers: {' or '.join(SCOPES)}."})
     seed: int = field(default=0, metadata={"help": "Seed of the random choice."})
     num_channels_per_module: dict[str, int] | None = field(
         default=None, metadata={"help": "Chosen channels of each module; filled in by itself."}
@@ -68,8 +68,8 @@ class S2FTConfig(CalibratedConfig):
             raise ValueError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
         if self.largest and self.selection == "random":
             raise ValueError("`largest=True` has no effect with `selection='random'`: choose another selection.")
-        if self.spread not in SPREADS:
-            raise ValueError(f"`spread` must be {' or '.join(map(repr, SPREADS))}, got {self.spread!r}.")
+        if self.scope not in SCOPES:
+            raise ValueError(f"`scope` must be {' or '.join(map(repr, SCOPES))}, got {self.scope!r}.")
         counts = self.num_channels_per_module
         if counts is not None and not (
             isinstance(counts, dict)

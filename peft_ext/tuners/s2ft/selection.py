@@ -45,10 +45,10 @@ def choose(config: S2FTConfig, groups: Groups, score: Score | None) -> dict[str,
     chosen: dict[str, torch.Tensor] = {}
     for key, modules in groups.items():
         ratio = config.ratios[key] if isinstance(config.ratios, dict) else config.ratios
-        parts = [[name] for name in modules] if config.spread == "per_layer" else [list(modules)]
+        parts = [[name] for name in modules] if config.scope == "per_layer" else [list(modules)]
         for names in parts:
             sizes = [modules[name].units for name in names]
-            seed = names[0] if config.spread == "per_layer" else key
+            seed = names[0] if config.scope == "per_layer" else key
             scores = None if score is None else torch.cat([score(name, modules[name]) for name in names])
             units = _pick(config, count_of(ratio, key, names, sum(sizes)), sum(sizes), scores, seed)
             end = 0
