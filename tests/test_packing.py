@@ -25,6 +25,7 @@ from peft_ext import (
 )
 from peft_ext.core import BadInput
 from peft_ext.export import binarize, compress
+from peft_ext.export.packing import SCALES
 from peft_ext.inspection import read_adapter
 from peft_ext.low_bit import used_values
 from peft_ext.packed_files import PACKED, read_packed
@@ -153,7 +154,7 @@ def test_the_scale_is_tuned() -> None:
         return seen[-1]
 
     packed = compress(model, 0.3, "tune", evaluate=evaluate)
-    assert len(seen) == 9 and packed.scale == (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)[seen.index(max(seen))]
+    assert len(seen) == len(SCALES) and packed.scale == SCALES[seen.index(max(seen))]
     assert all(torch.equal(get_peft_model_state_dict(model)[key], tensor) for key, tensor in before.items())
 
 
