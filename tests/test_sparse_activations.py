@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -410,3 +413,213 @@ class AdapterModel(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.scale()
+
+
+# interrupted, copied, in several threads
+
+
+def interrupt(module: nn.Module) -> Any:
+    """A handle; until it is removed, Ctrl-C comes within the module's forward."""
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    return module.register_forward_hook(stop, prepend=True)
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6), nn.GELU(), nn.Linear(6, 2))
+
+
+def top_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_ctrl_c_leaves_no_hooks_behind(goes_on: bool) -> None:
+    """After the context, and within it: the next forward begins anew, whether it is of all or of a part."""
+    model, x = chain(), torch.randn(4, 5, 6)
+    with sparse_activations(model, 0.2):
+        model(x).sum().backward()
+    expected = gradients(model)
+    for call in (model, lambda x: model[4](model[3](model[2](model[1](model[0](x)))))):
+        model.zero_grad()
+        with sparse_activations(model, 0.2) as sparse:
+            handle = interrupt(model[2])
+            with pytest.raises(KeyboardInterrupt):
+                call(x)
+            handle.remove()
+            if goes_on:
+                call(x).sum().backward()
+                assert top_hooks() is None and not sparse._thread.open
+        assert top_hooks() is None
+        if goes_on:
+            assert all(torch.equal(value, expected[key]) for key, value in gradients(model).items())
+    other = chain()
+    other(x).sum().backward()
+    dense = gradients(other)
+    model.zero_grad()
+    model(x).sum().backward()
+    assert all(torch.equal(value, dense[key]) for key, value in gradients(model).items())
+
+
+def test_ctrl_c_in_a_report_within_the_context() -> None:
+    model = chain()
+    with sparse_activations(model, 0.2):
+        handle = interrupt(model[2])
+        with pytest.raises(KeyboardInterrupt):
+            activation_report(model, torch.randn(4, 5, 6))
+        handle.remove()
+    assert top_hooks() is None
+
+
+def test_copies_are_not_sparsified() -> None:
+    model, x = chain(), torch.randn(4, 5, 6)
+    model(x).sum().backward()
+    dense = gradients(model)
+    with sparse_activations(model, 0.2) as sparse:
+        model(x)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            before = sparse.tensors
+            other.zero_grad()
+            other(x).sum().backward()
+            assert sparse.tensors == before
+            assert all(torch.equal(value, dense[key]) for key, value in gradients(other).items())
+
+
+def test_each_thread_has_its_own_calls() -> None:
+    """While one is within a Linear, another begins and ends: no hook of the one is popped in the other."""
+    model, x = chain(), torch.randn(4, 5, 6)
+    with sparse_activations(model, 0.2):
+        model(x).sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    entered, goes_on = threading.Event(), threading.Event()
+    left: list[Any] = []
+
+    def wait(*args: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            goes_on.wait(10)
+
+    def run() -> None:
+        model(x).sum().backward()
+        left.append(top_hooks())
+
+    with sparse_activations(model, 0.2) as sparse:
+        model[2].register_forward_hook(wait, prepend=True)
+        thread = threading.Thread(target=run)
+        thread.start()
+        entered.wait(10)
+        model[2](torch.randn(4, 5, 12))
+        assert top_hooks() is None
+        goes_on.set()
+        thread.join()
+    assert left == [None] and sparse.tensors == 4
+    assert all(torch.equal(value, expected[key]) for key, value in gradients(model).items())
+
+
+class Mixing(nn.Module):
+    """A Linear along the tokens, which torch keeps the weight of expanded over the samples."""
+
+    def __init__(self, tokens: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.first, self.mix = nn.Linear(outputs, outputs), nn.Linear(tokens, outputs, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(self.first(x).transpose(1, 2))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [(), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("tokens", [10, 6])
+def test_weights_of_a_transposed_input_stay_whole(precision: Any, trained: tuple[str, ...], tokens: int) -> None:
+    """As many entries in weights, over all samples, as in the input: gradients of inputs are exact all the same."""
+    torch.manual_seed(1)
+    model = Mixing(tokens, 6, bias=True)
+    for name, parameter in model.mix.named_parameters():
+        parameter.requires_grad_(name in trained)
+    x = torch.randn(4, tokens, 6)
+    found = []
+    for keep in (1.0, 0.1):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where it is frozen there is nothing to sparsify
+            with sparse_activations(model, keep, modules=["mix"]) as sparse:
+                output = model(x)
+        output.float().square().sum().backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in ("first.weight", "first.bias"))
+    assert sparse.tensors == ("weight" in trained)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (None, {}, "`model` is a NoneType: give the module"),
+        ("mlp", {"keep": True}, "`keep` is True: give the share"),
+        ("mlp", {"keep": "0.1"}, "`keep` is '0.1': give the share"),
+        ("mlp", {"keep": float("nan")}, "above 0 and at most 1, not nan"),
+        ("mlp", {"modules": "["}, r"`modules` is '\[', which is no regular expression"),
+        ("mlp", {"modules": [1]}, "`modules` has 1: give names"),
+        ("mlp", {"modules": 3}, "`modules` has 3: give names"),
+        ("convolutions", {}, "This Sequential has no Linear, so there is nothing to sparsify"),
+        ("convolutions", {"norms": True}, "no Linear and no norm, so there is nothing"),
+        ("convolutions", {"modules": ["0"]}, "no Linear, so there is nothing to sparsify"),
+    ],
+)
+def test_bad_input(model: Any, options: dict[str, Any], message: str) -> None:
+    made = {None: None, "mlp": tiny("mlp"), "convolutions": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())}[model]
+    with pytest.raises((ValueError, TypeError), match=message), sparse_activations(made, **options):
+        pass
+
+
+def test_the_callback_looks_at_its_values_when_it_is_made(tmp_path: Path) -> None:
+    for options in ({"keep": 0}, {"keep": True}, {"modules": "["}, {"modules": []}):
+        with pytest.raises((ValueError, TypeError), match=r"`keep`|`modules`"):
+            SparseActivationsCallback(**options)
+    model = tiny("bert")
+    callback = SparseActivationsCallback(modules=(name for name in ("query",)))
+    options = {"max_steps": 1, "save_strategy": "no"}
+    for _ in range(2):
+        Trainer(
+            model, arguments(tmp_path, **options), train_dataset=classification_data(), callbacks=[callback]
+        ).train()
+
+
+def test_a_trainer_after_one_that_was_interrupted(tmp_path: Path) -> None:
+    model = tiny("bert")
+    first = SparseActivationsCallback()
+    handle = interrupt(model.bert.encoder.layer[0])
+    options = {"max_steps": 1, "save_strategy": "no"}
+
+    def train(callback: SparseActivationsCallback) -> None:
+        Trainer(
+            model, arguments(tmp_path, **options), train_dataset=classification_data(), callbacks=[callback]
+        ).train()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(first)
+    handle.remove()
+    with pytest.raises(ValueError, match=r"interrupted call `close\(\)` of its `SparseActivationsCallback`"):
+        train(SparseActivationsCallback())
+    first.close()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    train(SparseActivationsCallback())
+
+
+def test_report_leaves_running_statistics_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    before = copy.deepcopy(model.state_dict())
+    activation_report(model, torch.randn(8, 4))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("model", "batch"), [(nn.Linear(2, 2), None), (None, torch.ones(1, 2)), (nn.Linear(2, 2), 3)])
+def test_report_of_no_model_or_no_batch(model: Any, batch: Any) -> None:
+    with pytest.raises(TypeError, match="`model` is a NoneType" if model is None else "`batch` is"):
+        activation_report(model, batch)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..core import HeatMap, layer_and_type
 from ..plots import draw
@@ -93,7 +95,7 @@ def activation_report(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any]
     """Runs one forward, and says which module keeps how much for the backward.
 
     Counted is the memory of the tensors that autograd keeps, each once; parameters and buffers are not. Inside
-    [`sparse_activations`] it is what is kept of them.
+    [`sparse_activations`] it is what is kept of them. Running statistics of batch norms are left as they were.
 
     Args:
         model: The model, in the mode that is to be measured: call `model.train()` before, as a training does.
@@ -101,11 +103,19 @@ def activation_report(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any]
 
     Raises:
         ValueError: Gradients are disabled, or nothing in the model requires one.
+        TypeError: `model` is no module, or `batch` nothing that a forward could get.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a {type(model).__name__}: give the module that is to be measured.")
+    if not isinstance(batch, (Mapping, list, tuple, torch.Tensor)):
+        raise TypeError(
+            f"`batch` is a {type(batch).__name__}: give what the forward gets, a mapping of keyword arguments, a sequence "
+            "of positional ones, or a tensor."
+        )
     if not torch.is_grad_enabled():
         raise ValueError("Nothing is kept for a backward under `torch.no_grad`: call `activation_report` outside.")
     observer = _Observer(model)
-    with observer:
+    with _statistics_kept(model), observer:
         output = model(**batch) if isinstance(batch, Mapping) else model(*_positional(batch))
     del output  # only now may memory be used again, and addresses with it
     if not observer.kept:
@@ -117,6 +127,18 @@ def activation_report(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any]
 
 def _positional(batch: Sequence[Any] | torch.Tensor) -> Sequence[Any]:
     return (batch,) if isinstance(batch, torch.Tensor) else batch
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward may move running statistics; afterwards they are as before."""
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 class _Observer:
