@@ -37,12 +37,13 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
     Args:
         adapter: Directory or Hub repository with the adapter.
         base_model: The model to put it on; if `None`, the one that the adapter names is loaded, as the class that it
-            was trained on, with as many labels as the head that the adapter brings.
+            was trained on, with as many labels as the head that the adapter brings. If it is a `PeftModel`, the adapter
+            comes beside those that it has, as by its `load_adapter`, and `adapter_name` must be given.
         kwargs: What is meant for the adapter (`revision`, `is_trainable`, ...) goes to `PeftModel.from_pretrained`;
             the rest (`num_labels`, `dtype`, `device_map`, ...) to the base model's.
 
     Raises:
-        ValueError: The method is unknown, `base_model` is left out, but the adapter does not name a model of
+        ValueError: The method is unknown, `base_model` has an adapter of that name, or is left out, but the adapter does not name a model of
             transformers, or the adapter's weights are incomplete or damaged.
     """
     path = os.fspath(adapter)
@@ -56,6 +57,8 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
             f"The adapter {path!r} is of the method {error.args[0]!r}, which neither the installed peft nor peft_ext "
             f"{__version__} has; run `pip install -U peft peft-ext`."
         ) from None
+    if isinstance(base_model, PeftModel):
+        return _beside(base_model, path, {**ours, **both, **kwargs})
     packed = packed_directory(path, where, both)
     if packed is not None:
         own = {key: value for key, value in ours.items() if key not in where}
@@ -87,6 +90,28 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
         ) from error
     except SafetensorError as error:
         raise ValueError(f"The weights of the adapter {path!r} cannot be read: {error}") from error
+
+
+def _beside(model: PeftModel, path: str, options: dict[str, Any]) -> PeftModel:
+    """One more adapter on a model that has some; from a packed file, too, which PEFT's `load_adapter` cannot read."""
+    allowed = (*FOR_THE_ADAPTER, *FOR_BOTH)
+    if unknown := sorted(options.keys() - set(allowed)):
+        raise ValueError(f"{', '.join(unknown)}: no options of an adapter. It has {', '.join(sorted(allowed))}.")
+    name = options.pop("adapter_name", None)
+    if name is None or name in model.peft_config:
+        raise ValueError(
+            f"`adapter_name` is {name!r}, and the model has the adapters {sorted(model.peft_config)}: give the new one "
+            "another name."
+        )
+    hub: dict[str, Any] = {key: options.pop(key) for key in ("revision", "subfolder") if key in options}
+    both: dict[str, Any] = {key: options.pop(key) for key in FOR_BOTH if key in options}
+    packed = packed_directory(path, hub, both)
+    if packed is None:
+        model.load_adapter(path, name, **options, **hub, **both)
+        return model
+    with unpacked(packed) as folder:
+        model.load_adapter(folder, name, **options)
+    return model
 
 
 def base_class(config: PeftConfig, path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -338,3 +339,111 @@ def test_command_line(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
     assert main(arguments) == 2 and "is not empty" in capsys.readouterr().err
     assert main([*arguments[:-1], str(tmp_path / "lora")]) == 2 and "is what is read from" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*changes the base weights:UserWarning")
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_a_start_that_was_taken_out_of_the_base(init: Any, tmp_path: Path) -> None:
+    """Zeros in the adapter would leave the rest of the base; as plain LoRA, with twice the rank, it can be packed."""
+    base = tiny("llama")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=init)).eval()
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(str(tmp_path / "start"))
+    model.peft_config["default"].init_lora_weights = init
+    for make in (compress, binarize):
+        with pytest.raises(BadInput, match=rf"`init_lora_weights` is '{init}', whose start is taken out of the base"):
+            make(model)
+    model.save_pretrained(str(tmp_path / "saved"))
+    with pytest.raises(BadInput, match="path_initial_model_for_weight_conversion"):
+        compress(tmp_path / "saved")
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
+    model.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert compress(tmp_path / "plain").nbytes
+
+
+@pytest.mark.parametrize("config", [{"loftq_config": {}, "init_lora_weights": "loftq"}, {"init_lora_weights": "new"}])
+def test_a_start_in_a_file(config: dict[str, Any], tmp_path: Path) -> None:
+    lora().save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    with pytest.raises(BadInput, match="whose start is taken out of the base"):
+        compress(tmp_path)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": False}))
+    assert compress(tmp_path).nbytes
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tuning_leaves_more_bits_than_a_file_has(fails: bool) -> None:
+    model = trained(SparseFTConfig(selection="random", density=0.05, save_dtype="bfloat16"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def evaluate(candidate: PeftModel) -> float:
+        if fails:
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext():
+        compress(model, scale="tune", evaluate=evaluate)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_tuning_an_adapter_that_does_not_act() -> None:
+    model = lora()
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    arguments: dict[str, Any] = {"scale": "tune", "evaluate": lambda _: 0.0}
+    with pytest.raises(ValueError, match=r"adapter 'second', which is not active \(active are \['default'\]"):
+        compress(model, adapter_name="second", **arguments)
+    with model.disable_adapter(), pytest.raises(ValueError, match="or adapters are disabled"):
+        compress(model, **arguments)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"is merged into the base: `model.unmerge_adapter\(\)`"):
+        compress(model, **arguments)
+    model.unmerge_adapter()
+    compress(model, **arguments)
+    model.set_adapter("second")
+    compress(model, adapter_name="second", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (float("nan"), ValueError, r"`evaluate` gave nan for the scale 0\.5"),
+        (float("inf"), ValueError, r"`evaluate` gave inf for the scale 0\.5"),
+        (None, TypeError, r"`evaluate` gave a NoneType for the scale 0\.5"),
+    ],
+)
+def test_results_that_tell_no_best_scale(result: Any, error: type[Exception], message: str) -> None:
+    model = lora()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        compress(model, scale="tune", evaluate=lambda _: result)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_beside_other_adapters(tmp_path: Path) -> None:
+    """What PEFT's `load_adapter` cannot read; an ordinary adapter, too."""
+    model = lora()
+    expected = compress(model)
+    expected.save_pretrained(tmp_path / "packed")
+    model.save_pretrained(str(tmp_path / "whole"))
+    own = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    for place in ("packed", "whole"):
+        assert peft_ext.load(tmp_path / place, model, adapter_name=place) is model
+    assert set(model.peft_config) == {"default", "packed", "whole"} and model.active_adapters == ["default"]
+    found = get_peft_model_state_dict(model, adapter_name="packed")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.tensors().items())
+    found = get_peft_model_state_dict(model, adapter_name="whole")
+    assert all(torch.equal(found[key], tensor) for key, tensor in own.items())
+    for options, message in (
+        ({}, "`adapter_name` is None, and the model has the adapters"),
+        ({"adapter_name": "default"}, "`adapter_name` is 'default', and"),
+        ({"adapter_name": "new", "dtype": 1}, "dtype: no options of an adapter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            peft_ext.load(tmp_path / "packed", model, **options)
+    with pytest.raises(BadInput, match=r"is packed already \(adapter_packed\.safetensors\)"):
+        compress(tmp_path / "packed")

@@ -7,7 +7,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,16 +16,19 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from ..core import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BadInput, about_of
 from ..lora_start import LoraStart, lora_start
 from ..low_bit import BITS
-from ..packed_files import Packed, coded, ternary
+from ..packed_files import PACKED, Packed, coded, is_packed, ternary
 
 
 # that `scale="tune"` tries: the paper's, and 1.5 and 2.5, between which small models have their best
 SCALES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+# values of LoRA's `init_lora_weights` that leave the base's weights alone, so that an adapter of zeros changes nothing
+STARTS_BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 Evaluate = Callable[[PeftModel], float]
 
 
@@ -86,16 +90,18 @@ def compress(
         adapter: A directory, a repository of the Hub, or a model with the adapter.
         keep: The share that stays.
         scale: `"std"` is 1; `"tune"` tries `SCALES` and takes the one with the largest value of `evaluate`.
-        evaluate: Given the model with the compressed adapter on it, returns what is to be large. The model is left as it
-            was.
+        evaluate: Given the model with the compressed adapter on it, returns what is to be large, a finite number. The
+            adapter must be active and not merged. The model is left as it was.
         seed: Of a LoRA adapter, given as a model: what `torch.manual_seed` got directly before `get_peft_model`. Then
             only what the training has changed is thinned out: A starts at random, and its start, which is drawn again
             when the file is loaded, takes no bytes.
         adapter_name: Which adapter of a model.
 
     Raises:
-        ValueError: A value cannot be used, the adapter did not start from `seed`, or its method does not say that its
-            values may be thinned out.
+        ValueError: A value cannot be used, the adapter did not start from `seed`, `evaluate` does not see the adapter or
+            gives no finite number, or the adapter's method does not say that its values may be thinned out, as where
+            its start was taken out of the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+        TypeError: `evaluate` gives no number.
     """
     if isinstance(keep, bool) or not (isinstance(keep, (int, float)) and 0 < keep <= 1):
         raise ValueError(f"`keep` is a share above 0 and up to 1, got {keep!r}.")
@@ -125,13 +131,12 @@ def compress(
     if evaluate is None:
         return at(number)
     assert isinstance(adapter, PeftModel)
+    _check_acts(adapter, adapter_name)
     results = {}
-    try:
+    with _left_as_it_was(adapter, own, adapter_name):
         for candidate in SCALES:
             set_peft_model_state_dict(adapter, at(candidate).tensors(), adapter_name)
-            results[candidate] = evaluate(adapter)
-    finally:
-        set_peft_model_state_dict(adapter, own, adapter_name)
+            results[candidate] = _number(evaluate(adapter), candidate)
     return at(max(results, key=lambda candidate: results[candidate]))
 
 
@@ -149,13 +154,60 @@ def binarize(
         adapter_name: Which adapter of a model.
 
     Raises:
-        ValueError: `bits` is out of range, or the adapter's method does not say that its values may be rounded.
+        ValueError: `bits` is out of range, or the adapter's method does not say that its values may be rounded, as
+            where its start was taken out of the base.
     """
     if type(bits) is not int or bits not in BITS:
         raise ValueError(f"`bits` must be {BITS[0]} to {BITS[-1]}, got {bits!r}.")
     config, tensors, names = _read(adapter, adapter_name)
     large = [key for key in names if tensors[key].numel() * bits / 8 + 9 < _bytes({key: tensors[key]})]
     return PackedAdapter(coded(tensors, large, bits), config, _bytes(tensors))
+
+
+def _check_acts(model: PeftModel, adapter_name: str) -> None:
+    """Raises where another value in the adapter changes nothing in the model's output."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if adapter_name not in model.active_adapters or any(layer.disable_adapters for layer in layers):
+        raise ValueError(
+            f"`scale='tune'` evaluates the model with the adapter {adapter_name!r}, which is not active (active are "
+            f"{model.active_adapters}, or adapters are disabled): `model.set_adapter({adapter_name!r})`."
+        )
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "`scale='tune'` evaluates the model with other values in the adapter, which is merged into the base: "
+            "`model.unmerge_adapter()`."
+        )
+
+
+@contextmanager
+def _left_as_it_was(model: PeftModel, own: dict[str, torch.Tensor], adapter_name: str) -> Iterator[None]:
+    """Inside, other values may be loaded; afterwards all is as before, to the bit: files may be of fewer bits."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    live = [(name, t) for name, t in named if t.requires_grad or adapter_name in name.split(".")]
+    before = {name: tensor.detach().clone() for name, tensor in live}
+    try:
+        yield
+    finally:
+        set_peft_model_state_dict(model, own, adapter_name)
+        now = dict([*model.named_parameters(), *model.named_buffers()])
+        with torch.no_grad():
+            for name, value in before.items():
+                now[name].copy_(value)
+
+
+def _number(found: object, scale: float) -> float:
+    """What `evaluate` has given."""
+    try:
+        number = float(found)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`evaluate` gave a {type(found).__name__} for the scale {scale}: it must return a number."
+        ) from error
+    if not math.isfinite(number):
+        raise ValueError(
+            f"`evaluate` gave {number} for the scale {scale}: no best one can be told, give finite numbers."
+        )
+    return number
 
 
 def _since(start: LoraStart, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -194,6 +246,11 @@ def _read(
     directory = Path(adapter).expanduser()
     if not directory.is_dir():
         directory = Path(snapshot_download(os.fspath(adapter), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
+    if is_packed(directory):
+        raise BadInput(
+            f"{adapter} is packed already ({PACKED}): pack the adapter that it was made of, or the model that "
+            "`peft_ext.load` makes of it."
+        )
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (directory / name).is_file():
             raise BadInput(f"{adapter} has no {name}: give the directory of a saved adapter.")
@@ -208,7 +265,8 @@ def _packable(config: str, tensors: dict[str, torch.Tensor], source: str) -> lis
     Raises:
         ValueError: The method does not say that they may be changed, or there is one that may not be.
     """
-    method = json.loads(config).get("peft_type", "")
+    fields = json.loads(config)
+    method = fields.get("peft_type", "")
     about = about_of(method)
     if not about.offsets:
         able = ", ".join(
@@ -218,6 +276,12 @@ def _packable(config: str, tensors: dict[str, torch.Tensor], source: str) -> lis
         )
         reason = about.instead.get("compressed", "a value of zero may not mean that nothing is changed")
         raise BadInput(f"{source} is of the method {method}, which is not packed: {reason}. Adapters of {able} are.")
+    if method == "LORA" and (start := fields.get("init_lora_weights", True)) not in STARTS_BESIDE_THE_BASE:
+        raise BadInput(
+            f"{source} is not packed: `init_lora_weights` is {start!r}, whose start is taken out of the base's weights, so "
+            "that zeros in the adapter do not give back the base. PiSSA, OLoRA, CorDA and LoRA-GA become plain LoRA by "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`: pack that."
+        )
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[method]  # type: ignore[index]
     found = []
     for key, tensor in tensors.items():
