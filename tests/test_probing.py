@@ -335,3 +335,105 @@ def test_scikit_learn_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data, _ = bad("")
     with pytest.raises(ImportError, match=re.escape("pip install 'peft-ext[probe]'")):
         peft_ext.linear_probe(model, data, grid=GRID)
+
+
+def scaled(alpha: float, **fields: Any) -> Any:
+    """LoRA whose tensors are the same for each `alpha`."""
+    config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=alpha, target_modules=["query", "value"], **fields)  # type: ignore[arg-type]
+    model = get_peft_model(model_of("bert")[0], config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_cache_knows_what_adapters_are_told_besides_tensors(tmp_path: Path) -> None:
+    data = batches("text")
+
+    def fitted(model: Any, cache: Path | None) -> torch.Tensor:
+        peft_ext.linear_probe(model, data, grid=GRID, cache=cache)
+        return model.base_model.model.classifier.modules_to_save["default"].weight.detach().clone()
+
+    found = fitted(scaled(4), tmp_path)
+    assert torch.equal(fitted(scaled(4), tmp_path), found) and len(list(tmp_path.iterdir())) == 1
+    larger = scaled(400)
+    assert torch.equal(fitted(larger, tmp_path), fitted(scaled(400), None)) and len(list(tmp_path.iterdir())) == 2
+    changed = scaled(4)
+    for module in changed.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(100.0)  # no config tells
+    assert torch.allclose(fitted(changed, tmp_path), fitted(larger, None)) and len(list(tmp_path.iterdir())) == 3
+    assert not torch.allclose(found, fitted(changed, None))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_of_language_models_are_refused(tied: bool) -> None:
+    model = tiny("llama", tie_word_embeddings=tied)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="'lm_head' of LlamaForCausalLM predicts the next token"):
+        peft_ext.linear_probe(model, [inputs("llama")], head="lm_head")
+    masked = tf.BertForMaskedLM(model_of("bert")[0].config)
+    with pytest.raises(ValueError, match=r"'cls\.predictions\.decoder' shares its weight with '.*word_embeddings'"):
+        peft_ext.linear_probe(masked, [inputs("bert")], head="cls.predictions.decoder")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def worse(change: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Like `bad`, of a kind that ended in an error of Python's own."""
+    model, _, takes = model_of("bert")
+    data: Any = batches(takes, number=2)
+    options: dict[str, Any] = {}
+    if change == "held_out":
+        data, options["held_out"] = batches(takes, number=1, size=4), 0.95
+    elif change == "held_out text":
+        options["held_out"] = "0.5"
+    elif change == "samples":
+        data = Samples(data).rows
+    elif change == "words":
+        data[0]["labels"] = ["good"] * 8
+    elif change == "answers":
+        model = tf.BertForQuestionAnswering(model.config)
+    elif change == "columns":
+        data = data[0]
+    elif change == "none":
+        data = None
+    elif change == "bool":
+        data = [{**one, "labels": one["labels"] > 0} for one in data]
+    elif change == "nan label":
+        model.config.problem_type = "regression"
+        data = batches(takes, number=2, labels=lambda g: torch.full((8, CLASSES), float("nan")))
+    elif change == "grid text":
+        options["grid"] = "abc"
+    elif change == "grid nan":
+        options["grid"] = [float("nan")]
+    return model, data, options
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("held_out", "`held_out` is 0.95, which leaves none of 4 samples"),
+        ("held_out text", "`held_out` is '0.5': it must lie between"),
+        ("samples", "as of a sample: give batches, or the samples as `DataLoader("),
+        ("words", "The `labels` of a batch are ['good'"),
+        ("answers", "logits are not the output of 'qa_outputs' alone"),
+        ("columns", "`dataset` is a mapping with 'input_ids', 'attention_mask', 'labels': give one batch as a list"),
+        ("none", "`dataset` is a NoneType: give a `Dataset`"),
+        ("bool", "The labels are true or false, one a sample, and the head 'classifier' has 3 outputs"),
+        ("nan label", "The labels are not all finite"),
+        ("grid text", "`grid` is 'abc': give positive numbers"),
+        ("grid nan", "`grid` is [nan]: give positive numbers"),
+    ],
+)
+def test_bad_input_is_named(change: str, message: str) -> None:
+    model, data, options = worse(change)
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        peft_ext.linear_probe(model, data, **options)
+
+
+def test_true_and_false_for_several_labels() -> None:
+    model, _, takes = model_of("bert")
+    data = batches(takes, labels=lambda g: torch.randint(2, (8, CLASSES), generator=g).bool())
+    assert peft_ext.linear_probe(model, data, grid=GRID).kind == "multi_label_classification"

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..core import ExtConfig, head_modules, tuner_of
 
@@ -49,12 +50,13 @@ class Head:
             return args[0]
 
         handle = self.module.register_forward_hook(hand_out)
-        output: Any = None
+        output, cause = None, None
         try:
             output = model(**moved)
-        except RuntimeError as error:
+        except Exception as error:
             if not widths or isinstance(error, torch.OutOfMemoryError):
                 raise  # not because of what was handed out
+            cause = error
         finally:
             handle.remove()
         logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
@@ -64,7 +66,7 @@ class Head:
             raise ValueError(
                 f"The model's logits are not the output of {self.name!r} alone (it was called {len(widths)} times), so "
                 "no head can be fitted to its features; name the Linear that makes them in `head`."
-            )
+            ) from cause
         columns = getattr(self.module, "columns", None)  # of a head that reads a selection
         return logits if columns is None else logits[..., columns.long()]
 
@@ -88,9 +90,9 @@ def find_head(model: nn.Module, name: str | None = None) -> Head:
             head = Head(name, _inner(base.get_submodule(name)))
         except AttributeError as error:
             raise ValueError(f"The model has no module {name!r} to be its head.") from error
-        return _writable(head)
+        return _writable(head, base)
     if (own := _head_of_adapter(model, base)) is not None:
-        return _writable(own)
+        return _writable(own, base)
     classes = getattr(getattr(base, "config", None), "num_labels", None)
     linears = dict(_linears(base))
     fitting = [name for name, module in linears.items() if _outputs(module) == classes]
@@ -103,7 +105,7 @@ def find_head(model: nn.Module, name: str | None = None) -> Head:
         )
     if len(fitting) > 1:
         raise ValueError(f"{', '.join(fitting)} could all be the head: name one in `head`.")
-    return _writable(Head(fitting[0], linears[fitting[0]]))
+    return _writable(Head(fitting[0], linears[fitting[0]]), base)
 
 
 def _linears(base: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -145,7 +147,7 @@ def _head_of_adapter(model: nn.Module, base: nn.Module) -> Head | None:
     return None
 
 
-def _writable(head: Head) -> Head:
+def _writable(head: Head, base: Any) -> Head:
     module = head.module
     is_adapted = isinstance(module, BaseTunerLayer)
     if is_adapted:
@@ -156,4 +158,21 @@ def _writable(head: Head) -> Head:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
         raise ValueError(f"{head.name!r} is a {type(module).__name__} without a matrix that could be written.")
+    causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    if type(base).__name__ in causal and _inner(base.get_output_embeddings() or base) is module:
+        raise ValueError(
+            f"{head.name!r} of {type(base).__name__} predicts the next token, and its labels are those of other places: "
+            "`linear_probe` is for heads of classes, as those of `AutoModelFor...Classification`."
+        )
+    own = {id(parameter) for parameter in module.parameters()}
+    shared = [
+        name
+        for name, other in base.named_modules()
+        if other is not module and any(id(parameter) in own for parameter in other._parameters.values())
+    ]
+    if shared:
+        raise ValueError(
+            f"The head {head.name!r} shares its weight with {', '.join(map(repr, shared))} (tied), which would be "
+            "overwritten with it: load the model with a head of its own."
+        )
     return head

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from os import PathLike
 from typing import Any
 
@@ -102,32 +103,36 @@ def linear_probe(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        TypeError: A batch is no mapping.
-        ValueError: The model has no head that can be fitted, the labels do not fit to it, the features are not finite,
-            there are too few samples, or `grid` or `held_out` has a value that cannot be.
+        TypeError: The data are no `Dataset` and no batches, a batch is no mapping, or a number is none.
+        ValueError: The model has no head that can be fitted (that of a causal language model, or one whose weight is
+            that of the embeddings, cannot), the labels do not fit to it, features or labels are not finite, there are
+            too few samples, or `grid` or `held_out` has a value that cannot be.
     """
     _need_sklearn()
-    grid = sorted({float(value) for value in grid})
-    if not grid or grid[0] <= 0:
-        raise ValueError(f"`grid` is {grid}: give positive numbers.")
-    if validation is None and not 0 < held_out < 1:
-        raise ValueError(f"`held_out` is {held_out}: it must lie between 0 and 1, or give `validation`.")
+    grid = _strengths(grid)
+    if not isinstance(held_out, Real) or (validation is None and not 0 < held_out < 1):
+        raise ValueError(f"`held_out` is {held_out!r}: it must lie between 0 and 1, or give `validation`.")
     found = find_head(model, head)
     store = FeatureCache(cache, model, found) if cache is not None else None
 
-    def read(data: Any) -> tuple[np.ndarray, np.ndarray]:
-        return _read(model, found, _batches(data, batch_size, collate_fn), store)
+    def read(data: Any, field: str) -> tuple[np.ndarray, np.ndarray]:
+        return _read(model, found, _batches(data, field, batch_size, collate_fn), store)
 
-    features, labels = read(dataset)
+    features, labels = read(dataset, "dataset")
     kind = _kind(model, found, labels)
     labels = _checked(labels, kind, found)
     if validation is None:
         order = np.random.default_rng(seed).permutation(len(features))
         count = max(1, round(held_out * len(features)))
+        if count == len(features):
+            raise ValueError(
+                f"`held_out` is {held_out}, which leaves none of {count} samples to fit the head to: give more samples, a "
+                "smaller share, or `validation`."
+            )
         train, rest = order[count:], order[:count]
         fitted_to, held = (features[train], labels[train]), (features[rest], labels[rest])
     else:
-        held_features, held_labels = read(validation)
+        held_features, held_labels = read(validation, "validation")
         fitted_to, held = (features, labels), (held_features, _checked(held_labels, kind, found))
     has_bias = found.module.bias is not None
     scores = _search(fitted_to, held, grid, kind, found.outputs, has_bias)
@@ -148,10 +153,29 @@ def linear_probe(
 # The frozen pass
 
 
+def _strengths(grid: Iterable[float]) -> list[float]:
+    try:
+        found = sorted({float(value) for value in grid})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`grid` is {grid!r}: give positive numbers.") from error
+    if not found or not all(0 < value < float("inf") for value in found):
+        raise ValueError(f"`grid` is {found}: give positive numbers.")
+    return found
+
+
 def _batches(
-    data: Any, batch_size: int, collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None
+    data: Any, field: str, batch_size: int, collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None
 ) -> Iterable[Mapping[str, Any]]:
     """Batches as they are; samples in batches, in their order."""
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"`{field}` is a mapping with {', '.join(map(repr, data))}: give one batch as a list with it, and of a "
+            "`DatasetDict` one split."
+        )
+    if not hasattr(data, "__getitem__") and not isinstance(data, Iterable):
+        raise TypeError(
+            f"`{field}` is a {type(data).__name__}: give a `Dataset`, a `DataLoader` or a list of batches."
+        )
     is_batches = isinstance(data, (DataLoader, list, tuple)) or not hasattr(data, "__getitem__")
     return data if is_batches else DataLoader(data, batch_size, collate_fn=collate_fn or default_data_collator)
 
@@ -198,7 +222,16 @@ def _apart(batch: Any) -> tuple[dict[str, Any], torch.Tensor]:
     name = next((name for name in LABELS if name in batch), None)
     if name is None:
         raise ValueError(f"A batch has {', '.join(map(repr, batch))} and no labels: add `labels`.")
-    return {key: value for key, value in batch.items() if key not in LABELS}, torch.as_tensor(batch[name])
+    try:
+        labels = torch.as_tensor(batch[name])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"The `{name}` of a batch are {batch[name]!r}: give numbers, a tensor of them.") from error
+    if not labels.ndim:
+        raise ValueError(
+            f"The `{name}` of a batch are one number ({labels.item()}), as of a sample: give batches, or the samples as "
+            "`DataLoader(samples, batch_size, collate_fn=...)`."
+        )
+    return {key: value for key, value in batch.items() if key not in LABELS}, labels
 
 
 @contextmanager
@@ -224,6 +257,11 @@ def _kind(model: nn.Module, head: Head, labels: np.ndarray) -> str:
         return stated
     if head.outputs == 1:
         return "regression"
+    if labels.dtype.kind == "b" and labels.ndim == 1:
+        raise ValueError(
+            f"The labels are true or false, one a sample, and the head {head.name!r} has {head.outputs} outputs: give "
+            "integers, the numbers of the classes (`labels.long()`)."
+        )
     return "single_label_classification" if labels.dtype.kind in "iu" else "multi_label_classification"
 
 
@@ -243,6 +281,8 @@ def _checked(labels: np.ndarray, kind: str, head: Head) -> np.ndarray:
         raise ValueError(
             f"The head {head.name!r} has {head.outputs} outputs, and the labels have the shape {labels.shape}."
         )
+    if not np.isfinite(table).all():
+        raise ValueError("The labels are not all finite.")
     if kind == "multi_label_classification" and not np.isin(table, (0, 1)).all():
         raise ValueError("Labels of a multi-label classification are 0 or 1.")
     return table
