@@ -168,6 +168,7 @@ def test_resumes_in_the_middle_of_an_interval(tmp_path: Path) -> None:
 def test_a_second_training_finds_all_parameters(tmp_path: Path) -> None:
     """The first one's optimizer is alive, and the blocks of its end are none of the second one's begin."""
     model = model_of()
+    never = unread(model)
     sampling = peft_ext.layer_sampling(model, blocks=1, every=2, seed=8)
     options = {"max_steps": 7, "save_strategy": "no"}
     first = Trainer(model, arguments(tmp_path, **options), train_dataset=classification_data())
@@ -175,9 +176,9 @@ def test_a_second_training_finds_all_parameters(tmp_path: Path) -> None:
     watch = Watch(model)
     second = Trainer(model, arguments(tmp_path, **options), train_dataset=classification_data(), callbacks=[watch])
     second.train()
-    assert sampling.units_at(6) != sampling.units_at(0)
-    for step in range(7):
-        assert watch.moved[step] <= set(sampling.parameters_at(step))
+    assert sampling.units_at(7) != sampling.units_at(0)
+    for step in range(7):  # the first by the draw that was next, as its forward has seen the first optimizer
+        assert watch.moved[step] == set(sampling.parameters_at(step or 7)) - never
     assert sampling.step == 7 and first.optimizer is not second.optimizer
 
 
@@ -361,3 +362,79 @@ def test_parameters_that_no_optimizer_holds() -> None:
     adapted.train()(**inputs("llama")).loss.backward()
     with pytest.raises(ValueError, match="call `layer_sampling` after that"):
         optimizer.step()
+
+
+def adapted_twice() -> Any:
+    model = get_peft_model(model_of("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return model.train()
+
+
+def test_another_adapter_is_not_trained_without_a_draw() -> None:
+    model = adapted_twice()
+    sampling = peft_ext.layer_sampling(model, blocks=1, every=1)
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if "lora_" in name], lr=0.1)
+    for _ in range(2):
+        model(**inputs("llama")).loss.backward()
+        optimizer.step()
+        model.set_adapter("second")
+        with pytest.raises(ValueError, match=r"lora_A\.default\.weight is frozen\. After `set_adapter`"):
+            model(**inputs("llama"))
+        model.set_adapter("default")
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"now model\.norm\.weight is trainable, too\."):
+        model(**inputs("llama"))
+    model.base_model.model.model.norm.weight.requires_grad_(False)
+    sampling.close()
+    model.set_adapter("second")
+    sampling = peft_ext.layer_sampling(model, blocks=1, every=1)
+    before = snapshot(model)
+    optimizer.zero_grad()
+    model(**inputs("llama")).loss.backward()
+    optimizer.step()
+    prefix = "base_model.model."
+    assert moved(model, before) == {prefix + name for name in sampling.parameters_at(2)}  # the optimizer counts on
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_switch_between_forward_and_step_leaves_the_other_adapter_frozen(closes: bool) -> None:
+    model = adapted_twice()
+    sampling = peft_ext.layer_sampling(model, blocks=1, every=1)
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if "lora_" in name], lr=0.1)
+    model(**inputs("llama")).loss.backward()
+    model.set_adapter("second")
+    if closes:
+        sampling.close()
+    else:
+        optimizer.step()
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"second"}
+    model.set_adapter("default")
+    optimizer.zero_grad()
+    model(**inputs("llama")).loss.backward()
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".default." in name) == closes
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"blocks": 1.5}, "`blocks` must be a whole number, not 1.5"),
+        ({"blocks": True}, "`blocks` must be a whole number, not True"),
+        ({"every": 1.5}, "`every` must be a whole number, not 1.5"),
+        ({"every": float("nan")}, "`every` must be a whole number, not nan"),
+        ({"every": "3"}, "`every` must be a whole number, not '3'"),
+        ({"seed": None}, "`seed` must be a whole number, not None"),
+        ({"unit": "matrix", "share": "half"}, "`share` must be a number above 0 and at most 1, not 'half'"),
+        ({"unit": "matrix", "share": True}, "`share` must be a number above 0 and at most 1, not True"),
+        ({"always": None}, "`always` must be a sequence"),
+        ({"always": [["norm"]]}, "`always` must be a sequence"),
+        ({"model": None}, "`model` is a NoneType"),
+    ],
+)
+def test_values_of_other_types(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        peft_ext.layer_sampling(**{"model": model_of(), **fields})
+
+
+def test_always_may_be_read_once_only() -> None:
+    sampling = peft_ext.layer_sampling(model_of("llama"), blocks=1, always=(name for name in ("norm",)))  # type: ignore[arg-type]
+    assert "model.norm.weight" in sampling.parameters_at(0)

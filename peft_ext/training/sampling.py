@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+from peft import PeftModel
 from torch import is_grad_enabled, nn
 from torch.optim import Optimizer
 
@@ -63,8 +65,17 @@ def layer_sampling(
 
     Raises:
         ValueError: A field is out of range, the model's blocks are not known, or the model is sampled already. At the
-            first step: no optimizer holds the parameters.
+            first step: no optimizer holds the parameters. At a forward: others require gradients than at the call, as
+            after `set_adapter`.
+        TypeError: `model` is no module, or a number is none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a {type(model).__name__}: give the model whose layers are to be sampled.")
+    for field, value in (("blocks", 2 if blocks is None else blocks), ("every", every), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"`{field}` must be a whole number, not {value!r}.")
+    if share is not None and (isinstance(share, bool) or not isinstance(share, Real)):
+        raise TypeError(f"`share` must be a number above 0 and at most 1, not {share!r}.")
     if unit not in ("block", "matrix"):
         raise ValueError(f"`unit` must be 'block' or 'matrix', not {unit!r}.")
     if unit == "block" and share is not None:
@@ -73,7 +84,9 @@ def layer_sampling(
         raise ValueError(f"`blocks` ({blocks}) is for `unit='block'`; give a `share` for matrices.")
     if every < 1:
         raise ValueError(f"`every` must be at least 1 step, not {every}.")
-    if isinstance(always, str) or not set(always) <= set(OUTSIDE):
+    if not isinstance(always, (str, bytes)) and isinstance(always, Iterable):
+        always = tuple(always)  # read more than once
+    if not isinstance(always, tuple) or not all(place in OUTSIDE for place in always):
         raise ValueError(f"`always` must be a sequence with some of {', '.join(OUTSIDE)}, not {always!r}.")
     if model in _sampled:
         raise ValueError(f"The layers of this {type(model).__name__} are sampled already: `close()` that one first.")
@@ -144,16 +157,20 @@ class LayerSampling:
         self._handle.remove()
         stop_listening(self)
         self._thaw()
-        for slot in self._unused:
+        for slot in self._unused if self._is_trained_on() else []:
             slot.parameter.requires_grad_(True)
         if (model := self._model()) is not None:
             _sampled.pop(model, None)
 
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
-        """Of a training that began unseen, or whose forward went past the model, only the draw's gradients count."""
+        """Of a training that began unseen, or whose forward went past the model, only the draw's gradients count.
+
+        If the forward was made by the draw of another optimizer, which a training before has left, that draw's do: there
+        are no others.
+        """
+        interval = self._interval if self._frozen else group.get(STEP, 0) // self._every
         if optimizer is not self._optimizer():
             self._take(optimizer)
-        interval = group.get(STEP, 0) // self._every
         if not closure:
             for slot in self._left_out(interval):
                 slot.parameter.grad = None
@@ -183,6 +200,7 @@ class LayerSampling:
             self._find()
             if (group := self._group()) is None:
                 return  # no optimizer is built yet, and when it is, it must find all parameters trainable
+        self._check_trainable()
         interval = group.get(STEP, 0) // self._every
         left_out = self._left_out(interval)
         if interval != self._interval:
@@ -208,9 +226,29 @@ class LayerSampling:
                     optimizer.state.pop(slot.parameter, None)
 
     def _thaw(self) -> None:
-        for slot in self._frozen:
+        for slot in self._frozen if self._is_trained_on() else []:
             slot.parameter.requires_grad_(True)
         self._frozen = []
+
+    def _is_trained_on(self) -> bool:
+        """Whether what is drawn is trainable still, and not of an adapter that is active no more."""
+        frozen = set(self._frozen)
+        return any(slot.parameter.requires_grad for slot in self._slots if slot not in frozen)
+
+    def _check_trainable(self) -> None:
+        """Raises if others require gradients than when the sampling began: they would be trained without a draw."""
+        model: Any = self._model()
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        known, frozen = {id(slot.parameter) for slot in self._slots}, set(self._frozen)
+        lost = [slot.name for slot in self._slots if not slot.parameter.requires_grad and slot not in frozen]
+        more = [name for name, p in base.named_parameters() if p.requires_grad and id(p) not in known]
+        if lost or more:
+            found = f"{lost[0]} is frozen" if lost else f"{more[0]} is trainable, too"
+            raise ValueError(
+                f"Layer sampling draws from the {len(known)} parameters that required gradients when it was called, and "
+                f"now {found}. After `set_adapter`, or after freezing or thawing by hand, call `close()` and "
+                "`layer_sampling` again."
+            )
 
     def _group(self) -> dict[str, Any] | None:
         """The optimizer's group that counts the steps, if there is an optimizer yet."""
