@@ -26,6 +26,7 @@ from io import StringIO
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -91,9 +92,12 @@ def calibrate(
     """
     if not isinstance(config, ExtConfig):
         raise TypeError(f"{type(config).__name__} is no config of this package, so there is nothing to calibrate.")
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()  # by whose names a config goes
     tuner = tuner_of(config)
     needed = tuner.kind_for(config)
-    if kind is not None and (kind == ACTIVATION) != (needed == ACTIVATION):
+    apart = {ACTIVATION, "gradient"}  # no scores that the others could stand for: channels' norms, and signed sums
+    if kind is not None and kind != needed and {kind, needed} & apart:
         raise ValueError(
             f"`kind={kind!r}` is not what this {type(config).__name__} goes by, which is {needed!r}: leave `kind` out."
         )

@@ -389,6 +389,10 @@ class DeltaLayer(ExtLayer):
 
     # Merge
 
+    def adds_alone(self, adapter_name: str) -> bool:
+        """What a change of the parameters adds, an output linear in them."""
+        return True
+
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """W + S and b + s, summed in fp32 at least and rounded once."""
         if self.quantization_backend is not None:

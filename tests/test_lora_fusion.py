@@ -530,3 +530,40 @@ class TestMagnitudes(SavingTests, MergingTests, TrainingTests):
         mixes_batches=True,
         keeps_fp32=r".*",
     )
+
+
+@pytest.mark.parametrize("share", ["block", "all", "none"])
+@pytest.mark.parametrize("init", [True, "xavier", "zero"])
+def test_magnitudes_change_nothing_at_the_start(loras: list[str], share: str, init: bool | str) -> None:
+    config = LoraFusionConfig(adapters=loras, magnitude=True, init_weights=init, share=share)
+    model = get_peft_model(tiny("llama").double(), config)
+    layers = [module for module in model.modules() if isinstance(module, LoraFusionLinear)]
+    assert layers
+    for layer in layers:
+        gain = layer.gain("default", *layer.low_rank("default"))
+        torch.testing.assert_close(gain, torch.ones_like(gain))
+
+
+def test_loras_on_the_model_act_no_longer_once_they_are_fused(tmp_path: Path) -> None:
+    """Put on by transformers; else one would go on, be trained, and not be saved."""
+    base, batch = tiny("llama"), batch_of()
+    with pytest.warns(UserWarning, match="Already found a `peft_config` attribute"):
+        for name in ("p", "q"):
+            base.add_adapter(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False), name)
+        model = get_peft_model(base, LoraFusionConfig(adapters=["p", "q"])).eval()
+    model.set_adapter("default")
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" in name]
+    found = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), batch), found)
+    torch.testing.assert_close(logits(model.merge_and_unload(), batch), found)
+
+
+def test_loras_of_another_base_are_told(loras: list[str]) -> None:
+    for lora in loras:
+        file = Path(lora, "adapter_config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "org/base-a"}))
+    model = tiny("llama").double()
+    model.name_or_path = "org/base-b"
+    with pytest.warns(UserWarning, match=r"trained on 'org/base-a', and the model is 'org/base-b'"):
+        get_peft_model(model, LoraFusionConfig(adapters=loras))

@@ -234,3 +234,45 @@ def test_an_adapter_without_factors_does_not_run(tmp_path: Path) -> None:
     empty = get_peft_model(tiny("llama"), PeftConfig.from_pretrained(str(tmp_path)))
     with pytest.raises(ValueError, match="has no factors yet: load its weights"):
         empty(**inputs("llama"))
+
+
+def test_a_cast_of_what_is_trained_alone() -> None:
+    """As trainers do it; the factors are buffers."""
+    model = get_peft_model(tiny("llama").bfloat16(), LoraSBConfig(r=3, init_weights="weights"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    model.eval()(**inputs("llama"))
+    parameters = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    torch.func.functional_call(model.train(), parameters, kwargs=inputs("llama"))
+
+
+def test_lora_xs_starts_at_the_weights_of_the_base_while_another_is_merged() -> None:
+    model = get_peft_model(tiny("llama").double(), LoraSBConfig(r=3, init_weights=False), adapter_name="first")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("second", LoraSBConfig(r=3, init_weights="weights"))
+    for layer in layers_of(model).values():
+        values = torch.linalg.svdvals(layer.get_base_layer().weight)[:3]
+        found = layer.low_rank_core_matrix["second"].down.norm(dim=1)
+        torch.testing.assert_close(found.double(), values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sensitivity", "magnitude", "snip"])
+def test_only_signed_sums_of_gradients_make_a_start(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"`kind='{kind}'` is not what this LoraSBConfig goes by.*'gradient'"):
+        peft_ext.calibrate(tiny("llama"), LoraSBConfig(r=3), [inputs("llama")], kind=kind, progress=False)
+
+
+def test_a_rank_that_is_too_large_is_refused_before_the_data_are_read() -> None:
+    def data() -> Any:
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(ValueError, match=r"`r` is 999, and '.*' has .* inputs and outputs"):
+        peft_ext.calibrate(tiny("llama"), LoraSBConfig(r=999), data(), progress=False)
+
+
+def test_lora_xs_takes_no_step() -> None:
+    with pytest.raises(ValueError, match="`step_size` has no effect with `init_weights='weights'`"):
+        LoraSBConfig(init_weights="weights", step_size=1.0)

@@ -20,6 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import peft_ext
 from peft_ext import S2FTConfig, SparseFTConfig
+from peft_ext.core import Adapter, about_of
+from peft_ext.inspection.reading import by_site
 from peft_ext.tuners.s2ft import ChannelBlock, S2FTLinear
 
 
@@ -386,6 +388,10 @@ def test_one_batch_of_several_adapters_on_both_sides() -> None:
         ({"ratios": {}}, r"`ratios` must be in \(0, 1\]"),
         ({"selection": "best"}, "`selection` must be one of random, weight"),
         ({"largest": True}, "`largest=True` has no effect"),
+        ({"largest": "yes", "selection": "weight"}, "`largest` must be True or False"),
+        ({"ratios": {1: 0.5}}, "`ratios` must be by names or kinds"),
+        ({"num_channels_per_module": {}}, "`num_channels_per_module` must map names"),
+        ({"sides_per_module": {"a": "left"}}, "`sides_per_module` must map names"),
         ({"scope": "layer"}, "`scope` must be 'global' or 'per_layer'"),
         ({"num_channels_per_module": {"fc1": 0}}, "`num_channels_per_module` must map"),
     ],
@@ -446,3 +452,57 @@ def test_heads_that_do_not_divide_and_unknown_orders_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*ecompile.*", "ignore:.*quant_state.*")
 def test_4bit_base() -> None:
     check_training_and_merging_in_4_bit(S2FTConfig(ratios={"down": 0.1, "o": 0.5}), "s2ft_")
+
+
+def calibrated(config: S2FTConfig, **options: Any) -> S2FTConfig:
+    return peft_ext.calibrate(tiny("llama"), config, [inputs("llama")], progress=False, **options)
+
+
+def test_numbers_given_by_hand_hold_in_a_calibration() -> None:
+    counts = {"model.layers.0.mlp.down_proj": 3}
+    config = calibrated(S2FTConfig(selection="activation", ratios={"down": 0.5}, num_channels_per_module=counts))
+    assert config.num_channels_per_module == counts
+    anew = calibrated(calibrated(S2FTConfig(selection="activation", ratios={"down": 0.5})))
+    assert sum((anew.num_channels_per_module or {}).values()) > 3  # what was worked out is no such number
+
+
+def test_a_choice_by_gradient_takes_no_signed_sums() -> None:
+    with pytest.raises(ValueError, match="`kind='gradient'` is not what this S2FTConfig goes by"):
+        calibrated(S2FTConfig(selection="gradient", ratios={"down": 0.5}), kind="gradient")
+
+
+def test_a_config_is_calibrated_on_a_model_with_adapters() -> None:
+    model = get_peft_model(tiny("llama"), S2FTConfig(ratios={"down": 0.2}), adapter_name="first")
+    config = S2FTConfig(selection="activation", ratios={"down": 0.2})
+    model.add_adapter("second", peft_ext.calibrate(model, config, [inputs("llama")], progress=False))
+    assert all(name.startswith("model.layers.") for name in config.support or ["none"])
+
+
+def test_an_adapter_saved_where_a_calibration_lay(tmp_path: Path) -> None:
+    calibrated(S2FTConfig(selection="activation", ratios={"down": 0.5})).save_pretrained(str(tmp_path))
+    assert (tmp_path / "calibration.safetensors").exists()
+    model = get_peft_model(tiny("llama"), S2FTConfig(ratios={"down": 0.2}, init_weights=False))
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny("llama"), str(tmp_path))
+    torch.testing.assert_close(logits(loaded, inputs("llama")), logits(model, inputs("llama")))
+
+
+def test_a_square_block_of_outputs_is_read_as_one(tmp_path: Path) -> None:
+    base = tiny("llama", hidden_size=32, intermediate_size=64)
+    model = get_peft_model(base, S2FTConfig(ratios={"up": 0.5}, scope="per_layer", init_weights=False))
+    model.save_pretrained(str(tmp_path))
+    assert {tuple(block.weight.shape) for block in blocks(model).values()} == {(32, 32)}
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    about, (sites, _) = about_of("S2FT"), by_site(tensors, "S2FT")
+    adapter = Adapter(str(tmp_path), tmp_path, config, {}, {})
+    assert {about.read(adapter, site)[1]["weight"].side for site in sites.values()} == {"outputs"}
+
+
+def test_heads_and_channels_are_compared_by_the_mean_of_their_channels() -> None:
+    """BERT's `dense` is the output of the attention, by heads, and of the feed-forward part, by channels."""
+    model = get_peft_model(
+        tiny("bert"), S2FTConfig(ratios={"dense": 0.9}, selection="weight", target_modules=["output.dense"])
+    )
+    names = [name for name, layer in layers(model).items() if blocks(model)[name].indices.numel()]
+    assert any("attention" in name for name in names) and any("attention" not in name for name in names)

@@ -441,3 +441,8 @@ def test_the_command_line_writes_a_sparse_adapter(tmp_path: Path) -> None:
     assert not main(["export", str(tmp_path / "adapter"), "--to", "sparse", "--output", str(tmp_path / "out")])
     loaded = PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "out")).eval()
     torch.testing.assert_close(logits(loaded, inputs("llama")), logits(adapted, inputs("llama")))
+
+
+def test_an_empty_batch() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)), SNELLConfig(r=4, target_modules=["0"]))
+    assert model(torch.zeros(0, 8)).shape == (0, 2)

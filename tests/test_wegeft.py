@@ -363,3 +363,15 @@ def test_a_copy_shares_its_own_maps() -> None:
             if "wegeft" in key:
                 parameter.zero_()
     assert torch.equal(logits(copied, batch), expected)
+
+
+def test_a_sequential_base_with_shared_maps() -> None:
+    """It runs all of its children, among which the shared maps are."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(3, 8)
+    before = base(x)
+    model = get_peft_model(base, WeGeFTConfig(r=2, target_modules=["0"], init_weights=False))
+    after = model(x)
+    assert after.shape == before.shape and not torch.allclose(after, before)
+    torch.testing.assert_close(model.merge_and_unload()(x), after)

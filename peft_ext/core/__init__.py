@@ -27,6 +27,7 @@ from .files import (
 from .hooks import MethodHooks
 from .layer import ExtLayer
 from .leaves import HALF, AdapterVector, ExactLeaf, SharedLeaf, keeping_precision
+from .listening import Listener, listener_between
 from .lora import scale_at
 from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
@@ -40,6 +41,7 @@ from .registry import Method, about_of, is_registered, method_of, methods, regis
 from .schedule import StepListener, exempt_from_weight_decay, listen_to_steps, owners_of, stop_listening
 from .seeds import stable_generator
 from .sharing import SharedLayer, SharingModel, StandIn
+from .stored import layers_by_name
 from .targets import (
     backbone_linears,
     backbone_modules,
@@ -79,6 +81,7 @@ __all__ = [
     "Fillings",
     "HeatMap",
     "Image",
+    "Listener",
     "LowRank",
     "Method",
     "MethodHooks",
@@ -123,9 +126,11 @@ __all__ = [
     "is_trained",
     "keeping_precision",
     "layer_and_type",
+    "layers_by_name",
     "linear_features",
     "linear_out_features",
     "listen_to_steps",
+    "listener_between",
     "load_plugins",
     "lora_scale",
     "matched_targets",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,15 +38,21 @@ class CalibratedConfig(ExtConfig):
         With a trained adapter PEFT calls this too; then they are in the adapter's own file.
         """
         super().save_pretrained(save_directory, **kwargs)
+        file = Path(save_directory, CALIBRATION)
         if self.support is not None and not self.inference_mode:
-            save_file(self.support, os.path.join(save_directory, CALIBRATION))
+            save_file(self.support, file)
+        else:
+            file.unlink(missing_ok=True)  # of the config that was here before
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
-        """Reads `adapter_config.json`, and the indices that were chosen if they are written beside it."""
+        """Reads `adapter_config.json`, and the indices that were chosen if they are written beside it.
+
+        A trained adapter has them in its own file; what lies beside that is of a config that was here before.
+        """
         config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         file = os.path.join(pretrained_model_name_or_path, CALIBRATION)
-        if isinstance(config, CalibratedConfig) and os.path.exists(file):
+        if isinstance(config, CalibratedConfig) and not config.inference_mode and os.path.exists(file):
             try:
                 support = load_file(file)
             except (SafetensorError, OSError) as error:

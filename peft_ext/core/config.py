@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
@@ -153,9 +154,19 @@ class ExtConfig(PeftConfig):
         self._check_version()
 
     def _check_numbers(self) -> None:
-        """Refuses what no tensor of a model can hold, which would otherwise end in torch's words, or in infinities."""
+        """Refuses what is no number where one is wanted, and what no tensor of a model can hold.
+
+        Either would otherwise end in the words of Python or torch, or in infinities.
+        """
+        inherited = PeftConfig.__dataclass_fields__
         for part in fields(self):
             value = getattr(self, part.name)
+            kind, optional, _ = str(part.type).partition(" | None")
+            is_number = kind in ("int", "float") and part.name not in inherited and not (optional and value is None)
+            if is_number and not isinstance(value, Real):  # of which kind is for the methods themselves to say
+                raise TypeError(f"`{part.name}` must be a number{' or None' if optional else ''}, got {value!r}.")
+            if part.name == "seed" and type(value) is not int:
+                raise TypeError(f"`seed` must be a whole number, got {value!r}.")
             if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
                 raise ValueError(f"`{part.name}` must be a finite number that float32 can hold, got {value!r}.")
 

@@ -253,18 +253,18 @@ class ExtLayer(nn.Module, BaseTunerLayer):
             if inner:
                 self.base_layer.merge(safe_merge=safe_merge, adapter_names=inner)
         for name in names:
-            for key, value in self._checked_merge(name, safe_merge).items():
+            for key, value in self.checked_merge(name, safe_merge).items():
                 self._set_base_tensor(key, value)
             self.merged_adapters.append(name)
 
-    def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Raises what `merge` would raise, without changing anything."""
-        names = self.present(self.active_adapters if adapter_names is None else adapter_names)
-        for name in names:
-            if name not in self.merged_adapters:
-                self._checked_merge(name, safe_merge)
+    def adds_alone(self, adapter_name: str) -> bool:
+        """Whether an adapter adds to the output what depends on the input alone, and not on other adapters."""
+        return False
 
-    def _checked_merge(self, name: str, safe_merge: bool) -> dict[str, torch.Tensor]:
+    def check_inner_merge(self, adapter_names: list[str]) -> None:
+        """Raises `ValueError` if merging these adapters, which act inside, would change what this layer does."""
+
+    def checked_merge(self, name: str, safe_merge: bool) -> dict[str, torch.Tensor]:
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import onload_layer
+from itertools import product
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from .layer import ExtLayer
@@ -12,13 +15,52 @@ def check_merges(model: nn.Module, safe_merge: bool, adapter_names: list[str] | 
     """Raises what the merge of any of our layers would raise, while the model is still as it was."""
     refuse_tied_weights(model, adapter_names)
     for name, module in model.named_modules():
-        if isinstance(module, ExtLayer):
+        if isinstance(module, BaseTunerLayer):
             try:
+                if adapter_names is not None:
+                    refuse_partial_merge(module, adapter_names)
+                if not isinstance(module, ExtLayer):
+                    continue
                 with onload_layer(module):
-                    module.check_merge(safe_merge, adapter_names)
+                    for adapter in module.present(module.active_adapters if adapter_names is None else adapter_names):
+                        if adapter not in module.merged_adapters:
+                            module.checked_merge(adapter, safe_merge)
             except ValueError as error:
                 error.add_note(f"This is about the module {name!r}.")
                 raise
+
+
+def refuse_partial_merge(layer: BaseTunerLayer, adapter_names: list[str]) -> None:
+    """Refuses to merge an adapter without those that act inside of it, unless none depends on the others.
+
+    What is merged acts before all that is not. Inner adapters may be merged alone, as they act first anyhow, if nothing
+    outside goes by the weight.
+
+    Raises:
+        ValueError: The output would change.
+    """
+    names = [name for name in adapter_names if name in layer._get_available_adapters()]
+    inner: object = getattr(layer, "base_layer", None)
+    while isinstance(inner, BaseTunerLayer):
+        owned = inner._get_available_adapters() - set(inner.merged_adapters)
+        acting = [name for name in inner.active_adapters if name in owned]
+        merging = [name for name in acting if name in adapter_names]
+        if merging and isinstance(layer, ExtLayer):
+            layer.check_inner_merge(merging)
+        for name, other in product(names, acting):
+            if other not in merging and not (adds_alone(layer, name) and adds_alone(inner, other)):
+                raise ValueError(
+                    f"Cannot merge adapter {name!r} without {other!r}, which acts before it on the same module: merge "
+                    f"both, `merge_adapter([{other!r}, {name!r}])`, or deactivate one of them."
+                )
+        inner = inner.base_layer  # type: ignore[attr-defined]
+
+
+def adds_alone(layer: BaseTunerLayer, adapter_name: str) -> bool:
+    """Whether an adapter, ours or PEFT's, adds to the output what depends on the input alone."""
+    if isinstance(layer, ExtLayer):
+        return layer.adds_alone(adapter_name)
+    return isinstance(layer, LoraLayer) and adapter_name not in layer.lora_variant  # DoRA is a variant
 
 
 def refuse_tied_weights(model: nn.Module, adapter_names: list[str] | None) -> None:

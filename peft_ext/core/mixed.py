@@ -33,10 +33,11 @@ from .advice import warn_of_idle_layers
 from .config import ExtConfig
 from .copies import own_config
 from .layer import ExtLayer
+from .listening import move_listeners
 from .merging import announce_unloading, check_merges
 from .model import tuner_of
 from .stored import without_inner
-from .targets import refuse_ambiguous_names
+from .targets import refuse_ambiguous_names, refuse_unknown_tokens
 from .upkeep import prepare, restore
 
 
@@ -68,6 +69,7 @@ class _MixedModel(MixedModel):
         layer_class = tuner_of(peft_config).tuner_layer_cls if isinstance(peft_config, ExtConfig) else None
         refuse_ambiguous_names(self.peft_config, model, layer_class)
         if isinstance(peft_config, ExtConfig):
+            refuse_unknown_tokens(peft_config, model)
             tuner_of(peft_config).check_targets(peft_config, model)
 
     def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -86,6 +88,7 @@ class _MixedModel(MixedModel):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+        move_listeners(child, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter of any method on the model."""
@@ -125,12 +128,22 @@ class _MixedModel(MixedModel):
         self.set_adapter(active)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges all layers, the innermost first: an outer method acts on what an inner one has already changed."""
+        """Merges all layers, the innermost first: an outer method acts on what an inner one has already changed.
+
+        What is merged already is merged again, in that order, with what comes to it.
+        """
         check_merges(self.model, safe_merge, adapter_names)
-        warn_of_idle_layers(self.model, adapter_names or self.active_adapters)
-        for module in reversed(list(self.model.modules())):
-            if isinstance(module, BaseTunerLayer):
-                module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        warn_of_idle_layers(self.model, names)
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        merged = dict.fromkeys(name for layer in layers for name in layer.merged_adapters)
+        if merged and not set(names) <= merged.keys():
+            for layer in layers:  # the outermost first
+                if layer.merged:
+                    layer.unmerge()
+            names = list(dict.fromkeys([*merged, *names]))
+        for layer in reversed(layers):
+            layer.merge(adapter_names=names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,

@@ -29,6 +29,7 @@ from .config import ExtConfig
 from .copies import own_config
 from .hooks import MethodHooks
 from .layer import ExtLayer
+from .listening import move_listeners
 from .merging import announce_unloading, check_merges
 from .modes import mixed_batch
 from .offloading import empty_like_of
@@ -158,9 +159,9 @@ class ExtModel(MethodHooks, BaseTuner):
         return self.replace_parameters(self, peft_config, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version also copies `weight` and moves devices; our layers share the base layer and move themselves,
-        # and a module that was trained in full may have no `weight`.
+        # PEFT's version copies `weight`, which a module trained in full may lack; our layers share the base layer
         setattr(parent, child_name, new_module)
+        move_listeners(child, new_module)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return self.default_targets(peft_config, model_config, self.model)

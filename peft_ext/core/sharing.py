@@ -79,13 +79,21 @@ class SharingModel(ExtModel):
         if group is not None:
             groups: Any = getattr(tuner.model, cls.shared, None)
             if groups is None:
-                groups = nn.ModuleDict()
+                groups = Shared()
                 setattr(tuner.model, cls.shared, groups)
             owner = groups[group] if group in groups else cls.stand_in(base_layer)
             if not (isinstance(owner, ExtLayer) and any(adapter_name in leaves for leaves in containers(owner))):
                 layer = super().inject_layer(tuner, config, adapter_name, owner, f"{cls.shared}.{group}")
                 groups[group] = owner if layer is None else layer
         return super().inject_layer(tuner, config, adapter_name, target, name)
+
+
+class Shared(nn.ModuleDict):
+    """The layers with shared leaves, a child of the model."""
+
+    def forward(self, x: Any) -> Any:
+        """Its argument: a model that is an `nn.Sequential` runs all of its children."""
+        return x
 
 
 def containers(layer: ExtLayer) -> list[nn.ModuleDict]:

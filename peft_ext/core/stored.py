@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from .sharding import plain_named_modules, unwrapped
 SHOWN = 8  # faults in one message
 PEFT_PREFIX = "base_model.model."  # of the keys in a file, also where the model has none
 INNER = ".base_layer"
+Layer = TypeVar("Layer", bound=ExtLayer)
 
 
 def packed(
@@ -62,6 +63,18 @@ def spellings(key: str) -> Iterator[str]:
 def without_inner(key: str) -> str:
     """The key of an adapter's tensor as it is where no other adapter is around it."""
     return re.sub(r"\.base_layer(?=\.[^.]+\.)", "", key)
+
+
+def layers_by_name(model: nn.Module, layer_class: type[Layer], adapter_name: str) -> dict[str, Layer]:
+    """The layers of a class that have an adapter, by the names of their modules in the base.
+
+    Layers of other adapters may be around them, whose part of a name a file of this adapter alone must not have.
+    """
+    return {
+        re.sub(rf"\{INNER}(?=\.|$)", "", name.removeprefix(PEFT_PREFIX)): module
+        for name, module in model.named_modules()
+        if isinstance(module, layer_class) and adapter_name in module._get_available_adapters()
+    }
 
 
 class Stored:

@@ -30,7 +30,11 @@ class LowBitConfig(ExtConfig):
             raise ValueError(
                 f"`bits` must be {BITS[0]} to {BITS[-1]}, or {FULL} for weights that are not quantised, got {self.bits!r}."
             )
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise ValueError(f"`scale` must be a finite number, got {self.scale!r}.")
+        if (
+            isinstance(self.scale, bool)
+            or not isinstance(self.scale, (int, float))
+            or not (math.isfinite(self.scale) and self.scale)
+        ):
+            raise ValueError(f"`scale` must be a finite number other than 0, got {self.scale!r}.")
         if isinstance(self.dropout, bool) or not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             raise ValueError(f"`dropout` must be at least 0 and below 1, got {self.dropout!r}.")

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core import linear_features
+from ...core import Listener, linear_features
 from ...low_bit import LowBitLayer
 from .config import BinaryAdapterConfig
-
-
-class Listener:
-    """A forward pre-hook that keeps what its module reads, until the adapter takes it."""
-
-    value: torch.Tensor | None = None
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.value = args[0] if args else next(iter(kwargs.values()))
 
 
 class BinaryAdapterLinear(LowBitLayer):
@@ -37,25 +29,27 @@ class BinaryAdapterLinear(LowBitLayer):
         self.listeners: dict[str, Listener] = {}  # by that name
 
     def update_layer(
-        self, adapter_name: str, config: BinaryAdapterConfig, *, reads: str, width: int, module: nn.Module | None
+        self,
+        adapter_name: str,
+        config: BinaryAdapterConfig,
+        *,
+        reads: str,
+        width: int,
+        listen: Callable[[], Listener] | None,
     ) -> None:
-        """Creates the matrices of one adapter; it reads `width` features: what `module` reads, if that is one."""
+        """Creates the matrices of one adapter; it reads `width` features: what `listen` hears, if that is given."""
         self.activation[adapter_name] = config.activation
         self.reads[adapter_name] = reads
-        if module is not None and reads not in self.listeners:
-            self.listeners[reads] = Listener()
-            module.register_forward_pre_hook(self.listeners[reads], with_kwargs=True)
+        if listen is not None and reads not in self.listeners:
+            self.listeners[reads] = listen()
         features = linear_features(self.get_base_layer())
         assert features is not None
         self.add_matrices(adapter_name, config, width, features[1])
 
     def leave(self, model: nn.Module) -> None:
         """Takes the hooks away."""
-        for module in model.modules():
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if isinstance(hook, Listener) and any(hook is own for own in self.listeners.values()):
-                    del module._forward_pre_hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for listener in self.listeners.values():
+            listener.stop(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's output with what its active adapters add."""
@@ -87,6 +81,10 @@ class BinaryAdapterLinear(LowBitLayer):
                 "use `site='sequential'` on this model."
             )
         return value
+
+    def adds_alone(self, adapter_name: str) -> bool:
+        """It does."""
+        return True
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """Raises `ValueError`: there is a nonlinearity in it."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ...architectures import BlockFeedForward, describe
-from ...core import ExtLayer, ExtModel, linear_features, warn_of_experts
+from ...core import ExtLayer, ExtModel, linear_features, listener_between, matched_targets, warn_of_experts
 from .config import BinaryAdapterConfig
 from .layer import BinaryAdapterLinear
 
@@ -37,34 +38,38 @@ class BinaryAdapterModel(ExtModel):
         return BinaryAdapterLinear
 
     @classmethod
-    def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: BinaryAdapterConfig) -> dict[str, Any]:
-        """What the adapter on the module of this name reads, and how many features that has.
+    def check_targets(cls, config: Any, model: nn.Module) -> None:
+        """Raises `ValueError`, too, if `before_norm` is set, and a norm is not known."""
+        super().check_targets(config, model)
+        if config.site == "sequential" or not config.before_norm:
+            return
+        parts = feed_forward_parts(model)
+        for name, _ in matched_targets(config, model):
+            if name not in parts or parts[name].norm is None:
+                raise ValueError(
+                    f"`before_norm=True`, but the table of architectures names no norm in front of {name!r}: leave "
+                    "`before_norm` out, and the adapter reads what the feed-forward part reads."
+                )
 
-        Raises:
-            ValueError: `before_norm` is set, and the norm is not known.
-        """
+    @classmethod
+    def layer_kwargs(cls, tuner: Any, name: str, base_layer: nn.Module, config: BinaryAdapterConfig) -> dict[str, Any]:
+        """What the adapter on the module of this name reads, and how many features that has."""
         inputs, outputs = linear_features(base_layer) or (0, 0)
         if config.site == "sequential":
-            return {"reads": "output", "width": outputs, "module": None}
+            return {"reads": "output", "width": outputs, "listen": None}
         parts = tuner.__dict__.get("_feed_forward")
         if parts is None:
-            described = describe(tuner.model)
-            parts = tuner.__dict__["_feed_forward"] = {part.down: part for b in described.blocks for part in b.ffn}
+            parts = tuner.__dict__["_feed_forward"] = feed_forward_parts(tuner.model)
         part: BlockFeedForward | None = parts.get(name)
-        if config.before_norm and (part is None or part.norm is None):
-            raise ValueError(
-                f"`before_norm=True`, but the table of architectures names no norm in front of {name!r}: leave "
-                "`before_norm` out, and the adapter reads what the feed-forward part reads."
-            )
         if part is None:
-            return {"reads": "input", "width": inputs, "module": None}
+            return {"reads": "input", "width": inputs, "listen": None}
         first = part.gate or part.up
         reads = part.norm if part.norm is not None and config.before_norm is not False else first
-        module, width = _base(tuner.model.get_submodule(first)), 0
-        width = (linear_features(module) or (0, 0))[0]
-        return {"reads": reads, "width": width, "module": _base(tuner.model.get_submodule(reads))}
+        module = tuner.model.get_submodule(first)
+        width = (linear_features(getattr(module, "get_base_layer", lambda: module)()) or (0, 0))[0]
+        return {"reads": reads, "width": width, "listen": partial(listener_between, tuner.model, name, reads)}
 
 
-def _base(module: nn.Module) -> nn.Module:
-    """The module without adapters that are on it."""
-    return getattr(module, "get_base_layer", lambda: module)()
+def feed_forward_parts(model: nn.Module) -> dict[str, BlockFeedForward]:
+    """The feed-forward parts of the blocks, by the name of the last module of each."""
+    return {part.down: part for block in describe(model).blocks for part in block.ffn}

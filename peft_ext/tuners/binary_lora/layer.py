@@ -30,6 +30,10 @@ class BinaryLoraLinear(LowBitLayer):
         """Whether the weight is kept as `(inputs, outputs)`."""
         return isinstance(self.get_base_layer(), Conv1D)
 
+    def adds_alone(self, adapter_name: str) -> bool:
+        """It does."""
+        return True
+
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """`W + scale * U D`, summed in fp32 at least."""
         down, up = self.matrices(adapter_name)

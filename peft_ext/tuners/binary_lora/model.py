@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ...architectures import describe
-from ...core import ExtLayer, ExtModel, linear_features, warn_of_experts
+from ...core import ExtLayer, ExtModel, layers_by_name, linear_features, warn_of_experts
 from .layer import BinaryLoraLinear
 
 
@@ -42,11 +42,7 @@ class BinaryLoraModel(ExtModel):
     ) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """The quantised factors as a LoRA of the same rank."""
         config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr, index]
-        layers = {
-            name.removeprefix("base_model.model."): module
-            for name, module in model.named_modules()
-            if isinstance(module, BinaryLoraLinear) and module.present([adapter_name])
-        }
+        layers = layers_by_name(model, BinaryLoraLinear, adapter_name)
         lora = LoraConfig(
             r=config.r,
             lora_alpha=config.scale * config.r,

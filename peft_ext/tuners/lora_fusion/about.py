@@ -23,11 +23,12 @@ from ...core import (
     Site,
     Writer,
     layer_and_type,
+    layers_by_name,
 )
 from ...lora_files import write_as_lora, write_lora
 from .config import LoraFusionConfig
-from .layer import SHARED, Factors
-from .model import LoraFusionModel, layers_of, lora_config
+from .layer import SHARED, Factors, LoraFusionLinear
+from .model import LoraFusionModel, lora_config
 
 
 class LoraFusionAbout(About):
@@ -76,7 +77,7 @@ class LoraFusionAbout(About):
         """
         found: dict[tuple[int, str], list[float]] = {}
         labels = None
-        for name, layer in layers_of(model, adapter_name).items():
+        for name, layer in layers_by_name(model, LoraFusionLinear, adapter_name).items():
             labels = labels or model.peft_config[adapter_name].labels  # type: ignore[union-attr, index, operator]
             index, kind = layer_and_type(name)
             stack = (
@@ -103,7 +104,7 @@ def write(model: PeftModel, path: str | os.PathLike[str], adapter_name: str = "d
     config: Any = model.peft_config.get(adapter_name)
     if config is None or not config.magnitude:
         return write_as_lora(model, path, adapter_name)
-    layers = layers_of(model, adapter_name)
+    layers = layers_by_name(model, LoraFusionLinear, adapter_name)
     updates, tensors = {}, {}
     for name, layer in layers.items():
         down, up = updates[name] = layer.low_rank(adapter_name)

@@ -75,6 +75,14 @@ def read_all(names: list[str], model: nn.Module) -> Given:
         )
     loras = [read(name, model) for name in names]
     refuse_different_bases(loras)
+    base, own = next((lora.base for lora in loras if lora.base), None), getattr(model, "name_or_path", None)
+    if base and own and base != own:
+        warnings.warn(
+            f"The LoRAs were trained on {base!r}, and the model is {own!r}. If these are not two names of the same weights, "
+            "their updates mean nothing here.",
+            UserWarning,
+            stacklevel=2,
+        )
     there = {name for name, _ in unadapted_modules(model)}
     for lora in loras:
         if unknown := sorted(lora.pairs.keys() - there):

@@ -138,6 +138,8 @@ class LoraFusionLinear(LoraFusionLayer):
         self.fused_low_rank_factors[adapter_name] = factors
         if config.magnitude:
             # so that magnitudes change nothing before they are trained
+            if owner is not None:
+                start = SharedLeaf(owner.fused_low_rank_coefficients, adapter_name)().detach().to(start)
             lengths = torch.zeros(self.out_features) if placeholder else self._lengths(*factors(start)).detach()
             self.fused_low_rank_magnitude[adapter_name] = Magnitudes(lengths)
         if owner is None:
@@ -195,6 +197,23 @@ class LoraFusionLinear(LoraFusionLayer):
             own = output.index_select(0, rows)
             result = result.index_copy(0, rows, own + self.update(name, x.index_select(0, rows), own))
         return result
+
+    def adds_alone(self, adapter_name: str) -> bool:
+        """Without magnitudes, which scale all that comes from inside."""
+        return adapter_name not in self.fused_low_rank_magnitude
+
+    def check_inner_merge(self, adapter_names: list[str]) -> None:
+        """Magnitudes are of the weight, which would get other rows.
+
+        Raises:
+            ValueError: There are magnitudes.
+        """
+        for name in self.present(self.active_adapters):
+            if not self.adds_alone(name) and name not in self.merged_adapters:
+                raise ValueError(
+                    f"Cannot merge {adapter_names} inside of adapter {name!r}, whose magnitudes are those of the weight "
+                    f"that it was trained on: deactivate {name!r}, or keep {adapter_names} as they are."
+                )
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """W + Delta W, or the same with other lengths of the rows; these are of W before any adapter was merged.

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer, SharingModel, StandIn, is_admitted, linear_features, matched_targets
+from ...core import ExtLayer, SharingModel, StandIn, is_admitted, layers_by_name, linear_features, matched_targets
 from ...lora_files import lora_of
 from .config import LoraFusionConfig
 from .given import read_all, refuse_other_sizes, refuse_unequal_shapes
@@ -108,6 +109,15 @@ class LoraFusionModel(SharingModel):
             return torch.empty(n).uniform_(-bound, bound)
         return torch.full((n,), 0.0 if config.init_weights == "zero" else 1 / n)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter on the model, on which the LoRAs that it fuses act no longer."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        fused: Any = self.peft_config[adapter_name]
+        for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+            others = [name for name in layer.active_adapters if name not in fused.adapters]
+            if len(others) < len(layer.active_adapters):
+                layer.set_adapter(others)
+
     @classmethod
     def finish_injection(cls, model: nn.Module, config: LoraFusionConfig, adapter_name: str) -> None:
         """Lets go of what was read: the layers have it."""
@@ -127,18 +137,9 @@ class LoraFusionModel(SharingModel):
                 f"The adapter {adapter_name!r} has magnitudes, which are no update of low rank; `save_as_lora` writes it "
                 "as a LoRA with `use_dora=True`."
             )
-        layers = layers_of(model, adapter_name)
+        layers = layers_by_name(model, LoraFusionLinear, adapter_name)
         updates = {name: layer.low_rank(adapter_name) for name, layer in layers.items()}
         return lora_config(layers, updates), {n: (down.detach(), up.detach()) for n, (down, up) in updates.items()}
-
-
-def layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoraFusionLinear]:
-    """The layers that have an adapter, by the names of their modules in the base."""
-    return {
-        re.sub(r"\.base_layer(?=\.|$)", "", name.removeprefix("base_model.model.")): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraFusionLinear) and module.present([adapter_name])
-    }
 
 
 def lora_config(

@@ -46,6 +46,10 @@ class LoraSBConfig(CalibratedConfig):
             raise ValueError(f"`r` must be a whole number of at least 1, got {self.r!r}.")
         if isinstance(self.step_size, bool) or not 0 < self.step_size < float("inf"):
             raise ValueError(f"`step_size` must be above 0 and finite, got {self.step_size!r}.")
+        if self.init_weights == "weights" and self.step_size != type(self).step_size:
+            raise ValueError(
+                "`step_size` has no effect with `init_weights='weights'`, which takes no step: leave it out."
+            )
         if self.calibrated not in (True, False):
             raise ValueError(f"`calibrated` must be True or False, got {self.calibrated!r}.")
 

@@ -45,7 +45,8 @@ class Between(ExactLeaf):
             raise ValueError(
                 "This LoRA-SB adapter has no factors yet: load its weights, or calibrate a new config and use that."
             )
-        return F.linear(F.linear(F.linear(x, self.down), self.weight), self.up)
+        core = self.weight.to(self.down.dtype)  # trainers cast what is trained, and leave the factors as they are
+        return F.linear(F.linear(F.linear(x, self.down), core), self.up)
 
 
 class LoraSBLinear(ExtLayer):
@@ -68,7 +69,7 @@ class LoraSBLinear(ExtLayer):
             parts = {part: found.get(f"{name}.{part}", torch.zeros(shape)) for part, shape in shapes.items()}
             leaf = Between(parts[DOWN], parts[CORE], parts[UP], is_placeholder=not found)
         else:
-            down, values, up = factors(self._as_matrix(self.get_base_weight()), config.r)
+            down, values, up = factors(self._as_matrix(self.unmerged_weight()), config.r)
             leaf = Between(values[:, None] * down, torch.randn(config.r, config.r) * START_STD, up)
         self.low_rank_core_matrix[adapter_name] = leaf
         self.finish_update(adapter_name, config)
@@ -101,6 +102,10 @@ class LoraSBLinear(ExtLayer):
         """The update as one of rank r: A `(r, in)` and B R `(out, r)`."""
         leaf: Any = self.low_rank_core_matrix[adapter_name]
         return leaf.down, leaf.up @ leaf.weight.detach().to(leaf.up.dtype)
+
+    def adds_alone(self, adapter_name: str) -> bool:
+        """It does."""
+        return True
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """W + B R A."""

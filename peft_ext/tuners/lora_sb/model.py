@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer, ExtModel, all_linears, linear_features, matched_targets, weight_of
+from ...core import ExtLayer, ExtModel, all_linears, layers_by_name, linear_features, matched_targets, weight_of
 from ...lora_files import lora_of
 from ...scores import Scores
 from .config import CORE, DOWN, UP, LoraSBConfig
@@ -45,12 +46,7 @@ class LoraSBModel(ExtModel):
         """Raises `ValueError`, too, without a calibration of these very modules, or with a rank above what they have."""
         super().check_targets(config, model)
         targets = dict(matched_targets(config, model))
-        for name, module in targets.items():
-            if min(linear_features(module) or (0, 0)) < config.r:
-                raise ValueError(
-                    f"`r` is {config.r}, and {name!r} has {linear_features(module)} inputs and outputs: lower `r`, or "
-                    "list the module in `exclude_modules`."
-                )
+        refuse_large_rank(config, targets)
         if config.init_weights is not True or config.awaits_weights:
             return
         if not config.calibrated:
@@ -83,9 +79,11 @@ class LoraSBModel(ExtModel):
 
         Raises:
             TypeError: The start needs no data.
+            ValueError: The rank is above what a target has.
         """
         if config.init_weights is not True:
             raise TypeError(f"`init_weights={config.init_weights!r}` looks at no data: there is nothing to calibrate.")
+        refuse_large_rank(config, cls.resolved_targets(config, model))
         return cls.target_weights(config, model)
 
     @classmethod
@@ -108,13 +106,19 @@ class LoraSBModel(ExtModel):
         cls, model: nn.Module, adapter_name: str
     ) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """A, and B R as LoRA's B."""
-        layers = {
-            name.removeprefix("base_model.model."): module
-            for name, module in model.named_modules()
-            if isinstance(module, LoraSBLinear) and module.present([adapter_name])
-        }
+        layers = layers_by_name(model, LoraSBLinear, adapter_name)
         r = model.peft_config[adapter_name].r  # type: ignore[union-attr, index, operator]
         transposed = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
         return lora_of(dict.fromkeys(layers, r), transposed), {
             name: layer.low_rank(adapter_name) for name, layer in layers.items()
         }
+
+
+def refuse_large_rank(config: LoraSBConfig, targets: Mapping[str, nn.Module]) -> None:
+    """`ValueError` if a target has fewer inputs or outputs than `r`."""
+    for name, module in targets.items():
+        if min(linear_features(module) or (0, 0)) < config.r:
+            raise ValueError(
+                f"`r` is {config.r}, and {name!r} has {linear_features(module)} inputs and outputs: lower `r`, or "
+                "list the module in `exclude_modules`."
+            )

@@ -24,6 +24,7 @@ from ...core import (
     ExtLayer,
     ExtModel,
     backbone_linears,
+    layers_by_name,
     linear_features,
     matched_targets,
     stable_generator,
@@ -198,14 +199,17 @@ class MaskLoraModel(ExtModel):
     ) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """The LoRA beside the masks."""
         config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr, index]
+        layers = {
+            name: layer
+            for name, layer in layers_by_name(model, MaskLoraLayer, adapter_name).items()
+            if adapter_name in layer.mask_pruning_down
+        }
         tensors = {}
-        transposed = False
-        for name, module in model.named_modules():
-            if isinstance(module, MaskLoraLayer) and adapter_name in module.mask_pruning_down:
-                down: Any = module.mask_pruning_down[adapter_name]
-                up: Any = module.mask_pruning_up[adapter_name]
-                tensors[name.removeprefix("base_model.model.")] = (down.weight.detach(), up.weight.detach())
-                transposed |= isinstance(module.get_base_layer(), Conv1D)
+        for name, layer in layers.items():
+            down: Any = layer.mask_pruning_down[adapter_name]
+            up: Any = layer.mask_pruning_up[adapter_name]
+            tensors[name] = (down.weight.detach(), up.weight.detach())
+        transposed = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
         if not tensors:
             raise ValueError("The adapter has masks but no LoRA to keep.")
         lora = LoraConfig(

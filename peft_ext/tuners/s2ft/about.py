@@ -47,7 +47,12 @@ class S2FTAbout(About):
         count = (adapter.config.get("num_channels_per_module") or {}).get(site.module, len(indices))
         if len(indices) != count or len(indices) not in weight.shape:
             raise adapter.misfit(f"{site.module!r} has {len(indices)} channels, and the config says {count}")
-        is_column = len(indices) == weight.shape[1]
+        side = (adapter.config.get("sides_per_module") or {}).get(site.module)  # older files have none
+        is_column = len(indices) == weight.shape[1] if side is None else side == "inputs"
+        if len(indices) != weight.shape[int(is_column)]:
+            raise adapter.misfit(
+                f"the block of {site.module!r} is {tuple(weight.shape)}, not of {len(indices)} {side}"
+            )
         block = Block(weight.T if is_column else weight, indices, "inputs" if is_column else "outputs")
         return {"channels": len(indices)}, {"weight": block}
 

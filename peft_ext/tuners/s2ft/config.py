@@ -56,16 +56,23 @@ class S2FTConfig(CalibratedConfig):
     num_channels_per_module: dict[str, int] | None = field(
         default=None, metadata={"help": "Chosen channels of each module; filled in by itself."}
     )
+    sides_per_module: dict[str, str] | None = field(
+        default=None, metadata={"help": "Whether these are inputs or outputs of each module; filled in by itself."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         shares: Any = self.ratios.values() if isinstance(self.ratios, dict) else [self.ratios]
+        if isinstance(self.ratios, dict) and not all(isinstance(key, str) for key in self.ratios):
+            raise ValueError(f"`ratios` must be by names or kinds of modules, got {self.ratios!r}.")
         if not shares or not all(
             isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share <= 1 for share in shares
         ):
             raise ValueError(f"`ratios` must be in (0, 1], got {self.ratios!r}.")
         if self.selection not in SELECTIONS:
             raise ValueError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
+        if self.largest not in (True, False):
+            raise ValueError(f"`largest` must be True or False, got {self.largest!r}.")
         if self.largest and self.selection == "random":
             raise ValueError("`largest=True` has no effect with `selection='random'`: choose another selection.")
         if self.scope not in SCOPES:
@@ -73,9 +80,13 @@ class S2FTConfig(CalibratedConfig):
         counts = self.num_channels_per_module
         if counts is not None and not (
             isinstance(counts, dict)
+            and counts
             and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts.values())
         ):
             raise ValueError("`num_channels_per_module` must map names of modules to positive integers.")
+        sides = self.sides_per_module
+        if sides is not None and not (isinstance(sides, dict) and set(sides.values()) <= {"inputs", "outputs"}):
+            raise ValueError("`sides_per_module` must map names of modules to 'inputs' or 'outputs'.")
 
     def check_support(self, support: dict[str, torch.Tensor], where: str) -> None:
         """`ValueError` if these are not as many channels as the config says."""

@@ -101,6 +101,10 @@ class S2FTLinear(ExtLayer):
             y = y.index_copy(0, rows, self._add_to(y[rows], x[rows], adapter))
         return y
 
+    def adds_alone(self, adapter_name: str) -> bool:
+        """It does."""
+        return True
+
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         block, weight = self.block(adapter_name), self.get_base_weight()
         added = self.s2ft_block[adapter_name]()

@@ -18,6 +18,7 @@ from ...core import (
     Row,
     backbone_linears,
     layer_and_type,
+    layers_by_name,
     linear_features,
     matched_targets,
     warn_of_experts,
@@ -32,6 +33,7 @@ from .selection import (
     all_channels,
     check_count,
     choose,
+    choose_counted,
     chosen_without_data,
     key_and_kind,
     key_of,
@@ -113,6 +115,7 @@ class S2FTModel(ExtModel):
             config.num_channels_per_module = {name: len(indices) for name, indices in config.support.items()}
         for name, count in (config.num_channels_per_module or {}).items():
             check_count(name, count, channels)
+        config.sides_per_module = {name: channels[name].side for name in config.num_channels_per_module or ()}
         config.channels = channels
 
     @classmethod
@@ -189,7 +192,11 @@ class S2FTModel(ExtModel):
                 norms = norms * channels.by_unit(weight_squares(name, modules[name], channels.side))
             return norms
 
-        config.support = choose(config, cls.channels(cls._resolved(config, model), model), score)
+        groups = cls.channels(cls._resolved(config, model), model)
+        if config.num_channels_per_module is not None and config.support is None:  # given by hand
+            config.support = choose_counted(config, all_channels(groups), score)
+        else:
+            config.support = choose(config, groups, score)
         config.num_channels_per_module = {name: len(indices) for name, indices in config.support.items()}
 
     @classmethod
@@ -213,10 +220,7 @@ class S2FTModel(ExtModel):
         cls, model: nn.Module, adapter_name: str
     ) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """The same function: of each pair one matrix is trained, and the other selects the channels; r is their number."""
-        products = {}
-        is_transposed = False
-        for name, module in model.named_modules():
-            if isinstance(module, S2FTLinear) and adapter_name in module.s2ft_block:
-                products[name.removeprefix("base_model.model.")] = module.block(adapter_name).low_rank()
-                is_transposed |= isinstance(module.get_base_layer(), Conv1D)
+        layers = layers_by_name(model, S2FTLinear, adapter_name)
+        products = {name: layer.block(adapter_name).low_rank() for name, layer in layers.items()}
+        is_transposed = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
         return lora_of({name: len(down) for name, (down, _) in products.items()}, is_transposed), products

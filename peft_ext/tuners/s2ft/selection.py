@@ -39,6 +39,8 @@ def key_of(config: S2FTConfig, name: str, kinds: tuple[str, ...]) -> str | None:
 def choose(config: S2FTConfig, groups: Groups, score: Score | None) -> dict[str, torch.Tensor]:
     """The chosen channels of each module, sorted int32; without a score, at random. Modules may get none.
 
+    Heads and single channels are compared by the mean over their channels.
+
     Raises:
         ValueError: A share leaves no unit.
     """
@@ -49,7 +51,11 @@ def choose(config: S2FTConfig, groups: Groups, score: Score | None) -> dict[str,
         for names in parts:
             sizes = [modules[name].units for name in names]
             seed = names[0] if config.scope == "per_layer" else key
-            scores = None if score is None else torch.cat([score(name, modules[name]) for name in names])
+            scores = (
+                None
+                if score is None
+                else torch.cat([score(name, modules[name]) / modules[name].width for name in names])
+            )
             units = _pick(config, count_of(ratio, key, names, sum(sizes)), sum(sizes), scores, seed)
             end = 0
             for name, size in zip(names, sizes, strict=True):

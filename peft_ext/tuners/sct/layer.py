@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ChosenChannels, ExtLayer
+from ...core import ChosenChannels, ExtLayer, Listener
 from .config import SCTConfig
 from .places import Place
 
@@ -60,8 +60,7 @@ class SCTLayer(ExtLayer):
         super().__init__(base_layer, **quantization_kwargs)
         self.sites: dict[str, str] = {}
         self.joins: dict[str, bool] = {}  # whether the map reads the residual stream before the addition, too
-        self._handles: list[RemovableHandle] = []
-        self._stream: torch.Tensor | None = None
+        self.listener: Listener | None = None  # to the module whose input is that stream
 
     def update_layer(
         self,
@@ -70,26 +69,22 @@ class SCTLayer(ExtLayer):
         *,
         place: Place,
         indices: torch.Tensor | None,
-        readers: list[nn.Module],
+        listen: Callable[[], Listener] | None,
     ) -> None:
-        """Creates the map of one adapter; `readers` are the module that `place.reader` names, and what is around it."""
+        """Creates the map of one adapter; `listen` hooks the module that `place.reader` names."""
         leaf = ChannelMap(place.count(config), place.width, place.has_bias, indices)
         if config.init_weights != "identity":
             nn.init.trunc_normal_(leaf.weight, std=START_STD)
         self.sct_map[adapter_name] = leaf
         self.sites[adapter_name] = config.site
-        self.joins[adapter_name] = bool(readers)
-        for reader in readers if not self._handles else ():
-            self._handles.append(reader.register_forward_pre_hook(self._keep, with_kwargs=True))
+        self.joins[adapter_name] = listen is not None
+        if listen is not None and self.listener is None:
+            self.listener = listen()
         self.finish_update(adapter_name, config)
 
-    def _keep(self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._stream = args[0] if args else next(iter(kwargs.values()))
-
     def leave(self, model: nn.Module) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self.listener is not None:
+            self.listener.stop(model)
 
     # Forward
 
@@ -97,7 +92,12 @@ class SCTLayer(ExtLayer):
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._stream = None
+            if self.listener is not None:
+                self.listener.value = None
+
+    @property
+    def _stream(self) -> torch.Tensor | None:
+        return None if self.listener is None else self.listener.value
 
     def mapped(self, adapter_name: str, y: torch.Tensor, stream: torch.Tensor | None) -> torch.Tensor:
         """The output y `(..., C)` with what the map adds; the map reads the sum with `stream` where they join."""
@@ -108,8 +108,8 @@ class SCTLayer(ExtLayer):
             if stream is None:
                 raise ValueError(
                     "A module with an SCT adapter at `site='attn'` was run without the norm before it, whose input it "
-                    "has to know: it was called outside its block, or an adapter that was put on later stands in for "
-                    "the norm. Call the model, and put the SCT adapter on last."
+                    "has to know: it was called outside its block, or a model that was adapted later has replaced the "
+                    "norm. Call the model, and put the SCT adapter on last."
                 )
             read = read + stream.index_select(-1, chosen)
         added = leaf(self._cast_input_dtype(read, leaf.weight.dtype))

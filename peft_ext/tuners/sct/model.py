@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ...core import ExtConfig, ExtModel, Row, layer_and_type, matched_targets, set_bias_flags
+from ...core import ExtConfig, ExtModel, Row, layer_and_type, listener_between, matched_targets, set_bias_flags
 from .config import SCTConfig
 from .layer import SCTLayer
 from .places import Place, default_names, places_of
@@ -54,14 +55,11 @@ class SCTModel(ExtModel):
 
     @classmethod
     def layer_kwargs(cls, tuner: BaseTuner, name: str, base_layer: nn.Module, config: Any) -> dict[str, Any]:
-        """The place of the map, its channels if they are known, and the modules whose input it reads, too."""
+        """The place of the map, its channels if they are known, and the module whose input it reads, too."""
         place: Place = config.places[name]
-        readers: list[nn.Module] = [] if place.reader is None else [tuner.model.get_submodule(place.reader)]
-        for reader in readers[:1]:
-            if isinstance(reader, BaseTunerLayer):  # which may or may not call what is inside
-                readers.append(reader.get_base_layer())
+        listen = None if place.reader is None else partial(listener_between, tuner.model, name, place.reader)
         indices = None if config.support is None else config.support[name]
-        return {"place": place, "indices": indices, "readers": readers}
+        return {"place": place, "indices": indices, "listen": listen}
 
     @classmethod
     def finish_injection(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -77,8 +75,14 @@ class SCTModel(ExtModel):
 
     @classmethod
     def channel_sites(cls, config: Any, model: nn.Module) -> dict[str, Any]:
-        """What the maps would read, by the module that they go on."""
+        """What the maps would read, by the module that they go on.
+
+        Raises:
+            ValueError: There are fewer channels than `num_channels`.
+        """
         places = places_of(config, model, cls.resolved_targets(config, model))
+        for place in places.values():
+            place.count(config)
         return {name: place.seen for name, place in places.items()}
 
     @classmethod

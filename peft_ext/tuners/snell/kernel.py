@@ -179,4 +179,4 @@ def kernel_product(
         gate = gate_of(matrix.detach(), threshold_of(outputs.detach(), inputs.detach(), sparsity, kind), kind)
         return F.linear(x.to(outputs.dtype), matrix * gate)
     product: torch.Tensor = KernelProduct.apply(x.reshape(-1, x.shape[-1]), outputs, inputs, sparsity, kind)  # type: ignore[no-untyped-call]
-    return product.view(*x.shape[:-1], -1)
+    return product.view(*x.shape[:-1], outputs.shape[1])

@@ -166,6 +166,10 @@ class SNELLLinear(ExtLayer):
         found = update_of(outputs, inputs, self.sparsity(adapter_name), self.configs[adapter_name].gate)
         return found.T if isinstance(self.get_base_layer(), Conv1D) else found
 
+    def adds_alone(self, adapter_name: str) -> bool:
+        """It does."""
+        return True
+
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """W + D * g(D)."""
         update, weight = self.update(adapter_name), self.get_base_weight()

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ...core import ExtLayer, ExtModel, all_linears, linear_features
+from ...core import ExtLayer, ExtModel, all_linears, layers_by_name, linear_features
 from .allocation import Allocation, first_kept
 from .layer import SNELLLinear
 
@@ -76,8 +76,5 @@ class SNELLModel(ExtModel):
         config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr, index]
         if config.gate == "none":
             raise ValueError("With `gate='none'` an update has no zeros: merge it instead.")
-        return {
-            name.removeprefix("base_model.model."): module.update(adapter_name)
-            for name, module in model.named_modules()
-            if isinstance(module, SNELLLinear) and module.present([adapter_name])
-        }
+        layers = layers_by_name(model, SNELLLinear, adapter_name)
+        return {name: layer.update(adapter_name) for name, layer in layers.items()}

@@ -130,6 +130,11 @@ class SPTLayer(DeltaLayer):
             return flat.view(weight.shape[::-1]).T if self._is_transposed() else flat.view(weight.shape)
         return weight
 
+    def adds_alone(self, adapter_name: str) -> bool:
+        """Deltas and LoRAs; a bottleneck reads the output, and DoRA the weight."""
+        structure = self.structures.get(adapter_name)
+        return structure is None or (structure.mergeable and not structure.needs_weight)
+
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """The weight with delta or structure, and the bias with its delta.
 

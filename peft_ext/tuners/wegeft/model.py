@@ -17,6 +17,7 @@ from ...core import (
     SharingModel,
     StandIn,
     backbone_linears,
+    layers_by_name,
     linear_features,
     matched_targets,
     warn_of_experts,
@@ -95,11 +96,7 @@ class WeGeFTModel(SharingModel):
     ) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """The same updates, one for each module, as products of two matrices."""
         config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr, index]
-        layers = {
-            name.removeprefix("base_model.model."): module
-            for name, module in model.named_modules()
-            if isinstance(module, WeGeFTLinear) and module.present([adapter_name])
-        }
+        layers = layers_by_name(model, WeGeFTLinear, adapter_name)
         transposed = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
         lora = lora_of(dict.fromkeys(layers, config.r), transposed, lora_dropout=config.dropout)
         return lora, {name: layer.factors(adapter_name) for name, layer in layers.items()}
