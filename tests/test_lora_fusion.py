@@ -544,13 +544,13 @@ def test_magnitudes_change_nothing_at_the_start(loras: list[str], share: str, in
         torch.testing.assert_close(gain, torch.ones_like(gain))
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model")
 def test_loras_on_the_model_act_no_longer_once_they_are_fused(tmp_path: Path) -> None:
     """Put on by transformers; else one would go on, be trained, and not be saved."""
     base, batch = tiny("llama"), batch_of()
-    with pytest.warns(UserWarning, match="Already found a `peft_config` attribute"):
-        for name in ("p", "q"):
-            base.add_adapter(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False), name)
-        model = get_peft_model(base, LoraFusionConfig(adapters=["p", "q"])).eval()
+    for name in ("p", "q"):
+        base.add_adapter(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False), name)
+    model = get_peft_model(base, LoraFusionConfig(adapters=["p", "q"])).eval()
     model.set_adapter("default")
     assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" in name]
     found = logits(model, batch)
