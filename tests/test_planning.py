@@ -230,3 +230,99 @@ def test_measured_ratios_are_those_of_known_methods() -> None:
     from peft_ext.training.planning import _measured
 
     assert set(_measured()) <= {"full fine-tuning", "LORA", *methods()}
+
+
+TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+KINDS: dict[str, tuple[Any, Any, str]] = {
+    # sizes under other names, of which each is equal to one of the usual, or computed from them
+    "electra": (tf.ElectraConfig, tf.ElectraForSequenceClassification, "text"),
+    "opt": (tf.OPTConfig, tf.OPTForCausalLM, "causal"),
+    "deberta": (tf.DebertaV2Config, tf.DebertaV2ForSequenceClassification, "text"),
+    "falcon": (tf.FalconConfig, tf.FalconForCausalLM, "causal"),
+    "t5": (tf.T5Config, tf.T5ForSequenceClassification, "text"),
+    "bart": (tf.BartConfig, tf.BartForSequenceClassification, "text"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_sizes_under_other_names(name: str) -> None:
+    """Trainable parameters exactly, and activations, of architectures whose toys once kept sizes of the model."""
+    config_class, model_class, kind = KINDS[name]
+    more = {"electra": {"embedding_size": 64}, "opt": {"word_embed_proj_dim": 64, "ffn_dim": 128}}.get(name, {})
+    config = config_class(**TINY, **more)
+    if name in ("t5", "bart"):
+        config.num_labels = 2
+        for field in ("decoder_layers", "num_decoder_layers", "decoder_attention_heads"):
+            if hasattr(config, field):
+                setattr(config, field, 4 if field.endswith("heads") else 2)
+    plan = peft_ext.recommend(config, (2, 24), kind=kind, chosen=[])
+    assert {row.method for row in plan.rows} == {"LORA", "full fine-tuning"}, plan.left_out
+    lora = next(row for row in plan.rows if row.method == "LORA")
+    task = "CAUSAL_LM" if kind == "causal" else "SEQ_CLS"
+    small = LoraConfig(r=8, target_modules="all-linear", task_type=task)  # type: ignore[arg-type]
+    model = get_peft_model(model_class(config), small).train()
+    assert lora.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ids = torch.randint(3, 50, (2, 24))
+    if name in ("t5", "bart"):
+        ids[:, -1] = config.eos_token_id
+        config.decoder_start_token_id = getattr(config, "decoder_start_token_id", None) or 0
+    labels = ids if kind == "causal" else torch.zeros(2, dtype=torch.long)
+    true = measured(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    assert lora.activations == pytest.approx(true["activations"], rel=0.03)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_disabled(context: Any) -> None:
+    expected = peft_ext.recommend(CONFIGS["vit"](), 4, chosen=[])
+    with context():
+        found = peft_ext.recommend(CONFIGS["vit"](), 4, chosen=[])
+    assert found.rows == expected.rows and all(row.activations for row in found.rows)
+
+
+def test_names_of_types_and_patches_of_two_sides() -> None:
+    config = tf.ViTConfig(**SMALL, image_size=64, patch_size=8)
+    expected = peft_ext.recommend(config, 4, chosen=[], dtype=torch.bfloat16)
+    config.image_size, config.patch_size = (64, 64), (8, 8)
+    assert peft_ext.recommend(config, 4, chosen=[], dtype="bfloat16").rows == expected.rows
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "options", "message"),
+    [
+        (lambda: tf.MobileNetV2Config(), 4, {}, "`patch_size` of the config is None"),
+        (lambda: tf.ViTConfig(patch_size=(16, 8)), 4, {}, r"`patch_size` of the config is \(16, 8\)"),
+        (lambda: tf.ViTConfig(image_size=(224, 112)), 4, {}, r"`image_size` of the config is \(224, 112\)"),
+        (CONFIGS["vit"], 4, {"memory": float("inf")}, "`memory` is inf: it must be positive and finite"),
+        (CONFIGS["vit"], 4, {"memory": "inf"}, "`memory` is inf"),
+        (CONFIGS["vit"], 4, {"memory": [1]}, r"`memory` is \[1\]: give bytes"),
+        (CONFIGS["vit"], 4, {"memory": True}, "`memory` is True: give bytes"),
+        (CONFIGS["vit"], 4, {"dtype": "float23"}, "`dtype` is 'float23': give one of weights"),
+        (CONFIGS["vit"], 4, {"dtype": torch.int8}, "`dtype` is torch.int8: give one of weights"),
+        (CONFIGS["vit"], 4, {"chosen": "SSF"}, "`chosen` is 'SSF': give a list"),
+        (CONFIGS["llama"], (True, True), {}, r"`size` is \(True, True\)"),
+        (
+            lambda: tf.LlamaConfig(
+                **SMALL, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+            ),
+            (2, 16),
+            {},
+            r"is quantised \(`quantization_config`\)",
+        ),
+        (lambda: tf.BertModel(tf.BertConfig(**TINY)), (2, 16), {}, "this bert as kind 'text': .* output has no loss"),
+        (
+            lambda: tf.BertForTokenClassification(tf.BertConfig(**TINY)),
+            (2, 16),
+            {},
+            r"kind 'text': a small model of its kind cannot be run \(ValueError: Expected input batch_size",
+        ),
+        (
+            lambda: tf.BertForMaskedLM(tf.BertConfig(**TINY)),
+            (2, 16),
+            {},
+            "kind 'text': a small .* Give a model of classes",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_named(model: Any, size: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        peft_ext.recommend(model(), size, **{"chosen": [], **options})

@@ -12,11 +12,13 @@ Left out: what the allocator and the kernels of a device need for themselves, an
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
+from numbers import Real
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..calibrate import calibrate
 from ..core import methods
-from .toys import Costs, Sizes, costs_of, sizes_of
+from .toys import Costs, Sizes, costs_of, side_of, sizes_of
 
 
 GOALS = ("memory", "parameters", "latency", "speed")
@@ -127,7 +129,7 @@ def recommend(
     *,
     memory: str | float | None = None,
     goal: str = "memory",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     kind: str | None = None,
     chosen: Iterable[str] | None = None,
 ) -> Plan:
@@ -144,20 +146,21 @@ def recommend(
         memory: The most that a step may need: bytes, or text as `"24GB"`. `None`: no limit.
         goal: What to sort by, among those that fit: `"memory"`, `"parameters"` (trainable), `"latency"` (methods of
             which nothing is left at inference first), or `"speed"` (steps as measured on this package's benchmark).
-        dtype: Of the weights; `None` takes the model's.
+        dtype: Of the weights, or its name; `None` takes the model's.
         kind: `"causal"`, `"text"` (classification) or `"image"`; `None` reads it off the config.
         chosen: `peft_type`s to look at; `None`: all that are registered.
 
     Raises:
-        ValueError: `goal`, `kind`, `memory` or `chosen` has a value that there is not, or the model's config does not
-            say its sizes.
-        TypeError: `model` or `size` is of another type.
+        ValueError: `goal`, `kind`, `memory`, `dtype` or `chosen` has a value that there is not, the model's config does not
+            say its sizes, or the model is quantised, or no method at all can be planned for it, as where it computes no
+            loss of classes or next tokens.
+        TypeError: `model`, `size` or `memory` is of another type.
     """
     if goal not in GOALS:
         raise ValueError(f"`goal` is {goal!r}; there are {', '.join(GOALS)}.")
     config, build = _model(model, kind)
     kind = kind or _kind(config)
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    dtype = _dtype(dtype or getattr(config, "dtype", None) or torch.float32)
     batch, tokens = _size(size, config, kind)
     sizes, limit = sizes_of(config, batch, tokens), _bytes(memory)
     with torch.device("meta"):
@@ -175,6 +178,12 @@ def recommend(
             left_out[title] = " ".join(str(error).split())
             continue
         rows.append(_advice(name, title, merges, costs, parameters, sizes, dtype, limit))
+    if not rows:
+        reasons = " ".join(dict.fromkeys(left_out.values()))
+        raise ValueError(
+            f"Nothing can be planned for this {config.model_type} as kind {kind!r}: {reasons} Give a model of classes, "
+            "images or next tokens, or the config of one."
+        )
     return Plan(
         parameters, batch, tokens, str(dtype).removeprefix("torch."), limit, goal, tuple(_sorted(rows, goal)), left_out
     )
@@ -186,13 +195,26 @@ def recommend(
 def _model(model: Any, kind: str | None) -> tuple[PreTrainedConfig, Callable[[Any], PreTrainedModel]]:
     if kind is not None and kind not in AUTO:
         raise ValueError(f"`kind` is {kind!r}; there are {', '.join(AUTO)}.")
-    if isinstance(model, PreTrainedModel):
-        return model.config, type(model)._from_config
     if isinstance(model, str):
         model = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    if not isinstance(model, PreTrainedConfig):
+    config: Any = model.config if isinstance(model, PreTrainedModel) else model
+    if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"`model` is a {type(model).__name__}: give a transformers model, a config or a name.")
-    return model, AUTO[kind or _kind(model)].from_config
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The model is quantised (`quantization_config`), and what its weights and kernels keep is not known: give the "
+            "config of the model before that, and subtract what its weights take less."
+        )
+    return config, AUTO[kind or _kind(config)].from_config if config is model else type(model)._from_config
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"`dtype` is {dtype!r}: give one of weights that are trained, as torch.bfloat16 or 'bfloat16'."
+        )
+    return found
 
 
 def _kind(config: Any) -> str:
@@ -206,12 +228,14 @@ def _kind(config: Any) -> str:
 
 def _size(size: Any, config: Any, kind: str) -> tuple[int, int]:
     """Samples and tokens of a batch."""
-    if kind == "image" and not isinstance(config.image_size, int):
-        raise ValueError("Only square images can be planned for: `image_size` of the config is no number.")
-    patches = (config.image_size // config.patch_size) ** 2 + 1 if kind == "image" else None
+    patches = None
+    if kind == "image":
+        patches = (side_of(config, "image_size") // side_of(config, "patch_size")) ** 2 + 1
     if isinstance(size, int):
         size = (size,)
     if isinstance(size, (tuple, list)) and size and all(isinstance(number, int) for number in size):
+        if any(isinstance(number, bool) for number in size):
+            raise TypeError(f"`size` is {size}: give (batch, tokens) as numbers.")
         if min(size) < 1 or (len(size) != 2 and patches is None):
             raise ValueError(f"`size` is {size}: give (batch, tokens), both at least 1.")
         return size[0], patches or size[1]
@@ -238,8 +262,10 @@ def _bytes(memory: str | float | None) -> int | None:
             memory = float(digits) * UNITS[unit]
         except (ValueError, KeyError) as error:
             raise ValueError(f"`memory` is {memory!r}: give bytes, or text such as '24GB' or '16GiB'.") from error
-    if not memory > 0:
-        raise ValueError(f"`memory` is {memory}: it must be positive.")
+    if isinstance(memory, bool) or not isinstance(memory, Real):
+        raise TypeError(f"`memory` is {memory!r}: give bytes, or text such as '24GB' or '16GiB'.")
+    if not 0 < memory < math.inf:
+        raise ValueError(f"`memory` is {memory}: it must be positive and finite; `None` is no limit.")
     return int(memory)
 
 
@@ -251,6 +277,8 @@ Method = tuple[str, bool, Callable[[PreTrainedModel, list[dict[str, torch.Tensor
 def _methods(kind: str, chosen: Iterable[str] | None) -> dict[str, Method]:
     """What each is called, whether it merges, and what puts it on a model."""
     registered = methods()
+    if isinstance(chosen, str):
+        raise TypeError(f"`chosen` is {chosen!r}: give a list of names.")
     names = list(registered) if chosen is None else list(chosen)
     if unknown := [name for name in names if name not in registered]:
         raise ValueError(f"There are no methods {unknown}; there are {', '.join(registered)}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,12 @@ from transformers.utils import logging
 MOST, SPARE = 64, 8  # toys: at most, and more than there are products that can vary by themselves
 TRIES = 400  # to draw sizes as wanted
 FAILURES = 8  # toys that a method may refuse, or twice as many as it takes
+# fields of configs that follow another one where they are equal to it, as ELECTRA's `embedding_size` its `hidden_size`
+ALIKE = {
+    "hidden_size": r".*(hidden|embed|proj).*_(size|dim)|d_model",
+    "num_hidden_layers": r".*layers",
+    "num_attention_heads": r".*heads",
+}
 ROUGH = 0.15  # a larger standard error, as a share, is none that a prediction should have
 
 
@@ -108,9 +115,33 @@ def sizes_of(config: Any, batch: int, tokens: int) -> Sizes:
         inner=int(getattr(config, "intermediate_size", None) or 4 * width),
         heads=heads,
         head_dim=int(getattr(config, "head_dim", None) or width // heads),
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        kv_heads=_kv_heads(config, heads),
         vocabulary=int(getattr(config, "vocab_size", None) or 0),
     )
+
+
+def _kv_heads(config: Any, heads: int) -> int:
+    """Of keys and values, by either of its names; in Falcon's first architecture one serves all queries."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    names = ("num_key_value_heads", "num_kv_heads")
+    return next((int(number) for name in names if (number := getattr(config, name, None)) is not None), heads)
+
+
+def side_of(config: Any, field: str) -> int:
+    """The side of a square that a config says as one number or two.
+
+    Raises:
+        ValueError: It says none, or two that differ.
+    """
+    value: Any = getattr(config, field, None)
+    sides: set[Any] = set(value) if isinstance(value, (tuple, list)) else {value}
+    if len(sides) != 1 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(
+            f"Only square images in square patches can be planned for: `{field}` of the config is {value!r}, and a number "
+            "of pixels is needed."
+        )
+    return sides.pop()
 
 
 def toy_sizes(config: Any, like: Sizes, rng: random.Random, larger: bool = False) -> tuple[PreTrainedConfig, Sizes]:
@@ -131,27 +162,34 @@ def _drawn(config: Any, rng: random.Random, head_dims: Sequence[int]) -> tuple[P
     """A config and a number of tokens."""
     toy = copy.deepcopy(config)
     heads, head_dim = rng.choice((2, 3, 4, 6)), rng.choice(head_dims)
-    free = getattr(config, "head_dim", None) is not None
+    computed = getattr(type(config), "head_dim", None)
+    free = getattr(config, "head_dim", None) is not None and not (isinstance(computed, property) and not computed.fset)
     toy.num_attention_heads = heads
     toy.hidden_size = 8 * rng.randint(5, 16) if free else heads * head_dim
     if free:
         toy.head_dim = head_dim
-    if getattr(config, "num_key_value_heads", None) is not None:
-        full = config.num_key_value_heads == config.num_attention_heads
-        toy.num_key_value_heads = heads if full else rng.choice([n for n in range(1, heads) if heads % n == 0])
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None) is not None:
+            full = getattr(config, name) == config.num_attention_heads
+            setattr(toy, name, heads if full else rng.choice([n for n in range(1, heads) if heads % n == 0]))
     if getattr(config, "intermediate_size", None) is not None:
         toy.intermediate_size = 8 * rng.randint(6, 32)
     toy.num_hidden_layers = layers = rng.randint(1, 3)
     if getattr(config, "layer_types", None):
         toy.layer_types = list(config.layer_types[:layers])
+    for field, names in ALIKE.items():
+        for name, value in vars(config).items():
+            if type(value) is int and value == getattr(config, field) and re.fullmatch(names, name):
+                setattr(toy, name, getattr(toy, field))
     if getattr(config, "vocab_size", None):
         toy.vocab_size = rng.randint(40, 160)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if getattr(toy, name, None) is not None or name == "pad_token_id":
+        needed = ("pad_token_id", "decoder_start_token_id") if config.is_encoder_decoder else ("pad_token_id",)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+            if getattr(toy, name, None) is not None or name in needed:
                 setattr(toy, name, 0)
         return toy, rng.randint(12, 120)
     side = rng.randint(3, 11)
-    toy.image_size = side * config.patch_size
+    toy.image_size = side * side_of(config, "patch_size")
     return toy, side**2 + 1
 
 
@@ -163,6 +201,8 @@ def toy_batch(config: Any, batch: int, tokens: int, kind: str, rng: random.Rando
         shape = (batch, getattr(config, "num_channels", 3), config.image_size, config.image_size)
         return {"pixel_values": torch.randn(shape, generator=generator), "labels": labels}
     ids = torch.randint(1, config.vocab_size, (batch, tokens), generator=generator)
+    if config.is_encoder_decoder and kind == "text":
+        ids[:, -1] = config.eos_token_id or 0  # at whose place such models classify
     labels = ids if kind == "causal" else labels if config.num_labels > 1 else labels.float()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -186,7 +226,14 @@ def kept_for_backward(model: nn.Module, run: Callable[[], torch.Tensor]) -> tupl
 
 def saved_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     """Bytes that the backward of the loss keeps, which is run then."""
-    total, loss = kept_for_backward(model, lambda: model(**inputs).loss)
+
+    def loss_of() -> torch.Tensor:
+        loss = getattr(model(**inputs), "loss", None)
+        if loss is None:
+            raise ValueError("its output has no loss: a model with a head is needed")
+        return loss
+
+    total, loss = kept_for_backward(model, loss_of)
     if loss.requires_grad:
         loss.backward()
     return total
@@ -223,20 +270,22 @@ def costs_of(
         dtype: Of the model's weights.
 
     Raises:
-        ValueError, TypeError: What `adapt` raises on all toys. ValueError: The costs do not follow from the sizes.
+        ValueError, TypeError: What `adapt` raises on all toys. ValueError: A toy cannot be run, or the costs do not follow
+            from the sizes.
     """
     rng = random.Random(0)
     rows: list[Sizes] = []
     found: list[tuple[int, int, int]] = []
     failed = 0
-    with _quiet(), torch.random.fork_rng([]):
+    with _quiet(), torch.random.fork_rng([]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         while len(found) < _enough(rows):
             toy, row = toy_sizes(config, sizes, rng, larger=failed > 0)
             batches = [toy_batch(toy, row.batch, row.tokens, kind, rng) for _ in range(2)]
-            fresh: Any = build(toy)
+            with _told_as_toys("made"):
+                fresh: Any = build(toy).to(dtype)  # type: ignore[arg-type]
             try:
-                model = adapt(fresh.to(dtype), batches).train()
+                model = adapt(fresh, batches).train()
             except (ValueError, TypeError):  # some toys may be too small for a method's rank
                 failed += 1
                 if failed > max(FAILURES, 2 * len(found)):
@@ -245,8 +294,9 @@ def costs_of(
             inputs = {k: v.to(dtype) if v.is_floating_point() and k != "labels" else v for k, v in batches[0].items()}
             trained = [p for p in model.parameters() if p.requires_grad]
             counts = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
+            with _told_as_toys("run"):
+                found.append((*counts, saved_bytes(model, inputs)))
             rows.append(row)
-            found.append((*counts, saved_bytes(model, inputs)))
     counts_at = [row.parameters() for row in rows]
     kept_at, kept = [row.activations() for row in rows], [f[2] for f in found]
     trainable_bytes, count_error = _told(counts_at, [f[1] for f in found], sizes.parameters())
@@ -309,3 +359,12 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _told_as_toys(done: str) -> Iterator[None]:
+    """Inside, whatever is raised becomes a ValueError: of what it is about, the caller has not heard."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"a small model of its kind cannot be {done} ({type(error).__name__}: {error}).") from error
