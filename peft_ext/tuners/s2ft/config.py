@@ -33,14 +33,15 @@ class S2FTConfig(CalibratedConfig):
             gets its share.
         seed: Of the random choice; the same in all processes.
         num_channels_per_module: Chosen channels of each module, by name. Filled in by itself, so that an adapter loads
-            without data; given by hand, it replaces the shares.
+            without data; given by hand, it replaces the shares, also in `calibrate`.
+        sides_per_module: Whether these are `"inputs"` or `"outputs"` of the module; filled in by itself.
 
     Raises:
         ValueError: A field has a value that S2FT cannot use; the message names it.
     """
 
     METHOD: ClassVar[str] = "S2FT"
-    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("ratios", "selection", "largest", "scope", "seed")
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("ratios", "selection", "largest", "scope", "seed", "sides_per_module")
     SIZES: ClassVar[tuple[str, ...]] = ("num_channels_per_module",)
     # no field, so not in the JSON
     channels = None  # type: Any  # those of all targets, while the adapter is put on
