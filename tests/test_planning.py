@@ -292,6 +292,8 @@ def test_names_of_types_and_patches_of_two_sides() -> None:
         (lambda: tf.MobileNetV2Config(), 4, {}, "`patch_size` of the config is None"),
         (lambda: tf.ViTConfig(patch_size=(16, 8)), 4, {}, r"`patch_size` of the config is \(16, 8\)"),
         (lambda: tf.ViTConfig(image_size=(224, 112)), 4, {}, r"`image_size` of the config is \(224, 112\)"),
+        (lambda: tf.DeiTConfig(), 4, {}, "No model can be made of this DeiTConfig"),
+        (lambda: tf.CLIPVisionConfig(), 4, {}, "No model can be made of this CLIPVisionConfig .*Unrecognized"),
         (CONFIGS["vit"], 4, {"memory": float("inf")}, "`memory` is inf: it must be positive and finite"),
         (CONFIGS["vit"], 4, {"memory": "inf"}, "`memory` is inf"),
         (CONFIGS["vit"], 4, {"memory": [1]}, r"`memory` is \[1\]: give bytes"),

@@ -1544,6 +1544,19 @@ def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
         ({"density": 0.1, "reselect_at": 3}, "`reselect_at` has no effect with"),
         ({"density": 0.1, "growth_power": -1.0}, "`growth_power` must not be negative"),
         ({"density": 0.1, "growth_eps": 0.0}, "`growth_eps` must be positive"),
+        ({"selection": "growing", "growth_power": float("nan")}, "`growth_power` must be a finite number"),
+        ({"selection": "growing", "growth_power": "1"}, "`growth_power` must be a number, got '1'"),
+        ({"selection": "growing", "growth_eps": True}, "`growth_eps` must be a number, got True"),
+        ({"density": 0.1, "growth_power": 3.0}, "`growth_power` has no effect with `selection='spiel-ag'`"),
+        ({"selection": "random", "growth_eps": 0.5}, "`growth_eps` has no effect with `selection='random'`"),
+        ({"selection": "below", "threshold": "1e-3"}, "`threshold` must be a number or None, got '1e-3'"),
+        ({"selection": "below", "threshold": True}, "`threshold` must be a number, got True"),
+        ({"selection": "below", "threshold": float("inf")}, "`threshold` must be a finite number"),
+        (
+            {"selection": "below", "threshold": 0.1, "reselect_at": 500, "total_steps": 10},
+            r"`reselect_at` \(500\) must be below `total_steps` \(10\)",
+        ),
+        ({"selection": "growing", "total_steps": True}, "`total_steps` must be a positive integer, got True"),
         ({"density": 0.1, "reselection_steps": 5}, "must be below `reselection_steps`"),
         ({"density": 0.1, "reselection_rate": 0.0}, "`reselection_rate` must be in"),
         ({"density": 0.1, "reselection_policy": "step"}, "must be 'linear' or 'cosine'"),
@@ -1553,7 +1566,7 @@ def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
     ],
 )
 def test_config_refuses(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         SparseFTConfig(**fields)
 
 

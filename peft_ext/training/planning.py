@@ -163,8 +163,7 @@ def recommend(
     dtype = _dtype(dtype or getattr(config, "dtype", None) or torch.float32)
     batch, tokens = _size(size, config, kind)
     sizes, limit = sizes_of(config, batch, tokens), _bytes(memory)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build(config).parameters())
+    parameters = _parameters(build, config)
     rows, left_out, registered = [], {}, methods()
     for name, (title, merges, adapt) in _methods(kind, chosen).items():
         if name in registered and (reason := registered[name].about.unplanned):
@@ -206,6 +205,17 @@ def _model(model: Any, kind: str | None) -> tuple[PreTrainedConfig, Callable[[An
             "config of the model before that, and subtract what its weights take less."
         )
     return config, AUTO[kind or _kind(config)].from_config if config is model else type(model)._from_config
+
+
+def _parameters(build: Callable[[Any], PreTrainedModel], config: Any) -> int:
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(config).parameters())
+    except Exception as error:
+        raise ValueError(
+            f"No model can be made of this {type(config).__name__} ({type(error).__name__}: {error}): give another `kind` "
+            f"({', '.join(AUTO)}), or a model."
+        ) from error
 
 
 def _dtype(dtype: Any) -> torch.dtype:

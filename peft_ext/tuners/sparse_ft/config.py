@@ -146,8 +146,13 @@ class SparseFTConfig(ExtConfig):
         for name in ("reselection_steps", "accumulation_steps", "total_steps", "reselect_at"):
             value = getattr(self, name)
             may_be_open = name in ("total_steps", "reselect_at")
-            if not (isinstance(value, int) and value > 0) and not (may_be_open and value is None):
+            if not (type(value) is int and value > 0) and not (may_be_open and value is None):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.reselect_at is not None and self.total_steps is not None and self.reselect_at >= self.total_steps:
+            raise ValueError(
+                f"`reselect_at` ({self.reselect_at}) must be below `total_steps` ({self.total_steps}), or there is no "
+                "reselection."
+            )
         if self.accumulation_steps >= self.reselection_steps:
             raise ValueError(
                 f"`accumulation_steps` ({self.accumulation_steps}) must be below `reselection_steps` "
@@ -161,6 +166,9 @@ class SparseFTConfig(ExtConfig):
             raise ValueError(f"`save_dtype` must be one of {', '.join(SAVE_DTYPES)}, got {self.save_dtype!r}.")
 
     def _check_gradual(self) -> None:
+        for name in ("threshold", "growth_power", "growth_eps"):
+            if isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be a number, got {getattr(self, name)!r}.")
         if self.selection == "below" and not (self.threshold is not None and self.threshold > 0):
             raise ValueError(
                 f"`threshold` must be a positive number for `selection='below'`, for example 1e-3, got {self.threshold!r}."
@@ -172,6 +180,10 @@ class SparseFTConfig(ExtConfig):
             raise ValueError(f"`growth_power` must not be negative, got {self.growth_power!r}.")
         if self.growth_eps <= 0:
             raise ValueError(f"`growth_eps` must be positive, got {self.growth_eps!r}.")
+        defaults = {"growth_power": SparseFTConfig.growth_power, "growth_eps": SparseFTConfig.growth_eps}
+        for name, default in defaults.items():
+            if self.selection != "growing" and getattr(self, name) != default:
+                raise ValueError(f"`{name}` has no effect with `selection={self.selection!r}`, only with 'growing'.")
 
     def _check_budget(self) -> None:
         given = [name for name in ("density", "num_tunable_weights") if getattr(self, name) is not None]
