@@ -310,6 +310,21 @@ def test_below_equals_the_dense_reference() -> None:
     assert 0 < frozen.sum() < len(places) and leaf.tracker.reselections == [(20, int(frozen.sum()))]
 
 
+def test_frozen_values_do_not_count_in_the_norm_that_clips() -> None:
+    """SaRA after its reselection: their gradients are zero from the backward on, over micro-batches, too."""
+    torch.manual_seed(0)
+    config = SparseFTConfig(selection="below", threshold=0.2, target_modules=["fc"], reselect_at=4)
+    model = get_peft_model(One(), config)
+    (_, leaf) = next(deltas(model, "default"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    run_steps(model, optimizer, range(4))
+    frozen = leaf.tracker.frozen
+    assert 0 < frozen.sum() < len(frozen)
+    for _ in range(2):
+        backward_of(model, scripted_gradient(5))
+    assert not leaf.weight.grad[frozen].any() and leaf.weight.grad[~frozen].all()
+
+
 class DenseID3:
     """AdamW with masked gradients, the mask growing in every step before the update."""
 

@@ -58,6 +58,12 @@ class BelowTracker(Tracker):
                 "start. Set one of them, or pass `callbacks=[peft_ext.SparseFTCallback()]` to the Trainer.",
             )
 
+    def observe(self, leaf: SparseDelta, gradient: Gradient, values: torch.Tensor) -> None:
+        """Frozen values have no gradient, which would count in a norm by which gradients are clipped."""
+        super().observe(leaf, gradient, values)
+        if self.frozen is not None:
+            values.masked_fill_(self.frozen, 0.0)
+
     def before_step(self, leaf: SparseDelta, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Takes frozen values out of the step."""
         super().before_step(leaf, optimizer, group, closure)
