@@ -351,7 +351,10 @@ def test_a_start_that_was_taken_out_of_the_base(init: Any, tmp_path: Path) -> No
     model.save_pretrained(str(tmp_path / "start"))
     model.peft_config["default"].init_lora_weights = init
     for make in (compress, binarize):
-        with pytest.raises(BadInput, match=rf"`init_lora_weights` is '{init}', whose start is taken out of the base"):
+        with pytest.raises(
+            BadInput,
+            match=rf"The adapter 'default' is not packed: `init_lora_weights` is '{init}', whose start is taken out of the base",
+        ):
             make(model)
     model.save_pretrained(str(tmp_path / "saved"))
     with pytest.raises(BadInput, match="path_initial_model_for_weight_conversion"):

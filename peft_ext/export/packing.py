@@ -232,9 +232,9 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _read(
-    adapter: PeftModel | str | os.PathLike[str], adapter_name: str
+    adapter: PeftModel | str | os.PathLike[str], adapter_name: str, source: str = ""
 ) -> tuple[str, dict[str, torch.Tensor], list[str]]:
-    """The text of the config, the tensors, and the keys of those that may be changed."""
+    """The text of the config, the tensors, and the keys of those that may be changed; `source` is what errors name."""
     if isinstance(adapter, PeftModel):
         if adapter_name not in adapter.peft_config:
             raise ValueError(
@@ -242,7 +242,8 @@ def _read(
             )
         with tempfile.TemporaryDirectory(prefix="peft_ext_") as folder:
             adapter.save_pretrained(folder, selected_adapters=[adapter_name])
-            return _read(Path(folder) if adapter_name == "default" else Path(folder, adapter_name), adapter_name)
+            saved = Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
+            return _read(saved, adapter_name, f"The adapter {adapter_name!r}")
     directory = Path(adapter).expanduser()
     if not directory.is_dir():
         directory = Path(snapshot_download(os.fspath(adapter), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
@@ -256,7 +257,7 @@ def _read(
             raise BadInput(f"{adapter} has no {name}: give the directory of a saved adapter.")
     config = (directory / ADAPTER_CONFIG).read_text(encoding="utf-8")
     tensors = load_file(directory / ADAPTER_WEIGHTS)
-    return config, tensors, _packable(config, tensors, str(adapter))
+    return config, tensors, _packable(config, tensors, source or str(adapter))
 
 
 def _packable(config: str, tensors: dict[str, torch.Tensor], source: str) -> list[str]:
