@@ -11,17 +11,30 @@ from typing import Any
 import pytest
 import torch
 from models import inputs, logits, tiny
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 
 import peft_ext
 from peft_ext import (
+    BinaryAdapterConfig,
     BinaryLoraConfig,
     LoraSBConfig,
     MaskLoraConfig,
+    PeftMixedModel,
     S2FTConfig,
+    SNELLConfig,
     SparseFTConfig,
     SSFConfig,
+    VQTConfig,
     WeGeFTConfig,
 )
 from peft_ext.core import BadInput
@@ -273,20 +286,60 @@ def test_bad_values(call: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            BinaryLoraConfig(r=2),
-            "BINARY_LOW_RANK, which is not packed: its weights are packed already. Adapters of .*LORA",
-        ),
-        (MaskLoraConfig(r=2), "MASK_PRUNING, which is not packed: a value of zero may not mean"),
-        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3, which is not packed"),
+        (BinaryLoraConfig(r=2), "BINARY_LOW_RANK, and is not made compressed: its weights are packed already"),
+        (MaskLoraConfig(r=2), "MASK_PRUNING, which is not thinned out: a value of zero.* Adapters of .*LORA"),
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3, which is not thinned out"),
         (LoraConfig(target_modules=["q_proj"], use_dora=True), "lora_magnitude_vector.* may not be thinned out"),
     ],
 )
-def test_methods_that_are_not_packed(config: Any, message: str) -> None:
-    model = get_peft_model(tiny("llama"), config)
+def test_methods_that_are_not_thinned_out(config: Any, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        compress(get_peft_model(tiny("llama"), config))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BinaryLoraConfig(r=2), "and is not made binarized: its weights are packed already"),
+        (MaskLoraConfig(r=2), "and is not made binarized: its masks go by the order of scores"),
+        (VQTConfig(task_type="SEQ_CLS"), "and is not made binarized: its head would be rounded, too"),
+    ],
+)
+def test_methods_that_are_not_rounded(config: Any, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        binarize(get_peft_model(tiny("bert"), config))
+
+
+def test_a_mixed_model_is_not_packed_as_one() -> None:
     for make in (compress, binarize):
-        with pytest.raises(BadInput, match=message):
-            make(model)
+        with pytest.raises(
+            TypeError, match="A PeftMixedModel is not packed: give a PeftModel, or the directory of one"
+        ):
+            make(PeftMixedModel(tiny("llama"), SSFConfig()))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
+        VeraConfig(r=4, target_modules=["q_proj"], init_weights=False),
+        LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False),
+        SNELLConfig(r=2, init_weights=False),
+        BinaryLoraConfig(r=2, bits=32, init_weights=False),
+        BinaryAdapterConfig(r=2, bits=32, init_weights=False),
+    ],
+)
+def test_adapters_of_any_method_are_rounded(config: Any, tmp_path: Path) -> None:
+    """To 8 bits, so that the function is nearly the same; DoRA's magnitudes stay as they are."""
+    model = get_peft_model(tiny("llama"), config).eval()
+    packed = binarize(model, bits=8)
+    packed.save_pretrained(tmp_path)
+    loaded = peft_ext.load(tmp_path, tiny("llama")).eval()
+    batch = inputs("llama")
+    found, change = logits(loaded, batch), logits(model, batch) - logits(tiny("llama"), batch)
+    assert packed.nbytes < packed.original_nbytes
+    assert (found - logits(model, batch)).norm() < 0.1 * change.norm()
 
 
 def test_an_untrained_adapter(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, set_peft_model_state_di
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
+from torch import nn
 
 from ..core import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BadInput, about_of
 from ..lora_start import LoraStart, lora_start
-from ..low_bit import BITS
+from ..low_bit import BITS, FULL
 from ..packed_files import PACKED, Packed, coded, is_packed, ternary
 
 
@@ -146,7 +147,7 @@ def binarize(
     """Rounds each trained tensor of an adapter to `2**bits` levels around its mean, as `BinaryLoraConfig` trains them.
 
     Rounding after the training loses more than training in few bits does. Tensors so small that codes would not be
-    smaller, heads and indices stay as they are.
+    smaller, DoRA's magnitudes, heads and indices stay as they are.
 
     Args:
         adapter: A directory, a repository of the Hub, or a model with the adapter.
@@ -154,12 +155,12 @@ def binarize(
         adapter_name: Which adapter of a model.
 
     Raises:
-        ValueError: `bits` is out of range, or the adapter's method does not say that its values may be rounded, as
-            where its start was taken out of the base.
+        ValueError: `bits` is out of range, or the adapter is of a kind whose values must not be rounded: masks, readers
+            with heads of their own, LoRA whose start was taken out of the base, what is packed already.
     """
     if type(bits) is not int or bits not in BITS:
         raise ValueError(f"`bits` must be {BITS[0]} to {BITS[-1]}, got {bits!r}.")
-    config, tensors, names = _read(adapter, adapter_name)
+    config, tensors, names = _read(adapter, adapter_name, thins=False)
     large = [key for key in names if tensors[key].numel() * bits / 8 + 9 < _bytes({key: tensors[key]})]
     return PackedAdapter(coded(tensors, large, bits), config, _bytes(tensors))
 
@@ -232,9 +233,21 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _read(
-    adapter: PeftModel | str | os.PathLike[str], adapter_name: str, source: str = ""
+    adapter: nn.Module | str | os.PathLike[str], adapter_name: str, source: str = "", thins: bool = True
 ) -> tuple[str, dict[str, torch.Tensor], list[str]]:
-    """The text of the config, the tensors, and the keys of those that may be changed; `source` is what errors name."""
+    """The text of the config, the tensors, and the keys of those that may be changed.
+
+    Args:
+        adapter: A directory, a repository of the Hub, or a model with the adapter.
+        adapter_name: Which adapter of a model.
+        source: What errors name.
+        thins: Whether values become zero; they are only rounded else.
+    """
+    if isinstance(adapter, nn.Module) and not isinstance(adapter, PeftModel):
+        raise TypeError(
+            f"A {type(adapter).__name__} is not packed: give a PeftModel, or the directory of one adapter, as "
+            "`save_pretrained` writes it for each."
+        )
     if isinstance(adapter, PeftModel):
         if adapter_name not in adapter.peft_config:
             raise ValueError(
@@ -243,7 +256,7 @@ def _read(
         with tempfile.TemporaryDirectory(prefix="peft_ext_") as folder:
             adapter.save_pretrained(folder, selected_adapters=[adapter_name])
             saved = Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
-            return _read(saved, adapter_name, f"The adapter {adapter_name!r}")
+            return _read(saved, adapter_name, f"The adapter {adapter_name!r}", thins)
     directory = Path(adapter).expanduser()
     if not directory.is_dir():
         directory = Path(snapshot_download(os.fspath(adapter), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
@@ -257,10 +270,10 @@ def _read(
             raise BadInput(f"{adapter} has no {name}: give the directory of a saved adapter.")
     config = (directory / ADAPTER_CONFIG).read_text(encoding="utf-8")
     tensors = load_file(directory / ADAPTER_WEIGHTS)
-    return config, tensors, _packable(config, tensors, source or str(adapter))
+    return config, tensors, _packable(config, tensors, source or str(adapter), thins)
 
 
-def _packable(config: str, tensors: dict[str, torch.Tensor], source: str) -> list[str]:
+def _packable(config: str, tensors: dict[str, torch.Tensor], source: str, thins: bool) -> list[str]:
     """The keys of the method's trained tensors.
 
     Raises:
@@ -269,21 +282,28 @@ def _packable(config: str, tensors: dict[str, torch.Tensor], source: str) -> lis
     fields = json.loads(config)
     method = fields.get("peft_type", "")
     about = about_of(method)
-    if not about.offsets:
+    form = "compressed" if thins else "binarized"
+    if form in about.instead and fields.get("bits") != FULL:
+        raise BadInput(f"{source} is of the method {method}, and is not made {form}: {about.instead[form]}.")
+    if thins and not about.offsets:
         able = ", ".join(
             known.value
             for known in PEFT_TYPE_TO_CONFIG_MAPPING
             if about_of(known.value).offsets  # type: ignore[attr-defined]
         )
-        reason = about.instead.get("compressed", "a value of zero may not mean that nothing is changed")
-        raise BadInput(f"{source} is of the method {method}, which is not packed: {reason}. Adapters of {able} are.")
+        raise BadInput(
+            f"{source} is of the method {method}, which is not thinned out: a value of zero may not mean that nothing is "
+            f"changed. Adapters of {able} are; `binarize` rounds those of more methods."
+        )
     if method == "LORA" and (start := fields.get("init_lora_weights", True)) not in STARTS_BESIDE_THE_BASE:
         raise BadInput(
             f"{source} is not packed: `init_lora_weights` is {start!r}, whose start is taken out of the base's weights, so "
             "that zeros in the adapter do not give back the base. PiSSA, OLoRA, CorDA and LoRA-GA become plain LoRA by "
             "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`: pack that."
         )
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[method]  # type: ignore[index]
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(method)  # type: ignore[call-overload]
+    if prefix is None:
+        raise BadInput(f"{source} is of the method {method}, whose tensors cannot be told from others by their names.")
     found = []
     for key, tensor in tensors.items():
         parts = key.split(".")
@@ -293,7 +313,9 @@ def _packable(config: str, tensors: dict[str, torch.Tensor], source: str) -> lis
         leaf = ".".join(parts[at:]).removeprefix(prefix)
         if leaf in about.state:
             continue  # frozen: it stays as it is
-        if not re.fullmatch(about.offsets, leaf):
+        if about.offsets and not re.fullmatch(about.offsets, leaf):
+            if not thins:
+                continue  # magnitudes: they stay as they are
             raise BadInput(
                 f"{source} is not packed, since its {key!r} may not be thinned out or rounded: of {method} only "
                 f"{about.offsets} may."

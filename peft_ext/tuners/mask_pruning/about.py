@@ -116,7 +116,8 @@ ABOUT = MaskLoraAbout(
     headline=("r", "lora_alpha", "target_sparsity", "penalty"),
     page="docs/mask_pruning.md",
     instead={
+        "binarized": "its masks go by the order of scores, which rounding would change",
         "lora": "its masks are no part of LoRA: `--to pruned` cuts them out, and in Python "
-        "`prune_and_unload(model, keep_lora=True)` leaves a LoRA adapter on the smaller base"
+        "`prune_and_unload(model, keep_lora=True)` leaves a LoRA adapter on the smaller base",
     },
 )

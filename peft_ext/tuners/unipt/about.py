@@ -100,5 +100,8 @@ ABOUT = UniPTAbout(
     limits=("It classifies only, with a head of its own, and cannot be merged into the weights.",),
     headline=("reduction_factor", "identity", "residual"),
     page="docs/unipt.md",
-    instead={"lora": "it is a network beside the model and changes no weight: load it with `peft_ext.load`"},
+    instead={
+        "binarized": "its head would be rounded, too",
+        "lora": "it is a network beside the model and changes no weight: load it with `peft_ext.load`",
+    },
 )

@@ -158,5 +158,8 @@ ABOUT = VQTAbout(
     limits=("It classifies only, with a head of its own, and cannot be merged into the weights.",),
     headline=("num_queries", "pooling", "num_selected_features"),
     page="docs/vqt.md",
-    instead={"lora": "it has a head of its own and changes no weight: load it as an adapter, with `peft_ext.load`"},
+    instead={
+        "binarized": "its head would be rounded, too",
+        "lora": "it has a head of its own and changes no weight: load it as an adapter, with `peft_ext.load`",
+    },
 )
