@@ -217,7 +217,7 @@ def a_merge_is_undone_by_dividing(patch: Patch) -> None:
 
 @fault("test_safe_merge_finds_nan_and_changes_nothing", match="DID NOT RAISE")
 def a_safe_merge_is_not_safe(patch: Patch) -> None:
-    patch(ToyLayer, "_checked_merge", lambda self, name, safe_merge: self.merged_tensors(name))
+    patch(ToyLayer, "checked_merge", lambda self, name, safe_merge: self.merged_tensors(name))
 
 
 @fault("test_merge_in_half_precision", match=r"assert")
