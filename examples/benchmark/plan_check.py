@@ -48,6 +48,17 @@ PEFT_TYPES = {  # as `cost.py` calls them
     "SpIEL-AG": "SPARSE_FT",
     "SPT, at random": "SPT",
     "mask-pruning LoRA r=8": "MASK_PRUNING",
+    "S2FT": "S2FT",
+    "UniPT": "UNIPT",
+    "LoRA-XS": "LOW_RANK_CORE",
+    "SCT": "SCT",
+    "SNELL": "SNELL",
+    "VPT, 10 prompts": "VPT",
+    "WeGeFT": "WEGEFT",
+    "Bi-LoRA r=8": "BINARY_LOW_RANK",
+    "Bi-AdaptFormer": "BINARY_ADAPTER",
+    "PASTA": "PASTA",
+    "LoRAFusion": "FUSED_LOW_RANK",
 }
 LLAMA: dict[str, dict[str, int]] = {  # as meta-llama's configs have them
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
