@@ -569,9 +569,18 @@ def title(method: str) -> str:
 
 BUILT_IN = (PROBE, FULL, LORA, "dora", "adalora", "ia3", "ln", "shira", "super-tuning")  # PEFT's, and none
 PROMPTS = ("vpt", "vpt-50", "vpt-shallow", "e2vpt")
-OF_THEIR_OWN_SIZE = {PROBE, FULL, "ia3", "ln", "ssf", "vqt", *PROMPTS, "vpt-class-tokens", "pasta", "fused_low_rank"} | {
-    name for name, make in REGISTERED.items() if CONFIGS[name] is make
-}
+OF_THEIR_OWN_SIZE = {
+    PROBE,
+    FULL,
+    "ia3",
+    "ln",
+    "ssf",
+    "vqt",
+    *PROMPTS,
+    "vpt-class-tokens",
+    "pasta",
+    "fused_low_rank",
+} | {name for name, make in REGISTERED.items() if CONFIGS[name] is make}
 
 
 def is_experiment(method: str) -> bool:
