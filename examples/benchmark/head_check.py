@@ -74,6 +74,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         rates = [f"{next(iter(row.values()))['learning_rate']:g}" for row in (fresh, fitted)]
         scores = [f"{score(values)} at {rate}" for values, rate in zip(pair, rates, strict=True)]
         lines.append((task, title(method), str(len(common)), *scores, f"{change:+.3f}", probe))
+    lines.sort()
     head = (
         "task",
         "method",

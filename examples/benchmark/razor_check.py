@@ -116,6 +116,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         change = "" if variant == "dense" else f"{statistics.mean(differences):+.3f}"
         values = score([seeds[seed]["test"] for seed in common])
         lines.append((task, title(method), variant, str(len(common)), values, change))
+    lines.sort(key=lambda line: (line[0], line[1], list(KEEPS).index(line[2])))
     head = ("task", "method", "kept", "seeds", "test", "minus dense, same seeds")
     return f"{markdown(head, lines, 3)}\n\n{caption(rows)}"
 

@@ -117,7 +117,7 @@ def _rates(
 
 def lines_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The lines of the results, and those of the comparison that are plain variants."""
-    settings = {(task, settings_of(lengths_of(task, args))) for task in LENGTHS}
+    settings = {(task, settings_of(lengths_of(task, args))) for task in (*args.known, *args.tasks)}
     return load_results(args.results) + [
         row | {"variant": args.plain[row["method"]]}
         for row in load_results(RESULTS)
