@@ -65,6 +65,7 @@ def test_scripts_run_what_is_missing_and_write_their_table(
     small: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(razor_check, "STEPS", small / "steps.json")  # what was measured has a table of its own
     page = small / "page.md"
     page.write_text(f"<!-- {marker} -->\nold\n<!-- /{marker} -->\n")
     one = command(script, monkeypatch, small, *options, "--rates", "1e-3", "--seeds", "1")

@@ -139,7 +139,8 @@ class LoraFusionLinear(LoraFusionLayer):
         if config.magnitude:
             # so that magnitudes change nothing before they are trained
             if owner is not None:
-                start = SharedLeaf(owner.fused_low_rank_coefficients, adapter_name)().detach().to(start)
+                shared = SharedLeaf(owner.fused_low_rank_coefficients, adapter_name)().detach()
+                start = start if shared.is_meta else shared.to(start)
             lengths = torch.zeros(self.out_features) if placeholder else self._lengths(*factors(start)).detach()
             self.fused_low_rank_magnitude[adapter_name] = Magnitudes(lengths)
         if owner is None:
