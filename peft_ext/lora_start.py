@@ -21,6 +21,8 @@ from .core import BadInput
 
 
 STARTS = (True, "gaussian", "orthogonal")  # values of `init_lora_weights` that look at no weights of the base
+# values of it that leave the base's weights alone, so that an adapter of zeros changes nothing
+BESIDE_THE_BASE = (*STARTS, False, "eva", "mica")
 PREFIX = "base_model.model."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -249,8 +249,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         if names and isinstance(self.base_layer, BaseTunerLayer):
             # this adapter acts on what the inner one puts out, so the inner one must be in the weights first
             owned = self.base_layer._get_available_adapters() - set(self.base_layer.merged_adapters)
-            inner = [name for name in adapter_names or self.base_layer.active_adapters if name in owned]
-            if inner:
+            if inner := [name for name in adapter_names or self.base_layer.active_adapters if name in owned]:
                 self.base_layer.merge(safe_merge=safe_merge, adapter_names=inner)
         for name in names:
             for key, value in self.checked_merge(name, safe_merge).items():
@@ -265,6 +264,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
         """Raises `ValueError` if merging these adapters, which act inside, would change what this layer does."""
 
     def checked_merge(self, name: str, safe_merge: bool) -> dict[str, torch.Tensor]:
+        """`merged_tensors`; `ValueError` where the base cannot take them, or, with `safe_merge`, they are not finite."""
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(

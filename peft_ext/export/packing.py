@@ -21,15 +21,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..core import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BadInput, about_of
-from ..lora_start import LoraStart, lora_start
+from ..lora_start import BESIDE_THE_BASE, LoraStart, lora_start
 from ..low_bit import BITS, FULL
 from ..packed_files import PACKED, Packed, coded, is_packed, ternary
 
 
 # that `scale="tune"` tries: the paper's, and 1.5 and 2.5, between which small models have their best
 SCALES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
-# values of LoRA's `init_lora_weights` that leave the base's weights alone, so that an adapter of zeros changes nothing
-STARTS_BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 Evaluate = Callable[[PeftModel], float]
 
 
@@ -295,7 +293,7 @@ def _packable(config: str, tensors: dict[str, torch.Tensor], source: str, thins:
             f"{source} is of the method {method}, which is not thinned out: a value of zero may not mean that nothing is "
             f"changed. Adapters of {able} are; `binarize` rounds those of more methods."
         )
-    if method == "LORA" and (start := fields.get("init_lora_weights", True)) not in STARTS_BESIDE_THE_BASE:
+    if method == "LORA" and (start := fields.get("init_lora_weights", True)) not in BESIDE_THE_BASE:
         raise BadInput(
             f"{source} is not packed: `init_lora_weights` is {start!r}, whose start is taken out of the base's weights, so "
             "that zeros in the adapter do not give back the base. PiSSA, OLoRA, CorDA and LoRA-GA become plain LoRA by "

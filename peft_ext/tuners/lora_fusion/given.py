@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ...core import linear_features, scale_at, unadapted_modules
+from ...lora_start import BESIDE_THE_BASE
 
 
 PREFIX = "base_model.model."
-CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # starts that take a part out of the base's weights
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -179,7 +179,7 @@ def refuse_other_kinds(name: str, config: LoraConfig, tensors: Mapping[str, torc
     ]
     found += [f"bias={config.bias!r}"] if config.bias != "none" else []
     start = config.init_lora_weights
-    is_moved = isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE)
+    is_moved = (start.lower() if isinstance(start, str) else start) not in BESIDE_THE_BASE
     found += ["target_parameters"] if config.target_parameters else []
     if found:
         raise TypeError(
