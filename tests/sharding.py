@@ -5,7 +5,7 @@
     python tests/sharding.py --methods ssf spiel-ag --ways ddp fsdp2-blocks
 
 A cell is a training of `STEPS` optimizer steps, of two micro-batches each, with clipped gradients, in two processes with
-gloo. Each process sees half of the rows. The adapter is saved by the first process from the full state dict; its file
+gloo (`PEFT_EXT_DEVICE=cuda`: in one on the GPU). Each process sees half of the rows. The adapter is saved by the first process from the full state dict; its file
 must be the one that a single process saves that saw all rows. A cell is "works", "refused", with the error of this
 package, or "failed". The processes are forks, since importing takes longer than a training.
 """
@@ -43,12 +43,12 @@ import torch
 import torch.distributed as dist
 from models import inputs, tiny
 from peft import LoraConfig, get_peft_model
-from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors.torch import load_file, save_file
+from sharding_ways import BACKEND, DEVICE, PROCESSES, ROWS, TITLES, WAYS, ddp, optimizer_for
 from test_conformance import METHODS as CONFORMING
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, VQTConfig
@@ -56,7 +56,6 @@ from peft_ext.testing import Method
 
 
 STEPS = 4
-ROWS = 4  # of a micro-batch, over all processes
 SHARED_ROWS = "ddp, each process with its own rows"
 SECONDS = 300  # that a cell may take, on a busy machine
 RESULTS = TESTS / "sharding_results.json"
@@ -82,10 +81,11 @@ class Case:
     def build(self) -> Any:
         torch.manual_seed(0)
         base = tiny(self.model)
-        return get_peft_model(base, self.method.config_for(self.model, base)).train()
+        return get_peft_model(base, self.method.config_for(self.model, base)).train().to(DEVICE)
 
     def batch(self, step: int, micro: int) -> dict[str, torch.Tensor]:
-        return inputs(self.model, batch=ROWS, seed=10 * step + micro)
+        batch = inputs(self.model, batch=ROWS, seed=10 * step + micro)
+        return {key: value.to(DEVICE) for key, value in batch.items()}
 
 
 def of(name: str, model: str, **changes: Any) -> Case:
@@ -140,96 +140,7 @@ if HAS_DEEPSPEED:
     import deepspeed  # noqa: F401  once, before the forks
 
 
-# Ways to wrap
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    kinds = set(model.get_base_model()._no_split_modules)  # type: ignore[operator]
-    return [module for module in model.modules() if type(module).__name__ in kinds]
-
-
-def ddp(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def fsdp1(model: nn.Module, use_orig_params: bool, leaves: bool = True) -> nn.Module:
-    kinds = {type(block) for block in blocks_of(model)}
-    policy = (
-        fsdp_auto_wrap_policy(model) if leaves else (lambda module, recurse, **_: recurse or type(module) in kinds)
-    )
-    return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.device("cpu")
-    )
-
-
-def fsdp2(model: nn.Module, units: str) -> nn.Module:
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    if units == "policy":
-        policy: Any = fsdp_auto_wrap_policy(model)
-        chosen = [m for m in model.modules() if m is not model and policy(m, recurse=False, nonwrapped_numel=0)]
-    else:
-        chosen = blocks_of(model) if units == "blocks" else []
-    for module in [*reversed(chosen), model]:
-        fully_shard(module, mesh=mesh)
-    return model
-
-
-def zero(model: nn.Module, stage: int) -> Any:
-    """DeepSpeed's engine, which makes the steps itself."""
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo")
-    config = {
-        "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    optimizer = optimizer_for(model)
-    (group,) = (
-        optimizer.param_groups
-    )  # what must not decay has a group of its own, as under DeepSpeed users must have it
-    undecayed = [
-        p for key, p in model.named_parameters() if p.requires_grad and re.search(r"\.(ssf_|mask_.*_gate)", key)
-    ]
-    if undecayed:
-        kept = {id(parameter) for parameter in undecayed}
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in kept]
-        optimizer.add_param_group({"params": undecayed, "weight_decay": 0.0})
-        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "ddp": ddp,
-    "fsdp2-policy": partial(fsdp2, units="policy"),
-    "fsdp2-blocks": partial(fsdp2, units="blocks"),
-    "fsdp2-root": partial(fsdp2, units="root"),
-    "fsdp1-orig": partial(fsdp1, use_orig_params=True),
-    "fsdp1-orig-blocks": partial(fsdp1, use_orig_params=True, leaves=False),
-    "fsdp1-flat": partial(fsdp1, use_orig_params=False),
-    **{f"zero{stage}": partial(zero, stage=stage) for stage in (1, 2, 3)},
-}
-TITLES = {
-    "ddp": "DDP",
-    "fsdp2-policy": "FSDP2, PEFT's policy",
-    "fsdp2-blocks": "FSDP2, blocks",
-    "fsdp2-root": "FSDP2, root",
-    "fsdp1-orig": "FSDP1 `use_orig_params`, PEFT's policy",
-    "fsdp1-orig-blocks": "FSDP1 `use_orig_params`, blocks",
-    "fsdp1-flat": "FSDP1 flat, PEFT's policy",
-    **{f"zero{stage}": f"DeepSpeed ZeRO-{stage}" for stage in (1, 2, 3)},
-}
-
-
 # One training
-
-
-def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
-    # a large eps: Adam makes whole steps of gradients that are nothing but rounding
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, eps=1e-3, weight_decay=0.1)
 
 
 def train(
@@ -376,7 +287,7 @@ def in_processes(number: int, call: Callable[[], None], folder: Path) -> list[st
 
     def member(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=number)
+        dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=number)
         call()
         dist.barrier()
 
@@ -424,7 +335,7 @@ def expected(name: str) -> dict[str, torch.Tensor]:
 def made(name: str, way: str) -> tuple[str, dict[str, torch.Tensor] | None]:
     """What two processes make of a case, or what went wrong."""
     folder = Path(tempfile.mkdtemp(dir=scratch()))
-    errors = [error for error in in_processes(2, partial(together, CASES[name], way, folder), folder) if error]
+    errors = [error for error in in_processes(PROCESSES, partial(together, CASES[name], way, folder), folder) if error]
     if errors:
         # a process that was left alone ends with an error of the network
         own = [error for error in errors if error.startswith("refused")] or [e for e in errors if "hangs" not in e]

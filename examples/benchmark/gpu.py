@@ -11,6 +11,7 @@ Every part is a command of this repository. What it prints, how it ended and how
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,6 +30,8 @@ METHODS = [
     *["frozen backbone", "full fine-tuning", "LoRA r=8", "SSF", "SpIEL-AG", "S2FT", "WeGeFT", "mask-pruning LoRA r=8"],
     *["VQT, 4 queries", "VPT, 10 prompts"],
 ]
+SHARDED = ["lora", "ssf", "sparse_ft", "spiel-ag", "spt", "mask_pruning", "vqt", "s2ft", "wegeft"]
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 def cost(preset: str, device: str, is_quick: bool, *sizes: str) -> list[str]:
@@ -42,10 +45,22 @@ def parts(device: str, is_quick: bool) -> dict[str, tuple[list[str], int]]:
     """By name, most important first: the arguments of Python, and the most seconds."""
     text = ["--batch", "1", "--length", "16"] if is_quick else []
     image = ["--batch", "1"] if is_quick else ["--batch", "32"]
+    common = ["--device", device, *["--quick"] * is_quick]
+    sharded = ["ddp", "fsdp2-policy", "fsdp1-orig", *[f"zero{stage}" for stage in (1, 2, 3)] * HAS_DEEPSPEED]
     return {
-        "tests": (["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", *["-x"] * is_quick], 150),
+        "tests": (["-m", "pytest", "-q", "-n", "2" if is_quick else "8", "tests/test_gpu.py"], 150),
         "cost-vit-b16": (cost("vit-b16", device, is_quick, *image), 90),
         "cost-llama-1b": (cost("llama-1b", device, is_quick, *text), 120),
+        **{
+            f"speed-{part}": (["examples/benchmark/gpu_speed.py", part, *common], 90)
+            for part in ("waits", "routes", "cut", "four-bit", "compiled")
+        },
+        "sharding": (
+            ["tests/sharding.py", "--results", str(RESULTS / "sharding-cells.json"), "--ways", *sharded, "--methods"]
+            + ["lora", "ssf"] * is_quick
+            + SHARDED * (not is_quick),
+            120,
+        ),
         "cost-bert-base": (cost("bert-base", device, is_quick, *(text or ["--batch", "32"])), 90),
     }
 

@@ -163,6 +163,7 @@ def csr(indices: torch.Tensor, values: torch.Tensor, shape: Sequence[int]) -> to
     starts = torch.searchsorted(rows, torch.arange(shape[0] + 1, device=indices.device, dtype=rows.dtype))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta.*")
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")  # torch 2.11
         return torch.sparse_csr_tensor(starts.to(columns.dtype), columns, values, tuple(shape), check_invariants=False)
 
 
