@@ -25,19 +25,17 @@ from sharding import (
     CASES,
     RESULTS,
     STEPS,
-    ddp,
     differences,
     expected,
     forks,
-    fsdp2,
     in_processes,
-    optimizer_for,
     outcome,
     rows_of,
     save,
     table,
     train,
 )
+from sharding_ways import ddp, fsdp2, optimizer_for
 from test_conformance import METHODS
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict

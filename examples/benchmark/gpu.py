@@ -5,7 +5,7 @@
     python examples/benchmark/gpu.py --device cpu --quick   # tries every part on the CPU, in its smallest size
 
 Every part is a command of this repository. What it prints, how it ended and how long it took stand in
-`results/gpu/PART.json`; the figures that it measures stand beside it, in files of their own.
+`results/gpu/run-PART.json`; the figures that it measures stand beside it, in files of their own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def parts(device: str, is_quick: bool) -> dict[str, tuple[list[str], int]]:
 
 def run(name: str, arguments: Sequence[str], limit: int, device: str) -> dict[str, object]:
     """Runs one part; how it ended."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PEFT_EXT_DEVICE": device, "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "PEFT_EXT_DEVICE": device, "HF_HUB_OFFLINE": "1"}
     start = time.monotonic()
     try:
         done = subprocess.run(
@@ -111,7 +112,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     start, failed = time.monotonic(), []
     for name in options.parts or known:
-        file = RESULTS / f"{name}.json"
+        file = RESULTS / f"run-{name}.json"
         if file.exists() and json.loads(file.read_text())["code"] == 0 and not (options.again or options.quick):
             continue
         left = int(options.seconds - (time.monotonic() - start))

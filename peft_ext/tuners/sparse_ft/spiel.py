@@ -186,12 +186,11 @@ class AgTracker(SpielTracker):
             grad = grad / scale
         # what scaling and clipping have done to the values' own gradient they would have done to the candidates'
         raw = self._raw.to(grad.dtype)
-        self._measured = self._pending
-        if not torch.equal(raw, grad):
-            norm = raw.square().sum()
-            factor = (raw * grad).sum() / norm if norm > 0 else norm.new_ones(())
-            if abs(float(factor) - 1) > 1e-5:
-                self._measured = self._pending * factor
+        # in tensors, for a device would be waited for at every number that is looked at
+        norm = raw.square().sum()
+        factor = torch.where(norm > 0, (raw * grad).sum() / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
+        # no number, where a gradient overflowed, changes nothing: such a step is skipped
+        self._measured = self._pending * torch.where((factor - 1).abs() > 1e-5, factor, 1.0)
 
     def _share(self, leaf: SparseDelta) -> None:
         """Makes all processes that train together hold the same candidates and gradients.

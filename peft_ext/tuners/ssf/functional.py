@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import deque
 from typing import Any
@@ -19,11 +20,14 @@ MIN_DIVISOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, to
 # Channels whose recovered h would be off by more than this share of its size keep their own h.
 MAX_ERROR = 0.02
 SAMPLED_ROWS = 256  # by which that error is estimated
+TINY = 1e-30  # instead of a zero that would be divided by
+LOOK_EVERY = 64  # steps, at which a GPU is asked how many channels cannot be recovered
+SPARE = 8  # channels that are kept besides
 PENDING = 16  # as many modules keep their features besides their outputs in the first step, see `OutputWatch`
 
 
 class OutputWatch:
-    """Whether the model changes a module's output in place, after which nothing can be recovered from it.
+    """What is known of a module's output: whether it is changed in place, and how many channels cannot be recovered.
 
     `changed` is `None` until the first backward tells. Until then the features are kept beside the output, but only
     while the next `PENDING` modules run: a model that changes an output in place does so soon after.
@@ -31,6 +35,33 @@ class OutputWatch:
 
     def __init__(self) -> None:
         self.changed: bool | None = None
+        self._kept = 0  # channels between two looks
+        self._left = 0  # steps until the next look
+        self._missed: torch.Tensor | None = None  # most channels that could not be kept since the last look
+
+    def most_difficult(self, difficulty: torch.Tensor) -> torch.Tensor:
+        """The indices of the channels to keep; `difficulty` is `(C,)`, above 1 for those that must be kept.
+
+        Warns:
+            UserWarning: Since the last look a step had more of these than were kept.
+        """
+        lost = (difficulty > 1).sum()
+        # what gradient checkpointing computes again in the backward must keep as many as it did the first time
+        if self._left > 0 or torch._C._current_graph_task_id() != -1:
+            self._left -= 1
+            missed = lost - self._kept
+            self._missed = missed if self._missed is None else torch.maximum(self._missed, missed)
+        else:
+            if self._missed is not None and self._missed > 0:
+                warnings.warn(
+                    f"The scales of {int(self._missed)} channels of a module that SSF adapts came too near zero to be "
+                    f"divided by, within {LOOK_EVERY} steps: in these steps they did not learn. Try a smaller "
+                    "learning rate, or `SSFConfig(recover=False)`, which keeps the features of all channels.",
+                    stacklevel=2,
+                )
+            self._missed, self._left = None, LOOK_EVERY - 1
+            self._kept = min(2 * int(lost) + SPARE, len(difficulty))
+        return difficulty.topk(self._kept).indices
 
 
 class _Features:
@@ -83,19 +114,33 @@ def _features_if_changed(watch: OutputWatch | None, kept: _Features | None) -> t
     return kept.features
 
 
-def _unrecoverable(output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-    """Indices of the channels whose features cannot be recovered from `output` `(N, C)`.
+def _difficulty(output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """How far each channel `(C,)` is from being recovered from `output` `(N, C)`; above 1 it cannot be.
 
     The scale is too near zero to be divided by, or the output is mostly shift, whose rounding hides the features:
     recovered, they are off by about eps |y| / |gamma|.
     """
     limit = MIN_DIVISOR[output.dtype] * (1.0 if shift is None else shift.abs().clamp(min=1))
-    lost = scale.abs() < limit
+    found = limit / scale.abs()
     if shift is not None and len(output):
         sample = output[:: -(-len(output) // SAMPLED_ROWS)].to(torch.promote_types(output.dtype, torch.float32))
-        rounding = torch.finfo(output.dtype).eps * sample.square().mean(0).sqrt()
-        lost = lost | (rounding > MAX_ERROR * (sample - shift).square().mean(0).sqrt())
-    return lost.nonzero().squeeze(1)
+        rounding = torch.linalg.vector_norm(sample, dim=0) * (torch.finfo(output.dtype).eps / MAX_ERROR)
+        found = torch.maximum(found, rounding / torch.linalg.vector_norm(sample - shift, dim=0).clamp(min=TINY))
+    return found
+
+
+def _unrecoverable(
+    output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, watch: OutputWatch | None
+) -> torch.Tensor:
+    """Indices of the channels whose features are to be kept, since they cannot be recovered from `output` `(N, C)`.
+
+    How many they are is known only when the device has worked them out. A GPU is waited for once in `LOOK_EVERY`
+    steps; between, as many of the most difficult channels are kept as twice those found then, and `SPARE` more.
+    """
+    difficulty = _difficulty(output, scale, shift)
+    if watch is None or output.device.type == "cpu" or torch.compiler.is_compiling():
+        return (difficulty > 1).nonzero().squeeze(1)
+    return watch.most_difficult(difficulty)
 
 
 def _vector_gradients(
@@ -112,6 +157,7 @@ def _vector_gradients(
     `kept` holds the features before the scale if `kept_is_input`, else those after it; then `exact_features`
     `(N, k)` holds the features before the scale of the channels `exact` `(k,)`.
     """
+    smallest = MIN_DIVISOR[kept.dtype] * (1.0 if shift is None else shift.abs().clamp(min=1))
     accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
     if grad.dtype == torch.float16:  # in which the products below could overflow
         kept, exact_features = kept.float(), exact_features.float()
@@ -120,8 +166,10 @@ def _vector_gradients(
     if not kept_is_input:
         if shift is not None:
             grad_scale = grad_scale - shift * grad_shift
-        divisor = scale.index_fill(0, exact, 1.0)
-        grad_scale = grad_scale / divisor
+        divisor = scale.index_fill(0, exact, torch.inf)
+        # a channel that must be kept and is not does not learn in this step, see `OutputWatch.most_difficult`
+        lost = divisor.abs() < smallest
+        grad_scale = torch.where(lost, 0.0, grad_scale / divisor)
         if exact.numel():
             own = (grad[:, exact] * exact_features).sum(0, dtype=accumulate)
             grad_scale = grad_scale.index_copy(0, exact, own.to(grad_scale.dtype))
@@ -147,7 +195,7 @@ class ScaleShift(torch.autograd.Function):
     ) -> torch.Tensor:
         """features `(..., C)`, scale and shift `(C,)`; returns `(..., C)` in the dtype of the features."""
         output = scale_and_shift(features, scale, shift)
-        exact = _unrecoverable(output.reshape(-1, scale.numel()), scale, shift)
+        exact = _unrecoverable(output.reshape(-1, scale.numel()), scale, shift, watch)
         # by `data`, for a change in place of what is returned is noticed by the watch
         ctx.save_for_backward(output.data, scale, shift, exact, features[..., exact])
         ctx.watch = watch
@@ -239,7 +287,7 @@ class ScaledLinear(torch.autograd.Function):
                 kept = x
             elif any(ctx.needs_input_grad[3:5]):
                 kept = output.data  # see `ScaleShift`
-                exact = _unrecoverable(output, scale, shift)
+                exact = _unrecoverable(output, scale, shift, watch)
                 part = None if bias is None else bias[exact].to(ctx.dtype)
                 exact_features = F.linear(x.to(ctx.dtype), weight[exact].to(ctx.dtype), part)
                 ctx.kept = None if watch is None else _watch(watch, output, x)
