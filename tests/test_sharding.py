@@ -12,6 +12,7 @@ import socket
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -405,6 +406,23 @@ def test_decay_of_flattened_scales_is_refused(weight_decay: float) -> None:
     refused = pytest.raises(ValueError, match=r"DeepSpeed holds flattened copies.*weight_decay=0")
     with refused if weight_decay else contextlib.nullcontext():
         optimizer.step()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_decay_of_another_model_is_not_refused(stage: int) -> None:
+    """One model is trained by DeepSpeed, another in the same process by a plain optimizer, which may decay its own."""
+    model = CASES["ssf"].build()
+    flat, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    flat.grad, other.grad = torch.ones(3), torch.ones(3)
+    engine = SimpleNamespace(optimizer=torch.optim.AdamW([flat], weight_decay=0.1))
+    for parameter in model.parameters():
+        if stage == 3:
+            parameter.ds_id, parameter._z3_optimizer = 0, engine
+        else:
+            parameter._hp_mapping = SimpleNamespace(hp_fragment=flat.data[:2], param_group_index=0)
+    torch.optim.AdamW([other], weight_decay=0.1).step()
+    with pytest.raises(ValueError, match="DeepSpeed holds flattened copies"):
+        engine.optimizer.step()
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])

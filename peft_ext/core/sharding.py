@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,19 @@ def refusal(what: str, holder: str, instead: str) -> ValueError:
     )
 
 
+def _is_decayed_by_deepspeed(parameter: nn.Parameter, optimizer: Optimizer, decayed: Sequence[bool]) -> bool:
+    """Whether this optimizer, and no other in the process, has a flattened copy of the parameter in a decayed group."""
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        engine = getattr(parameter, "_z3_optimizer", None)
+        return engine is None or engine.optimizer is optimizer
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return False
+    flat = mapping.hp_fragment.untyped_storage().data_ptr()
+    owned = any(p.untyped_storage().data_ptr() == flat for group in optimizer.param_groups for p in group["params"])
+    return owned and decayed[mapping.param_group_index]
+
+
 def refuse_flattened_decay(optimizer: Optimizer, undecayed: Iterable[nn.Module]) -> None:
     """Raises `ValueError` if the optimizer would decay flattened copies of the parameters of these modules.
 
@@ -107,8 +120,7 @@ def refuse_flattened_decay(optimizer: Optimizer, undecayed: Iterable[nn.Module])
     holder = None
     for module in modules:
         for parameter in module.parameters(recurse=False):
-            group = getattr(getattr(parameter, "_hp_mapping", None), "param_group_index", None)
-            if parameter.requires_grad and (hasattr(parameter, "ds_id") or (group is not None and decayed[group])):
+            if parameter.requires_grad and _is_decayed_by_deepspeed(parameter, optimizer, decayed):
                 holder = "DeepSpeed"
     for group, is_decayed in zip(optimizer.param_groups, decayed, strict=True):
         for parameter in group["params"] if is_decayed else ():
