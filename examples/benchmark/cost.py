@@ -655,7 +655,9 @@ def measure(
         torch.set_num_threads(settings.threads)
     gc.freeze()  # what is there already is not looked at by each collection
     torch.manual_seed(settings.seed)
-    base = workload.build().train()
+    with torch.device(settings.device):  # a billion weights are drawn in seconds there
+        base = workload.build()
+    base.cpu().train()
     inputs = workload.inputs(getattr(base, "config", None))
     inputs = {name: value.to(settings.device) for name, value in inputs.items()}
 

@@ -46,9 +46,12 @@ def parts(device: str, is_quick: bool) -> dict[str, tuple[list[str], int]]:
     text = ["--batch", "1", "--length", "16"] if is_quick else []
     image = ["--batch", "1"] if is_quick else ["--batch", "32"]
     common = ["--device", device, *["--quick"] * is_quick]
-    sharded = ["ddp", "fsdp2-policy", "fsdp1-orig", *[f"zero{stage}" for stage in (1, 2, 3)] * HAS_DEEPSPEED]
+    sharded = ["ddp", "fsdp2-policy", *[f"zero{stage}" for stage in (1, 2, 3)] * HAS_DEEPSPEED]
     return {
-        "tests": (["-m", "pytest", "-q", "-n", "2" if is_quick else "8", "tests/test_gpu.py"], 150),
+        "tests": (
+            ["-m", "pytest", "-q", "-p", "no:benchmark", "-n", "2" if is_quick else "8", "tests/test_gpu.py"],
+            200,
+        ),
         "cost-vit-b16": (cost("vit-b16", device, is_quick, *image), 90),
         "cost-llama-1b": (cost("llama-1b", device, is_quick, *text), 120),
         **{

@@ -111,16 +111,16 @@ def cuts(device: str, quick: bool) -> list[dict[str, Any]]:
             continue
         workload = cost.PRESETS[name]
         torch.manual_seed(0)
-        model = workload.build().eval()
-        smaller = quarter_cut(model, 0.25, 1).to(device, dtype).eval()
-        model.to(device, dtype)
+        with torch.device(device):
+            model = workload.build().to(dtype).eval()
+        smaller = quarter_cut(model, 0.25, 1)
         inputs = {
             key: value.to(device, dtype if value.is_floating_point() else None)
             for key, value in workload.inputs(model.config).items()
         }
         with torch.no_grad():
             figures = report(
-                model, smaller, inputs, batch_sizes=[1] if quick else [1, 32], seconds=0.2 if quick else 2.0, rounds=4
+                model, smaller, inputs, batch_sizes=[1] if quick else [1, 32], seconds=0.2 if quick else 0.8, rounds=4
             )
         for run in figures["runs"]:
             flops, latency = (run[key]["after"] / run[key]["before"] for key in ("flops", "seconds"))
@@ -173,7 +173,8 @@ def four_bit(device: str, quick: bool) -> list[dict[str, Any]]:
     settings = cost.Settings(device=device, autocast="bfloat16")
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        workload.build().to(torch.bfloat16).save_pretrained(directory)
+        with torch.device(device):
+            workload.build().to(torch.bfloat16).save_pretrained(directory)
         config = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
@@ -235,9 +236,9 @@ def waits(device: str, quick: bool) -> list[dict[str, Any]]:
 def built(workload: cost.Workload, device: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The model in training mode, and a batch, both on the device."""
     torch.manual_seed(0)
-    base = workload.build().train()
-    inputs = {key: value.to(device) for key, value in workload.inputs(base.config).items()}
-    return base.to(device), inputs
+    with torch.device(device):
+        base = workload.build().train()
+    return base, {key: value.to(device) for key, value in workload.inputs(base.config).items()}
 
 
 PARTS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
@@ -302,7 +303,8 @@ def lines_of(part: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write(file: Path) -> None:
-    """Between `<!-- gpu:PART -->` and `<!-- /gpu:PART -->`."""
+    """Between `<!-- gpu:PART -->` and `<!-- /gpu:PART -->`; and the tables of `cost.py` from here."""
+    cost.write_tables(file, RESULTS)
     text = file.read_text()
     for part in PARTS:
         results = RESULTS / f"speed-{part}.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,47 +22,58 @@ MIN_DIVISOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, to
 MAX_ERROR = 0.02
 SAMPLED_ROWS = 256  # by which that error is estimated
 TINY = 1e-30  # instead of a zero that would be divided by
-LOOK_EVERY = 64  # steps, at which a GPU is asked how many channels cannot be recovered
-SPARE = 8  # channels that are kept besides
+LOOK_EVERY = 32  # forwards, after which a GPU is asked again which channels cannot be recovered
+MARGIN = 2.0  # channels that are this near to being lost are kept until then
 PENDING = 16  # as many modules keep their features besides their outputs in the first step, see `OutputWatch`
 
 
 class OutputWatch:
-    """What is known of a module's output: whether it is changed in place, and how many channels cannot be recovered.
+    """What is known of a module's output: whether it is changed in place, and which channels cannot be recovered.
 
     `changed` is `None` until the first backward tells. Until then the features are kept beside the output, but only
     while the next `PENDING` modules run: a model that changes an output in place does so soon after.
+
+    Which channels are lost is known only when the device has worked it out, and a GPU that is waited for stands idle.
+    So it is asked once in `LOOK_EVERY` forwards, and the channels that are then within a factor of `MARGIN` of being
+    lost are kept until the next time. One that is lost before that does not learn meanwhile, and is told of.
     """
 
     def __init__(self) -> None:
         self.changed: bool | None = None
-        self._kept = 0  # channels between two looks
-        self._left = 0  # steps until the next look
-        self._missed: torch.Tensor | None = None  # most channels that could not be kept since the last look
+        self._adapters: tuple[str, ...] = ()
+        self._left = 0  # forwards until the next look
+        self._exact: torch.Tensor | None = None
+        self._lost: torch.Tensor | None = None
 
-    def most_difficult(self, difficulty: torch.Tensor) -> torch.Tensor:
-        """The indices of the channels to keep; `difficulty` is `(C,)`, above 1 for those that must be kept.
+    def of(self, adapters: Sequence[str]) -> OutputWatch:
+        """This one, which looks anew if the adapters are others than before."""
+        if tuple(adapters) != self._adapters:
+            self._adapters, self._left, self._lost = tuple(adapters), 0, None
+        return self
+
+    def channels(self, output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """The indices of the channels whose features are to be kept until the next look.
 
         Warns:
-            UserWarning: Since the last look a step had more of these than were kept.
+            UserWarning: Channels were lost since the last look.
         """
-        lost = (difficulty > 1).sum()
-        # what gradient checkpointing computes again in the backward must keep as many as it did the first time
-        if self._left > 0 or torch._C._current_graph_task_id() != -1:
-            self._left -= 1
-            missed = lost - self._kept
-            self._missed = missed if self._missed is None else torch.maximum(self._missed, missed)
-        else:
-            if self._missed is not None and self._missed > 0:
+        # what gradient checkpointing computes again in the backward must keep what it kept the first time
+        if self._exact is None or (self._left <= 0 and torch._C._current_graph_task_id() == -1):
+            if self._lost is not None and (lost := int(self._lost.sum())):
                 warnings.warn(
-                    f"The scales of {int(self._missed)} channels of a module that SSF adapts came too near zero to be "
-                    f"divided by, within {LOOK_EVERY} steps: in these steps they did not learn. Try a smaller "
-                    "learning rate, or `SSFConfig(recover=False)`, which keeps the features of all channels.",
+                    f"The scales of {lost} channels of a module that SSF adapts came so near zero within {LOOK_EVERY} "
+                    "steps that they cannot be divided by: until now these did not learn. Try a smaller learning "
+                    "rate, or `SSFConfig(recover=False)`, which keeps the features of all channels.",
                     stacklevel=2,
                 )
-            self._missed, self._left = None, LOOK_EVERY - 1
-            self._kept = min(2 * int(lost) + SPARE, len(difficulty))
-        return difficulty.topk(self._kept).indices
+            self._lost, self._left = None, LOOK_EVERY
+            self._exact = (_difficulty(output, scale, shift) * MARGIN > 1).nonzero().squeeze(1)
+        self._left -= 1
+        return self._exact
+
+    def note(self, lost: torch.Tensor) -> None:
+        """Takes note of lost channels, as booleans `(C,)`, that were not kept."""
+        self._lost = lost if self._lost is None else self._lost | lost
 
 
 class _Features:
@@ -129,18 +141,18 @@ def _difficulty(output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor |
     return found
 
 
-def _unrecoverable(
+def _channels_to_keep(
     output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, watch: OutputWatch | None
 ) -> torch.Tensor:
-    """Indices of the channels whose features are to be kept, since they cannot be recovered from `output` `(N, C)`.
+    """Indices of the channels whose features cannot be recovered from `output` `(N, C)`."""
+    if watch is None or not watches_sparingly(output):
+        return (_difficulty(output, scale, shift) > 1).nonzero().squeeze(1)
+    return watch.channels(output, scale, shift)
 
-    How many they are is known only when the device has worked them out. A GPU is waited for once in `LOOK_EVERY`
-    steps; between, as many of the most difficult channels are kept as twice those found then, and `SPARE` more.
-    """
-    difficulty = _difficulty(output, scale, shift)
-    if watch is None or output.device.type == "cpu" or torch.compiler.is_compiling():
-        return (difficulty > 1).nonzero().squeeze(1)
-    return watch.most_difficult(difficulty)
+
+def watches_sparingly(output: torch.Tensor) -> bool:
+    """Whether the channels that cannot be recovered are not looked for in each forward, see `OutputWatch`."""
+    return output.device.type != "cpu" and not torch.compiler.is_compiling()
 
 
 def _vector_gradients(
@@ -150,29 +162,34 @@ def _vector_gradients(
     shift: torch.Tensor | None,
     kept_is_input: bool,
     exact: torch.Tensor,
-    exact_features: torch.Tensor,
+    exact_features: torch.Tensor | None,
+    watch: OutputWatch | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of scale and shift, `(C,)` each, from `grad` and `kept`, both `(N, C)`.
 
     `kept` holds the features before the scale if `kept_is_input`, else those after it; then `exact_features`
-    `(N, k)` holds the features before the scale of the channels `exact` `(k,)`.
+    `(N, k)` holds the features before the scale of the channels `exact` `(k,)`, if there are any.
     """
-    smallest = MIN_DIVISOR[kept.dtype] * (1.0 if shift is None else shift.abs().clamp(min=1))
     accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    smallest = MIN_DIVISOR[kept.dtype]
     if grad.dtype == torch.float16:  # in which the products below could overflow
-        kept, exact_features = kept.float(), exact_features.float()
+        kept = kept.float()
+        exact_features = None if exact_features is None else exact_features.float()
     grad_shift = grad.sum(0, dtype=accumulate)
     grad_scale = (grad * kept).sum(0, dtype=accumulate)
-    if not kept_is_input:
-        if shift is not None:
-            grad_scale = grad_scale - shift * grad_shift
-        divisor = scale.index_fill(0, exact, torch.inf)
-        # a channel that must be kept and is not does not learn in this step, see `OutputWatch.most_difficult`
+    if kept_is_input:
+        return grad_scale, grad_shift
+    if shift is not None:
+        grad_scale = grad_scale - shift * grad_shift
+    divisor = scale if exact_features is None else scale.index_fill(0, exact, torch.inf)
+    grad_scale = grad_scale / divisor
+    if watch is not None and watches_sparingly(grad):
         lost = divisor.abs() < smallest
-        grad_scale = torch.where(lost, 0.0, grad_scale / divisor)
-        if exact.numel():
-            own = (grad[:, exact] * exact_features).sum(0, dtype=accumulate)
-            grad_scale = grad_scale.index_copy(0, exact, own.to(grad_scale.dtype))
+        watch.note(lost)
+        grad_scale = grad_scale.masked_fill(lost, 0.0)
+    if exact_features is not None:
+        own = (grad[:, exact] * exact_features).sum(0, dtype=accumulate)
+        grad_scale = grad_scale.index_copy(0, exact, own.to(grad_scale.dtype))
     return grad_scale, grad_shift
 
 
@@ -195,9 +212,10 @@ class ScaleShift(torch.autograd.Function):
     ) -> torch.Tensor:
         """features `(..., C)`, scale and shift `(C,)`; returns `(..., C)` in the dtype of the features."""
         output = scale_and_shift(features, scale, shift)
-        exact = _unrecoverable(output.reshape(-1, scale.numel()), scale, shift, watch)
+        exact = _channels_to_keep(output.reshape(-1, scale.numel()), scale, shift, watch)
         # by `data`, for a change in place of what is returned is noticed by the watch
-        ctx.save_for_backward(output.data, scale, shift, exact, features[..., exact])
+        exact_features = features[..., exact].reshape(-1, exact.numel()) if exact.numel() else None
+        ctx.save_for_backward(output.data, scale, shift, exact, exact_features)
         ctx.watch = watch
         ctx.kept = None if watch is None else _watch(watch, output, features)
         return output
@@ -219,7 +237,8 @@ class ScaleShift(torch.autograd.Function):
                 shift,
                 features is not None,
                 exact,
-                exact_features.reshape(-1, exact.numel()) if exact.numel() else exact_features,
+                exact_features,
+                ctx.watch,
             )
         return grad_features, grad_scale, grad_shift if shift is not None else None, None
 
@@ -287,9 +306,10 @@ class ScaledLinear(torch.autograd.Function):
                 kept = x
             elif any(ctx.needs_input_grad[3:5]):
                 kept = output.data  # see `ScaleShift`
-                exact = _unrecoverable(output, scale, shift, watch)
-                part = None if bias is None else bias[exact].to(ctx.dtype)
-                exact_features = F.linear(x.to(ctx.dtype), weight[exact].to(ctx.dtype), part)
+                exact = _channels_to_keep(output, scale, shift, watch)
+                if exact.numel():
+                    part = None if bias is None else bias[exact].to(ctx.dtype)
+                    exact_features = F.linear(x.to(ctx.dtype), weight[exact].to(ctx.dtype), part)
                 ctx.kept = None if watch is None else _watch(watch, output, x)
         ctx.save_for_backward(kept, weight, bias, scale, shift, exact, exact_features)
         return output
@@ -306,10 +326,9 @@ class ScaledLinear(torch.autograd.Function):
             if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
                 if x is not None:
                     part = None if bias is None else bias.to(ctx.dtype)
-                    kept = exact_features = F.linear(x.to(ctx.dtype), weight.to(ctx.dtype), part)
-                    exact = scale.new_empty(0, dtype=torch.long)
+                    kept = F.linear(x.to(ctx.dtype), weight.to(ctx.dtype), part)
                 grad_scale, grad_shift = _vector_gradients(
-                    grad, kept, scale, shift, x is not None, exact, exact_features
+                    grad, kept, scale, shift, x is not None, exact, exact_features, ctx.watch
                 )
         return grad_x, None, None, grad_scale, grad_shift if shift is not None else None, None, None
 

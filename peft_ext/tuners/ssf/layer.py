@@ -61,6 +61,7 @@ class SSFLayer(ExtLayer):
 
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         scale, shift = self.vectors(adapters)
+        self.watch.of(adapters)
         recover = all(self.recover[name] for name in adapters) and not needs_plain_operations()
         if self.site.is_norm and self._can_fold(scale):
             return self._folded_norm(scale, shift, recover, *args, **kwargs)
@@ -180,6 +181,6 @@ class SSFLinear(SSFLayer):
             self.watch.changed or functional.kept_by_attention(x) or not torch.is_grad_enabled()
         )  # in the last case nothing is kept at all
         output = ScaledLinear.apply(
-            x.reshape(-1, x.shape[-1]), weight, base.bias, scale, shift, bool(keep_input), self.watch
+            x.reshape(-1, x.shape[-1]), weight, base.bias, scale, shift, bool(keep_input), self.watch.of(adapters)
         )
         return output.view(*x.shape[:-1], self.site.channels)
