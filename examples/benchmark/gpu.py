@@ -56,7 +56,7 @@ def parts(device: str, is_quick: bool) -> dict[str, tuple[list[str], int]]:
         "cost-llama-1b": (cost("llama-1b", device, is_quick, *text), 120),
         **{
             f"speed-{part}": (["examples/benchmark/gpu_speed.py", part, *common], 90)
-            for part in ("waits", "routes", "cut", "four-bit", "compiled")
+            for part in ("waits", "four-bit", "cut", "compiled", "routes")
         },
         "sharding": (
             ["tests/sharding.py", "--results", str(RESULTS / "sharding-cells.json"), "--ways", *sharded, "--methods"]

@@ -1,7 +1,7 @@
 """What only a GPU can show: routes of the sparse gradient, models that were cut, compiled steps, 4-bit bases, waits.
 
     python examples/benchmark/gpu_speed.py routes --device cuda      # results/gpu/speed-routes.json
-    python examples/benchmark/gpu_speed.py cut compiled four-bit waits
+    python examples/benchmark/gpu_speed.py cut compiled four-bit waits operations
     python examples/benchmark/gpu_speed.py routes --device cpu --quick      # tries it; nothing is kept
     python examples/benchmark/gpu_speed.py --write docs/gpu.md       # the tables, between their markers
 
@@ -12,6 +12,8 @@
 - **compiled**: a training step under `torch.compile`, over the same step without, and over LoRA's compiled one.
 - **four-bit**: a training step on a base in bitsandbytes' NF4, and its peak of memory, beside LoRA's.
 - **waits**: how often the host waits for the GPU in one training step, as `torch.cuda.set_sync_debug_mode` sees it.
+- **operations**: how many operations, views aside, a training step of each method starts, which is what a small model on
+  a large GPU costs; counted on the CPU too, SSF as it works on a GPU.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ import cost
 import torch
 from prune_cost import quarter_cut
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_ext.export import report
 from peft_ext.sparse import LinearOperation, csr, random_indices
+from peft_ext.tuners.ssf import functional as ssf_functional
 
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
@@ -233,6 +237,48 @@ def waits(device: str, quick: bool) -> list[dict[str, Any]]:
     return found
 
 
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched to the device, apart from views and memory that is not filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = function._schema.returns
+        is_view = bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+        name = function.overloadpacket.__name__
+        self.count += not (is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "detach")))
+        return function(*args, **(kwargs or {}))
+
+
+def operations(device: str, quick: bool) -> list[dict[str, Any]]:
+    """One entry for each method: operations of the forward, of the backward and of both over LoRA's."""
+    ssf_functional.watches_sparingly = lambda output: True
+    workload = replace(cost.PRESETS["vit-6x384" if quick else "vit-b16"], batch=1)
+    settings = cost.Settings(device=device, autocast="bfloat16")
+    base, inputs = built(workload, device)
+    found: list[dict[str, Any]] = []
+    for method in COMPILED if quick else [name for name in cost.METHODS if name not in ("SHiRA r=8", "AdaLoRA")]:
+        try:
+            job = cost.Job(method, base, inputs, workload, settings, share=True)
+        except ValueError:
+            continue
+        for _ in range(2):
+            job.step()
+        with Operations() as forward:
+            loss = job.loss()
+        with Operations() as backward:
+            loss.backward()
+        found.append({"method": method, "forward": forward.count, "backward": backward.count})
+        del job, loss
+        gc.collect()
+    lora = next(row for row in found if row["method"] == cost.LORA)
+    for row in found:
+        row["over_lora"] = (row["forward"] + row["backward"]) / (lora["forward"] + lora["backward"])
+    return found
+
+
 def built(workload: cost.Workload, device: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The model in training mode, and a batch, both on the device."""
     torch.manual_seed(0)
@@ -247,6 +293,7 @@ PARTS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
     "compiled": compiled,
     "four-bit": four_bit,
     "waits": waits,
+    "operations": operations,
 }
 
 
@@ -296,6 +343,10 @@ def lines_of(part: str, rows: list[dict[str, Any]]) -> list[str]:
             ["method", "waits in a step", "where"],
             lambda row: [row["method"], row["waits"], ", ".join(row["places"])],
         ),
+        "operations": (
+            ["method", "forward", "backward", "both over LoRA's"],
+            lambda row: [row["method"], row["forward"], row["backward"], f"{row['over_lora']:.2f}"],
+        ),
     }[part]
     refused = [f"| {row['method']} | refused: {row['refused']} |" for row in rows if "refused" in row]
     cells = [[str(cell) for cell in line(row)] for row in rows if "refused" not in row]
@@ -310,7 +361,8 @@ def write(file: Path) -> None:
         results = RESULTS / f"speed-{part}.json"
         if results.exists():
             kept = json.loads(results.read_text())
-            body = "\n".join([f"{kept['gpu']}, torch {kept['torch']}.", "", *lines_of(part, kept["rows"])])
+            where = f"{kept['gpu'].upper() if kept['gpu'] == 'cpu' else kept['gpu']}, torch {kept['torch']}."
+            body = "\n".join([where, "", *lines_of(part, kept["rows"])])
             pattern = rf"(<!-- gpu:{part} -->)\n.*?(<!-- /gpu:{part} -->)"
             text = re.sub(pattern, lambda match, body=body: f"{match[1]}\n{body}\n{match[2]}", text, flags=re.DOTALL)
     file.write_text(text)
