@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import math
 import os
 import pickle
@@ -24,6 +25,7 @@ from peft_ext import SparseFTConfig
 from peft_ext.delta import SparseDelta
 from peft_ext.tuners.sparse_ft import optimizer_state, tracker
 from peft_ext.tuners.sparse_ft.budget import proportional
+from peft_ext.tuners.sparse_ft.config import ONLY_WITH
 from peft_ext.tuners.sparse_ft.deltas import deltas
 
 
@@ -41,11 +43,16 @@ class One(nn.Module):
 SHAPE, K = (8, 6), 12
 
 
+def taken(selection: str, **fields: Any) -> dict[str, Any]:
+    """Those of the fields that have an effect with this selection, which is one of them."""
+    own = {name: value for name, value in fields.items() if selection in ONLY_WITH.get(name, (selection,))}
+    return {"selection": selection, **own}
+
+
 def one(selection: str, total_steps: int | None = 40, **fields: Any) -> tuple[PeftModel, SparseDelta]:
     torch.manual_seed(0)
-    config = SparseFTConfig(
-        num_tunable_weights=K, selection=selection, target_modules=["fc"], total_steps=total_steps, **fields
-    )
+    fields = taken(selection, total_steps=total_steps, **fields)
+    config = SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], **fields)
     model = get_peft_model(One(), config)
     (_, leaf) = next(deltas(model, "default"))
     return model, leaf
@@ -947,7 +954,7 @@ def classifier(selection: str = "spiel-ag", **fields: Any) -> PeftModel:
     torch.manual_seed(1)
     fields = {"num_tunable_weights": 40, "target_modules": ["fc1", "fc2"], "total_steps": 60, **fields}
     fields.setdefault("reselection_rate", 0.5)
-    return get_peft_model(Classifier(), SparseFTConfig(selection=selection, **fields))
+    return get_peft_model(Classifier(), SparseFTConfig(**taken(selection, **fields)))
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
@@ -1463,14 +1470,8 @@ def _train_in_parallel(rank: int, folder: str) -> None:
 
 def _trained_in_parallel(rank: int, selection: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(rank)  # what differs between processes must not matter
-    config = SparseFTConfig(
-        num_tunable_weights=60,
-        selection=selection,
-        target_modules=["fc1", "fc2"],
-        total_steps=60,
-        reselection_rate=0.5,
-        seed=rank,
-    )
+    fields = taken(selection, total_steps=60, reselection_rate=0.5, seed=rank)
+    config = SparseFTConfig(num_tunable_weights=60, target_modules=["fc1", "fc2"], **fields)
     model = get_peft_model(Classifier(), config)
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-2)
@@ -1564,6 +1565,11 @@ def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
         ({"selection": "growing", "growth_eps": True}, "`growth_eps` must be a number, got True"),
         ({"density": 0.1, "growth_power": 3.0}, "`growth_power` has no effect with `selection='spiel-ag'`"),
         ({"selection": "random", "growth_eps": 0.5}, "`growth_eps` has no effect with `selection='random'`"),
+        (
+            {"selection": "random", "total_steps": 9},
+            "`total_steps` has no effect with `selection='random'`, only with",
+        ),
+        ({"selection": "given", "reselection_rate": 0.5}, "`reselection_rate` has no effect with .* leave it out"),
         ({"selection": "below", "threshold": "1e-3"}, "`threshold` must be a number or None, got '1e-3'"),
         ({"selection": "below", "threshold": True}, "`threshold` must be a number, got True"),
         ({"selection": "below", "threshold": float("inf")}, "`threshold` must be a finite number"),
@@ -1583,6 +1589,16 @@ def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
 def test_config_refuses(fields: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         SparseFTConfig(**fields)
+
+
+def test_fields_without_effect_that_an_older_version_wrote_are_let_pass(tmp_path: Path) -> None:
+    model, leaf = one("random")
+    leaf.weight.data.fill_(1.0)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"total_steps": 9}))
+    loaded = PeftModel.from_pretrained(One(), tmp_path)
+    assert loaded.peft_config["default"].total_steps == 9
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,18 @@ GIVEN = ("given", "lt-sft", "sensitivity")  # the support comes from outside, by
 FIXED = ("random", "smallest", "largest", "nonzero")
 GRADUAL = ("below", "growing")  # which values take part changes, once or step by step
 UNBUDGETED = ("nonzero", "below")  # the base's weights say how many
+ONLY_WITH = {  # fields that have an effect with some selections only
+    "spread": ("sensitivity", *SPIEL),
+    "reselection_steps": SPIEL,
+    "accumulation_steps": SPIEL,
+    "reselection_rate": SPIEL,
+    "reselection_policy": SPIEL,
+    "total_steps": (*SPIEL, *GRADUAL),
+    "threshold": ("below",),
+    "reselect_at": ("below",),
+    "growth_power": ("growing",),
+    "growth_eps": ("growing",),
+}
 SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WHERE_FROM = {
     "given": "config.use_support({module_name: flat_indices, ...})  # or the path of a safetensors file of them",
@@ -129,6 +141,7 @@ class SparseFTConfig(ExtConfig):
     )
 
     def __post_init__(self) -> None:
+        was_written = self.peft_ext_version is not None  # by a version that let fields without effect pass
         super().__post_init__()
         self.support: dict[str, torch.Tensor] | None = None  # not a field: too bulky for JSON
         self.scores: Mapping[str, torch.Tensor] | None = None
@@ -139,10 +152,6 @@ class SparseFTConfig(ExtConfig):
         self._check_budget()
         self._check_gradual()
         check_spread(self.spread)
-        if self.spread and self.selection not in ("sensitivity", *SPIEL):
-            raise ValueError(
-                f"`spread` has no effect with `selection={self.selection!r}`, only with 'sensitivity' and SpIEL."
-            )
         for name in ("reselection_steps", "accumulation_steps", "total_steps", "reselect_at"):
             value = getattr(self, name)
             may_be_open = name in ("total_steps", "reselect_at")
@@ -164,6 +173,12 @@ class SparseFTConfig(ExtConfig):
             raise ValueError(f"`reselection_policy` must be 'linear' or 'cosine', got {self.reselection_policy!r}.")
         if self.save_dtype not in SAVE_DTYPES:
             raise ValueError(f"`save_dtype` must be one of {', '.join(SAVE_DTYPES)}, got {self.save_dtype!r}.")
+        for name, selections in () if was_written else ONLY_WITH.items():
+            if self.selection not in selections and getattr(self, name) != getattr(type(self), name):
+                takers = " and ".join(repr(selection) for selection in selections)
+                raise ValueError(
+                    f"`{name}` has no effect with `selection={self.selection!r}`, only with {takers}: leave it out."
+                )
 
     def _check_gradual(self) -> None:
         for name in ("threshold", "growth_power", "growth_eps"):
@@ -173,17 +188,10 @@ class SparseFTConfig(ExtConfig):
             raise ValueError(
                 f"`threshold` must be a positive number for `selection='below'`, for example 1e-3, got {self.threshold!r}."
             )
-        for name in ("threshold", "reselect_at"):
-            if self.selection != "below" and getattr(self, name) is not None:
-                raise ValueError(f"`{name}` has no effect with `selection={self.selection!r}`, only with 'below'.")
         if self.growth_power < 0:
             raise ValueError(f"`growth_power` must not be negative, got {self.growth_power!r}.")
         if self.growth_eps <= 0:
             raise ValueError(f"`growth_eps` must be positive, got {self.growth_eps!r}.")
-        defaults = {"growth_power": SparseFTConfig.growth_power, "growth_eps": SparseFTConfig.growth_eps}
-        for name, default in defaults.items():
-            if self.selection != "growing" and getattr(self, name) != default:
-                raise ValueError(f"`{name}` has no effect with `selection={self.selection!r}`, only with 'growing'.")
 
     def _check_budget(self) -> None:
         given = [name for name in ("density", "num_tunable_weights") if getattr(self, name) is not None]
