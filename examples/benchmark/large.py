@@ -165,9 +165,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| method | trained | peak, GiB | peak / LoRA's | inject, s | a step / LoRA's | file / LoRA's | load, s | merge, s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    refused: dict[str, list[str]] = {}
     for row in rows:
         if "refused" in row:
-            lines.append(f"| {title(row['method'])} | {row['refused']} | | | | | | | |")
+            refused.setdefault(row["refused"].split(": it generates")[0], []).append(title(row["method"]))
             continue
         merge = f"{row['merge_s']:.1f}" if "merge_s" in row else "no"
         lines.append(
@@ -180,7 +181,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"has {lora['model_gib']:.2f} GiB. Each method in a process of its own, one after the other on a shared machine: "
         "the bytes are exact, the times are hints."
     )
-    return "\n".join([caption, "", *lines])
+    reasons = [f"Without {', '.join(names)} ({reason})." for reason, names in refused.items()]
+    return "\n".join([caption, "", *lines, *([""] if reasons else []), *reasons])
 
 
 def meta_table(rows: dict[str, Any]) -> str:
