@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +63,20 @@ def test_the_published_levels() -> None:
         assert levels == pytest.approx([NORMAL.inv_cdf((a + b) / 2) for a, b in pairwise(edges)], abs=1e-7)
         assert thresholds == pytest.approx([(a + b) / 2 for a, b in pairwise(levels)], abs=1e-12)
     assert all(len(codebook(bits)[0]) == 2**bits == len(set(codebook(bits)[0])) for bits in range(1, 9))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("shape", [(7, 5), (1, 1), (3, 3)], ids=["any", "one entry", "equal entries"])
+def test_closed_form_of_the_gradient(shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.full(shape, 0.3) if shape == (3, 3) else torch.randn(shape)
+    weight = weight.double().requires_grad_()
+    grad = torch.randn(shape, dtype=torch.float64)
+    values = used_values(weight, bits)
+    closed = torch.autograd.grad(values, weight, grad)
+    monkeypatch.setattr(sys.modules[used_values.__module__], "needs_plain_operations", lambda: True)
+    plain = used_values(weight, bits)
+    torch.testing.assert_close(values, plain, atol=0, rtol=0)
+    torch.testing.assert_close(closed, torch.autograd.grad(plain, weight, grad), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
+from ..core import needs_plain_operations
 from ..sparse import pack_bits, unpack_bits
 
 
@@ -72,10 +74,40 @@ def _tensors(bits: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def used_values(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """The quantised form of a latent matrix, differentiable as in the formula of this package; same shape."""
     levels, thresholds = tables(bits, weight)
+    if not needs_plain_operations():
+        return Quantised.apply(weight, levels, thresholds)
     sd, mu = _statistics(weight)
     z = (weight - mu) / (sd + EPS)
     codes = torch.bucketize(z.detach(), thresholds)
     return sd * (levels[codes] + (z - z.detach())) + mu  # what is added is zero, so the value is that of `decode`
+
+
+class Quantised(torch.autograd.Function):
+    r"""The same with the gradient in closed form, in a third of the operations.
+
+    With z = (w - mu) / (sd + eps), the level q of each entry, rho = sd / (sd + eps) and g the gradient of the output:
+
+        dL/dw_i = rho g_i + (1 - rho) mean(g) + (dsd/dw_i) sum_j g_j (q_j - rho z_j),   dsd/dw_i = (w_i - mu) / ((n - 1) sd)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, levels: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+        """weight of any shape, levels `(2**bits,)`, thresholds `(2**bits - 1,)`; returns what `decode` would."""
+        sd, mu = _statistics(weight)
+        z = (weight - mu) / (sd + EPS)
+        used = levels[torch.bucketize(z, thresholds)]
+        ctx.save_for_backward(z, used, sd)
+        return sd * used + mu
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        z, used, sd = ctx.saved_tensors
+        rho = sd / (sd + EPS)
+        inner = torch.dot(grad.reshape(-1), torch.addcmul(used, z, rho, value=-1).reshape(-1))
+        # z (sd + eps) / sd = z / rho; equal entries spread by nothing, and so does their spread
+        slope = torch.where(sd > 0, inner / (max(z.numel() - 1, 1) * rho), 0.0)
+        return torch.addcmul(grad * rho + (1 - rho) * grad.mean(), z, slope), None, None
 
 
 def _statistics(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
