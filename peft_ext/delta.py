@@ -284,6 +284,7 @@ class DeltaLayer(ExtLayer):
     Subclasses have two `ModuleDict`s of `SparseDelta`, and name them.
     """
 
+    adds = True  # what a change of the parameters adds, an output linear in them
     delta_names: tuple[str, str]  # the containers of the deltas on weights and on biases
     supports_mixed_batches = True
 
@@ -388,10 +389,6 @@ class DeltaLayer(ExtLayer):
         return parameters
 
     # Merge
-
-    def adds_alone(self, adapter_name: str) -> bool:
-        """What a change of the parameters adds, an output linear in them."""
-        return True
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """W + S and b + s, summed in fp32 at least and rounded once."""

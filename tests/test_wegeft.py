@@ -106,6 +106,15 @@ def test_the_start_is_the_base_and_only_q_has_a_gradient() -> None:
     assert up.abs().max() <= 16**-0.5 and up.abs().max() > 0.5 * 16**-0.5
 
 
+def test_names_that_differ_by_a_dash_alone_are_two_groups() -> None:
+    model = nn.Module()
+    for outer, inner in (("a-b", "c"), ("a", "b-c")):
+        model.add_module(outer, nn.Module())
+        model.get_submodule(outer).add_module(inner, nn.Linear(4, 4))
+    model = get_peft_model(model, WeGeFTConfig(r=2, share="target", target_modules=["c", "b-c"]))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 2 * 4 * 2
+
+
 def test_shared_maps_are_one_leaf_with_the_sum_of_the_gradients(tmp_path: Path) -> None:
     shared, batch = adapted("llama"), batch_of("llama")
     apart = adapted("llama", share="none")

@@ -32,7 +32,7 @@ from .lora import scale_at
 from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
 from .modes import adapted_in_groups, evaluating, is_hooked, needs_plain_operations, without_adapters
-from .names import layer_and_type
+from .names import group_key, layer_and_type
 from .offloading import empty_like_of, onloaded
 from .packages import load_plugins
 from .pictures import Bars, Curve, Fillings, HeatMap, Image, Picture
@@ -116,6 +116,7 @@ __all__ = [
     "evaluating",
     "exempt_from_weight_decay",
     "features_of",
+    "group_key",
     "head_modules",
     "in_order",
     "is_admitted",

@@ -25,14 +25,14 @@ START_NOISE = 0.1  # standard deviation of what `init_weights=False` adds
 class ExtLayer(nn.Module, BaseTunerLayer):
     """A module with adapters on it: dispatch between base, adapted and merged, and the merge itself.
 
-    Subclasses set `adapter_layer_names` (the `ModuleDict`s, keyed by adapter name, that hold the trainable leaves; an
-    adapter counts as present if the first of them has it) and implement `update_layer`, `adapted_forward` and
-    `merged_tensors`. Dicts of other things by adapter name are listed in `other_param_names`: what is in them goes with
-    the adapter when it is deleted.
+    Subclasses set `adapter_layer_names` (the `ModuleDict`s, keyed by adapter name, of trainable leaves; an adapter is
+    present if the first of them has it) and implement `update_layer`, `adapted_forward` and `merged_tensors`. Dicts of
+    other things by adapter name are listed in `other_param_names`: they go with the adapter when it is deleted.
     """
 
     supports_mixed_batches: ClassVar[bool] = False
     why_not_mixed: ClassVar[str] = ""  # what stands in the way, for the error
+    adds: ClassVar[bool] = False  # what `adds_alone` says of all adapters
     holds_whole_adapters: ClassVar[bool] = False  # it is the only layer of its method
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
@@ -258,7 +258,7 @@ class ExtLayer(nn.Module, BaseTunerLayer):
 
     def adds_alone(self, adapter_name: str) -> bool:
         """Whether an adapter adds to the output what depends on the input alone, and not on other adapters."""
-        return False
+        return self.adds
 
     def check_inner_merge(self, adapter_names: list[str]) -> None:
         """Raises `ValueError` if merging these adapters, which act inside, would change what this layer does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 
 def layer_and_type(name: str) -> tuple[int, str]:
@@ -15,3 +16,8 @@ def layer_and_type(name: str) -> tuple[int, str]:
         return -1, name
     stack = re.search(r"(?:^|\.)(decoder|text_model|vision_model)\.", name[: match.start() + 1])
     return int(match[1]), (f"{stack[1]}." if stack else "") + name[match.end() :]
+
+
+def group_key(parts: Iterable[str]) -> str:
+    """Names of modules as one key of a `ModuleDict`, which holds no dots; other parts give another key."""
+    return "-".join(part.replace("-", "--") for part in parts)

@@ -17,6 +17,7 @@ from .config import BinaryAdapterConfig
 class BinaryAdapterLinear(LowBitLayer):
     """`y = base(h) + scale * U dropout(act(D x))`; what x is depends on the adapter."""
 
+    adds = True
     adapter_layer_names = ("binary_adapter_down", "binary_adapter_up")
     other_param_names: tuple[str, ...] = ("scale", "dropout", "activation", "reads")
     binary_adapter_down: nn.ModuleDict
@@ -81,10 +82,6 @@ class BinaryAdapterLinear(LowBitLayer):
                 "use `site='sequential'` on this model."
             )
         return value
-
-    def adds_alone(self, adapter_name: str) -> bool:
-        """It does."""
-        return True
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """Raises `ValueError`: there is a nonlinearity in it."""

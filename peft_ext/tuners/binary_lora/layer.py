@@ -16,6 +16,7 @@ from .config import BinaryLoraConfig
 class BinaryLoraLinear(LowBitLayer):
     """`y = base(x) + scale * U dropout(D x)`, on Linear modules, quantised ones too, and GPT-2's Conv1D."""
 
+    adds = True
     adapter_layer_names = ("binary_low_rank_down", "binary_low_rank_up")
     binary_low_rank_down: nn.ModuleDict
     binary_low_rank_up: nn.ModuleDict
@@ -29,10 +30,6 @@ class BinaryLoraLinear(LowBitLayer):
     def is_transposed(self) -> bool:
         """Whether the weight is kept as `(inputs, outputs)`."""
         return isinstance(self.get_base_layer(), Conv1D)
-
-    def adds_alone(self, adapter_name: str) -> bool:
-        """It does."""
-        return True
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """`W + scale * U D`, summed in fp32 at least."""

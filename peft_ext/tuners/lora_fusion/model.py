@@ -14,7 +14,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer, SharingModel, StandIn, is_admitted, layers_by_name, linear_features, matched_targets
+from ...core import (
+    ExtLayer,
+    SharingModel,
+    StandIn,
+    group_key,
+    is_admitted,
+    layers_by_name,
+    linear_features,
+    matched_targets,
+)
 from ...lora_files import lora_of
 from .config import LoraFusionConfig
 from .given import read_all, refuse_other_sizes, refuse_unequal_shapes
@@ -84,7 +93,7 @@ class LoraFusionModel(SharingModel):
         if config.share == "all":
             return "all"
         block = block_of(name) if config.share == "block" else None
-        return None if block is None else block.replace(".", "-")
+        return None if block is None else group_key(block.split("."))
 
     @classmethod
     def layer_kwargs(

@@ -52,6 +52,7 @@ class Between(ExactLeaf):
 class LoraSBLinear(ExtLayer):
     """A linear module with one matrix for each adapter."""
 
+    adds = True
     adapter_layer_names = ("low_rank_core_matrix",)
     other_param_names: tuple[str, ...] = ()
     supports_mixed_batches = True
@@ -102,10 +103,6 @@ class LoraSBLinear(ExtLayer):
         """The update as one of rank r: A `(r, in)` and B R `(out, r)`."""
         leaf: Any = self.low_rank_core_matrix[adapter_name]
         return leaf.down, leaf.up @ leaf.weight.detach().to(leaf.up.dtype)
-
-    def adds_alone(self, adapter_name: str) -> bool:
-        """It does."""
-        return True
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """W + B R A."""

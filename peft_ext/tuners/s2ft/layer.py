@@ -66,6 +66,7 @@ class ChannelBlock(ChosenChannels, ExactLeaf):
 class S2FTLinear(ExtLayer):
     """A Linear (or Conv1D) with `s2ft_block` added to the weights of chosen channels."""
 
+    adds = True
     adapter_layer_names = ("s2ft_block",)
     supports_mixed_batches = True
     s2ft_block: nn.ModuleDict
@@ -100,10 +101,6 @@ class S2FTLinear(ExtLayer):
             rows = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=x.device)
             y = y.index_copy(0, rows, self._add_to(y[rows], x[rows], adapter))
         return y
-
-    def adds_alone(self, adapter_name: str) -> bool:
-        """It does."""
-        return True
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         block, weight = self.block(adapter_name), self.get_base_weight()

@@ -89,6 +89,7 @@ class Points(ExactLeaf):
 class SNELLLinear(ExtLayer):
     """A Linear (or Conv1D) with `snell_outputs` and `snell_inputs`, whose distances make an update of its weight."""
 
+    adds = True
     adapter_layer_names = ("snell_outputs", "snell_inputs")
     other_param_names = ("configs",)
     supports_mixed_batches = True
@@ -165,10 +166,6 @@ class SNELLLinear(ExtLayer):
         outputs, inputs = (values.detach() for values in self._values(adapter_name))
         found = update_of(outputs, inputs, self.sparsity(adapter_name), self.configs[adapter_name].gate)
         return found.T if isinstance(self.get_base_layer(), Conv1D) else found
-
-    def adds_alone(self, adapter_name: str) -> bool:
-        """It does."""
-        return True
 
     def merged_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """W + D * g(D)."""

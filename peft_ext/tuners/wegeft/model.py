@@ -17,6 +17,7 @@ from ...core import (
     SharingModel,
     StandIn,
     backbone_linears,
+    group_key,
     layers_by_name,
     linear_features,
     matched_targets,
@@ -76,7 +77,7 @@ class WeGeFTModel(SharingModel):
         if config.share == "none":
             return None
         names = [part for part in name.split(".") if not part.isdecimal()] if config.share == "target" else ["all"]
-        return "-".join([*names, str(width_of(base_layer))])
+        return group_key([*names, str(width_of(base_layer))])
 
     @classmethod
     def stand_in(cls, base_layer: nn.Module) -> StandIn:
