@@ -19,6 +19,7 @@ from peft_ext import LoraSBConfig, inspection
 from peft_ext.calibrate import measure
 from peft_ext.core import about_of
 from peft_ext.tuners.lora_sb import LoraSBLinear
+from peft_ext.tuners.lora_sb.layer import factors, leading_factors
 
 
 def batch_of(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -118,6 +119,22 @@ def test_lora_xs_starts_at_the_weights() -> None:
         torch.testing.assert_close(leaf.down @ leaf.down.T, values[:4].square().diag(), atol=1e-4, rtol=1e-4)
     base = logits(tiny("llama").eval(), inputs("llama"))
     torch.testing.assert_close(logits(model.eval(), inputs("llama")), base, atol=2e-3, rtol=0.0)
+
+
+@pytest.mark.parametrize("shape", [(96, 80), (80, 120)])
+def test_power_iterations_find_the_leading_factors(shape: tuple[int, int]) -> None:
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    weight = left * torch.linspace(1, 0.01, len(right)) @ right  # falls as slowly as that of weights
+    down, values, up = leading_factors(weight, 4)
+    best = torch.linalg.svdvals(weight)
+    assert (weight - up * values @ down).norm() < 1.002 * best[4:].norm()
+    torch.testing.assert_close(values, best[:4], atol=0.0, rtol=0.03)
+    torch.testing.assert_close(up.T @ up, torch.eye(4), atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(down @ down.T, torch.eye(4), atol=1e-5, rtol=0.0)
+    for first, second in zip(leading_factors(weight, 4), (down, values, up), strict=True):
+        assert torch.equal(first, second)  # whatever was drawn meanwhile
+    whole = factors(weight, 20)  # as large as a quarter of it
+    assert all(torch.equal(a, b) for a, b in zip(leading_factors(weight, 20), whole, strict=True))
 
 
 def test_published_count() -> None:

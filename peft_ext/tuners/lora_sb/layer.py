@@ -14,6 +14,8 @@ from .config import CORE, DOWN, UP, LoraSBConfig
 
 
 START_STD = 1e-5  # of R in LoRA-XS
+ITERATIONS, OVERSAMPLED = 10, 10  # of the power iterations, as in the published code of LoRA-XS
+WORTHWHILE = 4  # how many times as large as that a matrix is of which they are faster
 
 
 class Between(ExactLeaf):
@@ -70,7 +72,7 @@ class LoraSBLinear(ExtLayer):
             parts = {part: found.get(f"{name}.{part}", torch.zeros(shape)) for part, shape in shapes.items()}
             leaf = Between(parts[DOWN], parts[CORE], parts[UP], is_placeholder=not found)
         else:
-            down, values, up = factors(self._as_matrix(self.unmerged_weight()), config.r)
+            down, values, up = leading_factors(self._as_matrix(self.unmerged_weight()), config.r)
             leaf = Between(values[:, None] * down, torch.randn(config.r, config.r) * START_STD, up)
         self.low_rank_core_matrix[adapter_name] = leaf
         self.finish_update(adapter_name, config)
@@ -123,3 +125,20 @@ def factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, t
     """
     left, values, right = torch.linalg.svd(matrix.detach().float(), full_matrices=False)
     return right[:r].contiguous(), values[:r].contiguous(), left[:, :r].contiguous()
+
+
+def leading_factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of a weight; of one that is much larger than r by power iterations, as LoRA-XS does it.
+
+    The random start is that of a generator of its own, so that all processes find the same.
+    """
+    matrix = matrix.detach().float()
+    size = r + OVERSAMPLED
+    if WORTHWHILE * size > min(matrix.shape):
+        return factors(matrix, r)
+    start = torch.randn(matrix.shape[1], size, generator=torch.Generator().manual_seed(0)).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return right[:r].contiguous(), values[:r].contiguous(), (basis @ left[:, :r]).contiguous()
