@@ -58,7 +58,8 @@ class OutputWatch:
             UserWarning: Channels were lost since the last look.
         """
         # what gradient checkpointing computes again in the backward must keep what it kept the first time
-        if self._exact is None or (self._left <= 0 and torch._C._current_graph_task_id() == -1):
+        is_due = self._left <= 0 and torch._C._current_graph_task_id() == -1
+        if self._exact is None or is_due or self._exact.device != output.device:
             if self._lost is not None and (lost := int(self._lost.sum())):
                 warnings.warn(
                     f"The scales of {lost} channels of a module that SSF adapts came so near zero within {LOOK_EVERY} "
@@ -73,7 +74,7 @@ class OutputWatch:
 
     def note(self, lost: torch.Tensor) -> None:
         """Takes note of lost channels, as booleans `(C,)`, that were not kept."""
-        self._lost = lost if self._lost is None else self._lost | lost
+        self._lost = lost if self._lost is None else self._lost.to(lost.device) | lost
 
 
 class _Features:

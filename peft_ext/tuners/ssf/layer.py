@@ -61,8 +61,9 @@ class SSFLayer(ExtLayer):
 
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         scale, shift = self.vectors(adapters)
-        self.watch.of(adapters)
         recover = all(self.recover[name] for name in adapters) and not needs_plain_operations()
+        if recover:
+            self.watch.of(adapters)
         if self.site.is_norm and self._can_fold(scale):
             return self._folded_norm(scale, shift, recover, *args, **kwargs)
         return self._scale_features(self._features(*args, **kwargs), scale, shift, recover)
