@@ -5,8 +5,8 @@
     python tests/sharding.py --methods ssf spiel-ag --ways ddp fsdp2-blocks
 
 A cell is a training of `STEPS` optimizer steps, of two micro-batches each, with clipped gradients, in two processes with
-gloo (`PEFT_EXT_DEVICE=cuda`: in one on the GPU). Each process sees half of the rows. The adapter is saved by the first process from the full state dict; its file
-must be the one that a single process saves that saw all rows. A cell is "works", "refused", with the error of this
+gloo (`PEFT_EXT_DEVICE=cuda`: in one on the GPU). Each process sees half of the rows. The adapter is saved by the first
+process from the full state dict; its file must be the one that a single process saves that saw all rows. A cell is "works", "refused", with the error of this
 package, or "failed". The processes are forks, since importing takes longer than a training.
 """
 
@@ -289,11 +289,16 @@ def _error_of(call: Callable[[], None]) -> str:
     return ""
 
 
-def in_processes(number: int, call: Callable[[], None], folder: Path) -> list[str]:
-    """Runs `call` in so many processes of one group; what went wrong in each.
+def apart(calls: list[Callable[[], None]], folder: Path) -> list[str]:
+    """What went wrong in each, run in forks. A GPU takes none once it is in use: its single process is this one."""
+    if DEVICE != "cpu":
+        return [_error_of(call) for call in calls]
+    with forks(calls, folder) as errors:
+        return errors
 
-    A GPU takes no forks once it is in use: its single process is this one.
-    """
+
+def in_processes(number: int, call: Callable[[], None], folder: Path) -> list[str]:
+    """Runs `call` in so many processes of one group; what went wrong in each."""
     store = tempfile.mktemp(dir=folder)
 
     def member(rank: int) -> None:
@@ -303,10 +308,7 @@ def in_processes(number: int, call: Callable[[], None], folder: Path) -> list[st
         call()
         dist.barrier()
 
-    if DEVICE != "cpu":
-        return [_error_of(partial(member, 0))]
-    with forks([partial(member, rank) for rank in range(number)], folder) as errors:
-        return errors
+    return apart([partial(member, rank) for rank in range(number)], folder)
 
 
 # Cells
@@ -336,13 +338,9 @@ def expected(name: str) -> dict[str, torch.Tensor]:
     """What one process makes of a case."""
     folder = scratch() / name
     folder.mkdir()
-    call = partial(alone, CASES[name], folder)
-    if DEVICE != "cpu":
-        call()
-    else:
-        with forks([call], folder) as errors:
-            if errors[0]:
-                raise RuntimeError(f"{name} does not train in one process: {errors[0]}")
+    (error,) = apart([partial(alone, CASES[name], folder)], folder)
+    if error:
+        raise RuntimeError(f"{name} does not train in one process: {error}")
     start, end = (load_file(folder / kind / "adapter_model.safetensors") for kind in ("start", "alone"))
     if not differences(start, end):
         raise RuntimeError(f"{name} did not move in one process")

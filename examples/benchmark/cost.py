@@ -764,7 +764,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _spread(values: tuple[float, float, float] | None) -> str:
+def spread(values: tuple[float, float, float] | None) -> str:
     return "" if values is None else f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
 
 
@@ -795,9 +795,9 @@ def table(results: Mapping[str, Any]) -> str:
                 f"{found['saved_ratio']:.2f}",
                 *peak,
                 f"{found['step_seconds'] * 1000:,.1f}",
-                _spread(found["step_ratio"]),
-                _spread(found.get("unmerged_ratio")),
-                _spread(found.get("merged_ratio")),
+                spread(found["step_ratio"]),
+                spread(found.get("unmerged_ratio")),
+                spread(found.get("merged_ratio")),
                 _size(row["file_bytes"]) if row["trainable_with_head"] else "",
             ]
         )

@@ -28,10 +28,11 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cost
 import torch
@@ -67,12 +68,6 @@ def in_turns(calls: dict[str, Callable[[], Any]], device: str, rounds: int, warm
             if number >= warmup:
                 seconds[name].append(clock.laps["call"])
     return seconds
-
-
-def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> list[float]:
-    """The quartiles of the ratio of two calls of the same round, the median in the middle."""
-    found = [ours / theirs for ours, theirs in zip(seconds[name], seconds[reference], strict=True)]
-    return statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
 
 
 # The parts
@@ -160,7 +155,7 @@ def compiled(device: str, quick: bool) -> list[dict[str, Any]]:
                 "method": method,
                 "compiling_seconds": compiling,
                 "milliseconds": {key: 1000 * statistics.median(times) for key, times in seconds.items()},
-                "compiled_over_plain": ratio(seconds, "compiled", "plain"),
+                "compiled_over_plain": cost.paired(seconds["compiled"], seconds["plain"]),
             }
         )
         print(found[-1], flush=True)
@@ -202,7 +197,7 @@ def four_bit(device: str, quick: bool) -> list[dict[str, Any]]:
     seconds = in_turns({name: job.step for name, job in jobs.items()}, device, 2 if quick else 20)
     for name in jobs:
         found[name]["milliseconds"] = 1000 * statistics.median(seconds[name])
-        found[name]["over_lora"] = ratio(seconds, name, cost.LORA)
+        found[name]["over_lora"] = cost.paired(seconds[name], seconds[cost.LORA])
     return list(found.values())
 
 
@@ -210,17 +205,9 @@ def waits(device: str, quick: bool) -> list[dict[str, Any]]:
     """One entry for each method: what `set_sync_debug_mode` warns of in the fourth step."""
     workload = replace(cost.PRESETS["vit-b16"], batch=1)
     settings = cost.Settings(device=device)
-    base, inputs = built(workload, device)
+    methods = [cost.FROZEN, cost.LORA, "SSF"] if quick else [name for name in cost.METHODS if "VPT, 50" not in name]
     found = []
-    for method in (
-        [cost.FROZEN, cost.LORA, "SSF"] if quick else [name for name in cost.METHODS if "VPT, 50" not in name]
-    ):
-        try:
-            job = cost.Job(method, base, inputs, workload, settings, share=False)
-        except ValueError:
-            continue
-        for _ in range(3):
-            job.step()
+    for method, job in warm_jobs(methods, workload, settings):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if device == "cuda":
@@ -232,8 +219,6 @@ def waits(device: str, quick: bool) -> list[dict[str, Any]]:
                 torch.cuda.set_sync_debug_mode("default")
         places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchron" in str(w.message)]
         found.append({"method": method, "waits": len(places), "places": sorted(set(places))})
-        del job
-        gc.collect()
     return found
 
 
@@ -252,31 +237,39 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@patch.object(ssf_functional, "watches_sparingly", lambda output: True)
 def operations(device: str, quick: bool) -> list[dict[str, Any]]:
     """One entry for each method: operations of the forward, of the backward and of both over LoRA's."""
-    ssf_functional.watches_sparingly = lambda output: True
     workload = replace(cost.PRESETS["vit-6x384" if quick else "vit-b16"], batch=1)
     settings = cost.Settings(device=device, autocast="bfloat16")
-    base, inputs = built(workload, device)
+    methods = COMPILED if quick else [name for name in cost.METHODS if name not in ("SHiRA r=8", "AdaLoRA")]
     found: list[dict[str, Any]] = []
-    for method in COMPILED if quick else [name for name in cost.METHODS if name not in ("SHiRA r=8", "AdaLoRA")]:
-        try:
-            job = cost.Job(method, base, inputs, workload, settings, share=True)
-        except ValueError:
-            continue
-        for _ in range(2):
-            job.step()
+    for method, job in warm_jobs(methods, workload, settings):
         with Operations() as forward:
             loss = job.loss()
         with Operations() as backward:
             loss.backward()
         found.append({"method": method, "forward": forward.count, "backward": backward.count})
-        del job, loss
-        gc.collect()
     lora = next(row for row in found if row["method"] == cost.LORA)
     for row in found:
         row["over_lora"] = (row["forward"] + row["backward"]) / (lora["forward"] + lora["backward"])
     return found
+
+
+def warm_jobs(
+    methods: Iterable[str], workload: cost.Workload, settings: cost.Settings
+) -> Iterator[tuple[str, cost.Job]]:
+    """Each method that applies to the model, after three steps, one after the other."""
+    base, inputs = built(workload, settings.device)
+    for method in methods:
+        try:
+            job = cost.Job(method, base, inputs, workload, settings, share=True)
+        except ValueError:
+            continue
+        for _ in range(3):
+            job.step()
+        yield method, job
+        gc.collect()
 
 
 def built(workload: cost.Workload, device: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -298,11 +291,6 @@ PARTS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
 
 
 # The tables
-
-
-def quartiles(values: list[float]) -> str:
-    low, middle, high = values
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def lines_of(part: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -329,13 +317,13 @@ def lines_of(part: str, rows: list[dict[str, Any]]) -> list[str]:
             lambda row: [
                 *(row["model"], row["method"]),
                 *(f"{row['milliseconds'][key]:.1f}" for key in ("plain", "compiled")),
-                quartiles(row["compiled_over_plain"]),
+                cost.spread(row["compiled_over_plain"]),
             ],
         ),
         "four-bit": (
             ["method", "trained", "ms", "step over LoRA's (quartiles)", "peak of a step, MiB"],
             lambda row: [
-                *(row["method"], f"{row['trained']:,}", f"{row['milliseconds']:.1f}", quartiles(row["over_lora"])),
+                *(row["method"], f"{row['trained']:,}", f"{row['milliseconds']:.1f}", cost.spread(row["over_lora"])),
                 f"{row['peak_mib_over_idle']:,.0f}" if "peak_mib_over_idle" in row else "",
             ],
         ),

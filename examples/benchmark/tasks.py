@@ -199,7 +199,7 @@ def prepare(task: Task, limits: Limits, folder: Path) -> Prepared:
 
 
 class Images(TorchDataset[dict[str, torch.Tensor]]):
-    """Images in memory, as tensors: read from Arrow, a batch of 16 took longer (95 ms) than a step on a GPU."""
+    """Images in memory, as tensors: decoding a batch from Arrow takes longer than a step on a GPU."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.pixel_values = torch.from_numpy(np.stack([row["pixel_values"] for row in rows]))

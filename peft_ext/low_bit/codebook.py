@@ -76,14 +76,13 @@ def used_values(weight: torch.Tensor, bits: int) -> torch.Tensor:
     levels, thresholds = tables(bits, weight)
     if not needs_plain_operations():
         return Quantised.apply(weight, levels, thresholds)
-    sd, mu = _statistics(weight)
-    z = (weight - mu) / (sd + EPS)
+    z, sd, mu = _standardised(weight)
     codes = torch.bucketize(z.detach(), thresholds)
     return sd * (levels[codes] + (z - z.detach())) + mu  # what is added is zero, so the value is that of `decode`
 
 
 class Quantised(torch.autograd.Function):
-    r"""The same with the gradient in closed form, in a third of the operations.
+    r"""The same with the gradient in closed form, which takes fewer operations.
 
     With z = (w - mu) / (sd + eps), the level q of each entry, rho = sd / (sd + eps) and g the gradient of the output:
 
@@ -93,8 +92,7 @@ class Quantised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, levels: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
         """weight of any shape, levels `(2**bits,)`, thresholds `(2**bits - 1,)`; returns what `decode` would."""
-        sd, mu = _statistics(weight)
-        z = (weight - mu) / (sd + EPS)
+        z, sd, mu = _standardised(weight)
         used = levels[torch.bucketize(z, thresholds)]
         ctx.save_for_backward(z, used, sd)
         return sd * used + mu
@@ -110,17 +108,17 @@ class Quantised(torch.autograd.Function):
         return torch.addcmul(grad * rho + (1 - rho) * grad.mean(), z, slope), None, None
 
 
-def _statistics(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Standard deviation and mean; a single entry, or equal ones, spread by nothing."""
+def _standardised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z, standard deviation and mean; a single entry, or equal ones, spread by nothing."""
     sd, mu = torch.std_mean(weight, correction=min(1, weight.numel() - 1))
-    return sd, mu
+    return (weight - mu) / (sd + EPS), sd, mu
 
 
 @torch.no_grad()
 def encode(weight: torch.Tensor, bits: int) -> Coded:
     """Codes and statistics of a latent matrix."""
-    sd, mu = _statistics(weight)
-    codes = torch.bucketize(((weight - mu) / (sd + EPS)).flatten(), tables(bits, weight)[1])
+    z, sd, mu = _standardised(weight)
+    codes = torch.bucketize(z.flatten(), tables(bits, weight)[1])
     return Coded(pack_bits(codes, bits), torch.stack([mu, sd]))
 
 

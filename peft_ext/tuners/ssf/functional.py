@@ -153,7 +153,7 @@ def _channels_to_keep(
 
 def watches_sparingly(output: torch.Tensor) -> bool:
     """Whether the channels that cannot be recovered are not looked for in each forward, see `OutputWatch`."""
-    return output.device.type != "cpu" and not torch.compiler.is_compiling()
+    return output.device.type != "cpu"
 
 
 def _vector_gradients(
