@@ -15,6 +15,7 @@ first seed on the validation split (never on test), and the other seeds are run 
 
 With `--fit-head` the head is fitted to the frozen model's features (`peft_ext.linear_probe`) before any calibration and
 training, on the training data, of which a fifth chooses the regularisation. These runs are others than those without.
+With `--bf16` the products are computed in bfloat16 (the Trainer's own `bf16`); these, too, are runs of their own.
 
 What the methods are stands in `methods.py`, what the tasks are in `tasks.py`. Data: the parquet files of `--data` (see
 the README there), or the Hub's.
@@ -167,6 +168,7 @@ def trainer_of(
         logging_strategy="no",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
+        bf16=args.bf16,
         label_names=["labels"],
         prediction_loss_only=task.metric == "loss",
         remove_unused_columns=False,
@@ -210,7 +212,8 @@ def settings_of(args: argparse.Namespace) -> str:
     """What else the scores depend on, in words."""
     size = f"{args.train} examples" if args.train else "all examples"
     text = f"{size}, {args.epochs} epochs of batches of {args.batch}, at most {args.length} tokens"
-    return f"{text}, head fitted first" if getattr(args, "fit_head", False) else text
+    flags = {"bf16": "bfloat16 autocast", "fit_head": "head fitted first"}
+    return ", ".join([text, *(words for flag, words in flags.items() if getattr(args, flag, False))])
 
 
 def load_results(file: Path) -> list[dict[str, Any]]:
@@ -438,6 +441,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64, help="tokens at most")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16 (autocast), weights as they are")
     parser.add_argument("--fit-head", action="store_true", help="fit the head to frozen features before all else")
     parser.add_argument("--answers", type=int, default=0, help="generated answers for the exact match of causal tasks")
     parser.add_argument("--part", default="0/1", help="this process's share of the work, as number/processes")

@@ -110,8 +110,15 @@ def exchanged(model: PeftModel) -> dict[str, Any]:
                     seconds(lambda: peft_ext.hotswap_adapter(model, path, NAME.format(0))) for _ in range(3)
                 )
             }
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, NotImplementedError, KeyError) as error:  # PEFT's dies of a trained head
             return {"no_exchange": f"{type(error).__name__}: {error}"[:200]}
+
+
+def beside(row: dict[str, Any], control: dict[str, Any], key: str) -> str:
+    """Milliseconds, and the ratio to LoRA's where it has this time."""
+    if key not in row:
+        return "no"
+    return f"{1000 * row[key]:.1f}" + (f" ({row[key] / control[key]:.2f})" if key in control else "")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -121,10 +128,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         control = lora[row["preset"]]
         each = row["others_bytes"] / (row["number"] - 1)
-        times = [
-            f"{1000 * row[key]:.1f} ({row[key] / control[key]:.2f})" if key in row else "no"
-            for key in ("last_adds_s", "switch_s", "exchange_s", "delete_s")
-        ]
+        times = [beside(row, control, key) for key in ("last_adds_s", "switch_s", "exchange_s", "delete_s")]
         lines.append((row["method"], row["preset"], f"{row['first_bytes']:,}", f"{each:,.0f}", *times))
     head = (
         "method",

@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
-    _maybe_include_all_linear_layers,
 )
 from peft.utils import get_quantization_kwargs
 from peft.utils.constants import DUMMY_MODEL_CONFIG
@@ -40,6 +39,7 @@ from .targets import (
     is_admitted,
     is_named,
     matched_targets,
+    named_all_linear,
     refuse_ambiguous_names,
     refuse_unknown_targets,
     refuse_unknown_tokens,
@@ -241,11 +241,8 @@ class ExtModel(MethodHooks, BaseTuner):
                 "`target_modules` is empty, so nothing would be trained; name at least one module, or leave it out to "
                 f"get the default targets of {config.METHOD}."
             )
-        takes_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-        _maybe_include_all_linear_layers(config, model)
+        takes_all_linear = named_all_linear(config, model)
         uncalled = uncalled_modules(model)
-        if takes_all_linear and isinstance(config.target_modules, set):
-            config.target_modules -= set(uncalled)
         if not (isinstance(config.target_modules, str) or config.inference_mode):
             refuse_unknown_targets(config.target_modules or (), model)
         is_new = not (config.inference_mode or config.awaits_weights)  # what was trained before may load

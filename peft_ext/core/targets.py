@@ -8,7 +8,12 @@ from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -181,6 +186,22 @@ def linear_out_features(base_layer: nn.Module) -> int | None:
 def is_named(target: str, names: Iterable[str]) -> bool:
     """Whether an entry of `target_modules` matches one of the module names."""
     return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def named_all_linear(config: ExtConfig, model: nn.Module) -> bool:
+    """Puts the names of the modules in place of `target_modules="all-linear"`; returns whether it stood there.
+
+    Left out are, beside what PEFT leaves out, modules that are read and never called, and the copies of a module that
+    another adapter trains in full or in part, as a head.
+    """
+    before = config.target_modules
+    _maybe_include_all_linear_layers(config, model)
+    if config.target_modules is before or not isinstance(config.target_modules, set):
+        return False
+    wrapped = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    copies = {name for name in config.target_modules if name.startswith(wrapped)}
+    config.target_modules -= copies | set(uncalled_modules(model))
+    return True
 
 
 def refuse_unknown_targets(targets: Iterable[str], model: nn.Module) -> None:

@@ -164,6 +164,19 @@ class TrainingTests(ConformanceTests):
         model.add_adapter("second", self.config_for(name, target_modules="all-linear"))
         assert set(model.peft_config["second"].target_modules) == linears
 
+    @on(lambda method: [name for name in ("vit", "bert") if name in method.models] if _takes_targets(method) else ())
+    def test_all_linear_beside_a_trained_head(self, name: str) -> None:
+        fields: dict[str, Any] = {
+            "target_modules": "all-linear", "modules_to_save": [_head_of(name)], "task_type": "SEQ_CLS"
+        }  # fmt: skip
+        try:
+            model = self.adapted(name, **fields)
+        except ValueError as refusal:
+            pytest.skip(f"one alone is refused: {refusal}")
+        model.add_adapter("second", self.config_for(name, **fields))
+        first, second = (set(model.peft_config[adapter].target_modules) for adapter in ("default", "second"))
+        assert second == first
+
     @shows("`generate`")
     @among("llama", "gpt2", "t5", "bart")
     def test_generate(self, name: str) -> None:
