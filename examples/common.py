@@ -104,6 +104,15 @@ def resolve_model(name: str) -> str:
     return str(_dense_smollm2()) if name == "smollm2" else name
 
 
+def image_size(processor: Any, pixels: int | None) -> dict[str, Any]:
+    """Arguments of an image processor for square images with a side of `pixels`; none leave it to the processor."""
+    if pixels is None:
+        return {}
+    square = {"height": pixels, "width": pixels}
+    is_cropped = "shortest_edge" in processor.size
+    return {"crop_size": square, "size": {"shortest_edge": pixels} if is_cropped else square}
+
+
 def _dense_smollm2() -> Path:
     """SmolLM2 as an ordinary checkpoint. Loaded from GGUF it counts as quantised, which `Trainer` refuses to train."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM

@@ -13,6 +13,8 @@ trained on scikit-learn's digits 0 to 4 and adapted to 5 to 9.
 
     python examples/vqt_image_classification.py
     python examples/vqt_image_classification.py --model digits  # wherever it is
+    python examples/vqt_image_classification.py --model dinov2-small --pixels 98 --sets clothing10 signdigits \
+        --methods probe head2toe vqt --queries 1
     python examples/vqt_image_classification.py --model google/vit-base-patch16-224-in21k \
         --train-file train.parquet --test-file test.parquet
 """
@@ -34,7 +36,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from common import Run as CardRun
-from common import card_info, method_rows, rivals_above, write_card
+from common import card_info, image_size, method_rows, resolve_model, rivals_above, write_card
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -90,11 +92,12 @@ class Run:
     head: int
 
 
-def read(name: str, processor: Any, limit: int | None) -> Data:
+def read(name: str, processor: Any, limit: int | None, pixels: int | None) -> Data:
     rows = load_dataset("parquet", data_files=name, split="train").shuffle(seed=0)
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
     images = [image.convert("RGB") for image in rows["image"]]
-    return Data(processor(images, return_tensors="pt")["pixel_values"], torch.tensor(rows["label"]))
+    sizes = image_size(processor, pixels)
+    return Data(processor(images, return_tensors="pt", **sizes)["pixel_values"], torch.tensor(rows["label"]))
 
 
 def batches(data: Data, size: int, generator: torch.Generator | None = None) -> Any:
@@ -285,7 +288,8 @@ def table(runs: list[Run]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="digits, or an image classifier on the Hub or on disk")
+    parser.add_argument("--model", help="digits, dinov2-small, or an image classifier on the Hub or on disk")
+    parser.add_argument("--pixels", type=int, help="side of the images; the model's own if left out")
     parser.add_argument("--train-file", help="parquet with columns image and label")
     parser.add_argument("--test-file")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), help="sets of ../shared/data")
@@ -301,12 +305,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    if args.model and args.model != "digits":
-        files = {Path(args.train_file).stem: (args.train_file, args.test_file)} if args.train_file else None
-        base = args.model
-    elif args.model is None and (SHARED / "models").is_dir():
-        base = str(SHARED / "models" / "vit-tiny-imagenet32")
+    if args.model != "digits" and (args.model or (SHARED / "models").is_dir()):
+        base = resolve_model(args.model or str(SHARED / "models" / "vit-tiny-imagenet32"))
         files = {name: tuple(str(SHARED / "vision" / f"{file}.parquet") for file in SETS[name]) for name in args.sets}
+        if args.train_file:
+            files = {Path(args.train_file).stem: (args.train_file, args.test_file)}
     else:
         from image_classification import pretrained_on_digits
 
@@ -318,7 +321,8 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name, (train_file, test_file) in (files or {"digits 5-9": ("", "")}).items():
         if train_file:
-            train, test = read(train_file, processor, args.max_train), read(test_file, processor, args.max_test)
+            train = read(train_file, processor, args.max_train, args.pixels)
+            test = read(test_file, processor, args.max_test, args.pixels)
         else:
             train, test = _digits(processor)
         classes = int(train.labels.max()) + 1

@@ -213,10 +213,11 @@ class SparseDelta(ExactLeaf):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if found:
-            self.placeholder = False
-            if self.tracker is not None:
-                self.tracker.note_load(self)
+        if not found:  # the file of another adapter
+            return
+        self.placeholder = False
+        if self.tracker is not None:
+            self.tracker.note_load(self)
         self._decode_ahead()
 
     def check_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:

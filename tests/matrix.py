@@ -31,8 +31,7 @@ CORNERS = {  # what each installs; hub 2 is newer than what older transformers a
     "transformers-5.8": ["transformers==5.8.0", "huggingface_hub<2"],
     "transformers-5.17": ["transformers==5.17.0", "huggingface_hub<2"],
     "transformers-5.24": ["transformers==5.24.0"],
-    "peft-0.20": ["peft==0.20.0"],
-    "peft-0.21.0": ["peft==0.21.0"],
+    "peft-0.21.0": ["peft==0.21.0"],  # the oldest that has what peft_ext imports
     "as-installed": [],
 }
 SHARED = ("torch", "numpy", "nvidia", "triton", "sympy", "accelerate", "psutil", "yaml", "_yaml", "packaging", "rich")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,32 @@ def test_hotswap_of_lora_is_that_of_peft(tmp_path: Path) -> None:
 
 def test_every_method_is_here() -> None:
     assert {peft_type.lower() for peft_type in peft_ext.METHODS} == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("method", "decoder"),
+    [("sparse_ft", "delta.decode"), ("spt", "delta.decode"), ("binary_low_rank", "low_bit.leaf.decode")],
+)
+def test_loading_decodes_no_other_adapter(
+    method: str, decoder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name, case = MODELS[method], METHODS[method].method
+    module, function = f"peft_ext.{decoder}".rsplit(".", 1)
+    decode, counts = getattr(importlib.import_module(module), function), []
+    for others in (1, 4):
+        base = small(method)
+        model = get_peft_model(base, case.config_for(name, base), adapter_name="task0")
+        for number in range(1, others + 1):
+            model.add_adapter(f"task{number}", copy.deepcopy(model.peft_config["task0"]))
+        model.save_pretrained(str(tmp_path), selected_adapters=["task1"])
+        for number in range(1, others + 1):
+            peft_ext.hotswap_adapter(model, str(tmp_path / "task1"), f"task{number}")
+        calls: list[None] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.{function}", lambda *args, calls=calls: calls.append(None) or decode(*args))
+            peft_ext.hotswap_adapter(model, str(tmp_path / "task1"), "task0")
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
 
 
 # Large models

@@ -116,7 +116,7 @@ def measure(point: Point, methods: Sequence[str], rounds: int) -> dict[str, Any]
         kind = Setting if point.modules == "all Linears" else Targeted
         try:
             adapted = get_peft_model(model, CONFIGS[method](kind(model, "CAUSAL_LM", point.rank / 8, 10**6, 0)))  # type: ignore[arg-type]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:  # KeyError: a method looks for modules that are not adapted
             skipped[method] = f"{type(error).__name__}: {error}"[:200]
             continue
         adapted.train()

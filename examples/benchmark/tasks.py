@@ -19,7 +19,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from common import resolve_model
+from common import image_size, resolve_model
 from datasets import Dataset, load_dataset
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
@@ -244,11 +244,7 @@ def _for_images(task: Task, name: str, data: dict[str, Dataset], length: int) ->
     source, target = task.columns
     number = numbers(data, target)
     processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-    sizes: dict[str, Any] = {}
-    if task.pixels is not None:
-        sizes["crop_size"] = {"height": task.pixels, "width": task.pixels}
-        is_cropped = "shortest_edge" in processor.size
-        sizes["size"] = {"shortest_edge": task.pixels} if is_cropped else sizes["crop_size"]
+    sizes = image_size(processor, task.pixels)
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         pixels = processor(row[source].convert("RGB"), return_tensors="np", **sizes)["pixel_values"][0]

@@ -16,6 +16,7 @@ import types
 import weakref
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSet, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -341,6 +342,6 @@ def _split(groups: list[dict[str, Any]], views: dict[int, list[Any]]) -> list[di
 
 
 def _remove_hooks_if_unused() -> None:
-    if not any(True for _ in (*_undecayed, *_listeners)):
+    if not any(True for _ in chain(_undecayed, _listeners)):  # a look at the first: there may be thousands
         while _handles:
             _handles.pop().remove()

@@ -151,8 +151,9 @@ class LowBitMatrix(FullMatrix):
             coded = Coded(codes, stats.float() if stats.dtype in HALF else stats)
             state_dict[prefix + "weight"] = latents(coded, self.bits, self.shape).to(codes.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._seen = None
-        self._loaded()
+        if not (weight is None and codes is None and stats is None):  # else it is the file of another adapter
+            self._seen = None
+            self._loaded()
 
     def _apply(self, *args: Any, **kwargs: Any) -> LowBitMatrix:
         self._loaded()
