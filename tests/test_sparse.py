@@ -138,6 +138,7 @@ def modules() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     torch.manual_seed(0)
     return {
         "linear": (nn.Linear(6, 8), torch.randn(2, 3, 6)),
+        "large linear": (nn.Linear(40, 60), torch.randn(2, 3, 40)),
         "linear without bias": (nn.Linear(6, 8, bias=False), torch.randn(4, 6)),
         "conv1d": (Conv1D(8, 6), torch.randn(2, 3, 6)),
         "conv2d": (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.randn(2, 4, 7, 7)),
@@ -192,7 +193,7 @@ def test_output_and_gradients_are_those_of_the_dense_product(kind: str, additive
 
 
 @pytest.mark.parametrize("additive", [False, True])
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "embedding"])
+@pytest.mark.parametrize("kind", ["linear", "large linear", "conv1d", "conv2d", "embedding"])
 def test_gradcheck(kind: str, additive: bool) -> None:
     module, x, op, values, indices = prepared(kind, k=6)
     if additive:
@@ -243,6 +244,18 @@ def test_places_of_several_adapters_add_up() -> None:
     assert torch.equal(module.weight, before)
     module.register_forward_hook(lambda *args: None)
     torch.testing.assert_close(sparse_apply(module, op, x, values, indices), dense_output(module, x, values, indices))
+
+
+def test_the_gradient_of_the_input_of_few_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No whole weight is made for it; of several adapters the values add up."""
+    _, x, op, values, indices = prepared("large linear", torch.bfloat16)
+    indices, values = torch.cat([indices, indices[3:9]]), torch.cat([values, values[:6]])
+    grad = torch.randn(2, 3, 60)
+    expected = grad @ torch.zeros(op.n).index_add(0, indices, values).view(60, 40)
+    monkeypatch.setattr(op, "dense", None)
+    found = op.sparse_grad_input(x, grad, values, indices)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_only_input_values_and_places_are_saved() -> None:

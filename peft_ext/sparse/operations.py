@@ -16,6 +16,11 @@ from ..core import HALF
 from .selection import is_in, top_indices
 
 
+# On a CPU the gradient of x from S is computed with S in CSR layout up to this density, and with S as a whole weight
+# above it: a sparse product makes as many operations less, each of them slower.
+SPARSE_ENOUGH = 1 / 100
+
+
 @dataclass
 class Gradient:
     """The gradient of a weight, which is computed only as far as it is asked for."""
@@ -88,6 +93,12 @@ class Operation:
         """The module's output with S for a weight and no bias."""
         return self.product(x, self.dense(values, indices, x.dtype), None)
 
+    def sparse_grad_input(
+        self, x: torch.Tensor, grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The gradient of x from the product with S alone."""
+        return self.grad_input(x, grad.to(x.dtype), self.dense(values, indices, x.dtype))
+
     def dense(self, values: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """S as a whole weight, for as long as the caller needs it."""
         flat = torch.zeros(self.n, dtype=dtype, device=values.device)
@@ -138,11 +149,19 @@ class LinearOperation(Operation):
         if x.device.type != "cpu" or self.transposed:
             return super().sparse_product(x, values, indices)
         rows = _at_least_fp32(x.reshape(-1, x.shape[-1]))
-        values = values.to(rows.dtype)
-        distinct, inverse = _distinct(indices)
-        if inverse is not None:
-            values = values.new_zeros(len(distinct)).index_add_(0, inverse, values)
-        return (csr(distinct, values, self.shape) @ rows.T).T.reshape(*x.shape[:-1], -1)
+        return (_csr(values.to(rows.dtype), indices, self.shape) @ rows.T).T.reshape(*x.shape[:-1], -1)
+
+    def sparse_grad_input(
+        self, x: torch.Tensor, grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor | None:
+        if x.device.type != "cpu" or self.transposed or len(indices) > SPARSE_ENOUGH * self.n:
+            return super().sparse_grad_input(x, grad, values, indices)
+        rows = _at_least_fp32(grad.reshape(-1, grad.shape[-1]))
+        height, width = self.shape
+        flipped = indices % width * height + indices // width
+        flipped, order = flipped.sort()
+        delta = _csr(values.to(rows.dtype)[order], flipped, (width, height))
+        return (delta @ rows.T).T.reshape(*grad.shape[:-1], -1).to(x.dtype)
 
 
 def _distinct(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -154,6 +173,14 @@ def _distinct(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]
         return indices, None
     distinct, inverse = torch.unique(indices, return_inverse=True)
     return distinct, inverse
+
+
+def _csr(values: torch.Tensor, indices: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """S in CSR layout; the indices may be those of several adapters."""
+    distinct, inverse = _distinct(indices)
+    if inverse is not None:
+        values = values.new_zeros(len(distinct)).index_add_(0, inverse, values)
+    return csr(distinct, values, shape)
 
 
 def csr(indices: torch.Tensor, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

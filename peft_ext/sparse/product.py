@@ -101,7 +101,7 @@ class SparseProduct(torch.autograd.Function):
         with torch.autocast(values.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 if weight is None:
-                    grad_x = op.grad_input(x, grad.to(x.dtype), op.dense(values, indices, x.dtype))
+                    grad_x = op.sparse_grad_input(x, grad, values, indices)
                 else:
                     grad_x = with_delta(weight, values, indices, lambda changed: op.grad_input(x, grad, changed))
             if ctx.needs_input_grad[1]:
