@@ -35,7 +35,9 @@ METHODS: dict[str, tuple[str, Callable[[Any, str], PeftConfig]]] = {
     "ssf": ("llama", lambda *_: SSFConfig()),
     "spiel": (
         "llama",
-        lambda *_: SparseFTConfig(density=0.05, reselection_steps=3, accumulation_steps=1, total_steps=20),
+        lambda *_: SparseFTConfig(
+            selection="spiel-ag", density=0.05, reselection_steps=3, accumulation_steps=1, total_steps=20
+        ),
     ),
     "random": ("llama", lambda *_: SparseFTConfig(density=0.05, selection="random")),
     "given": (
@@ -211,7 +213,12 @@ def test_the_steps_of_a_training_end_with_it(tmp_path: Path) -> None:
 
 def test_spiel_reselects_to_the_end_of_each_training(tmp_path: Path) -> None:
     config = SparseFTConfig(
-        density=0.02, reselection_steps=2, accumulation_steps=1, task_type="SEQ_CLS", modules_to_save=["classifier"]
+        selection="spiel-ag",
+        density=0.02,
+        reselection_steps=2,
+        accumulation_steps=1,
+        task_type="SEQ_CLS",
+        modules_to_save=["classifier"],
     )
     first = get_peft_model(tiny("bert"), config)
     _train(first, 4, tmp_path, peft_ext.SparseFTCallback())

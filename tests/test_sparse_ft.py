@@ -613,7 +613,7 @@ def test_an_optimizer_that_does_not_own_the_values() -> None:
     torch.manual_seed(0)
     base = One()
     optimizer = torch.optim.AdamW(base.parameters(), lr=1e-2)
-    config = SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], total_steps=9)
+    config = SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], selection="spiel-ag", total_steps=9)
     model = get_peft_model(base, config)
     backward_of(model, scripted_gradient(0))
     with pytest.raises(ValueError, match="does not own the values of the sparse adapter"):
@@ -872,7 +872,10 @@ def test_averaged_buffers_are_refused() -> None:
 
 def test_two_adapters_train_apart() -> None:
     model, _ = one("spiel-ag")
-    model.add_adapter("other", SparseFTConfig(num_tunable_weights=6, target_modules=["fc"], total_steps=40, seed=1))
+    model.add_adapter(
+        "other",
+        SparseFTConfig(num_tunable_weights=6, target_modules=["fc"], selection="spiel-ag", total_steps=40, seed=1),
+    )
     leaves = {name: next(deltas(model, name))[1] for name in ("default", "other")}
     optimizer = torch.optim.AdamW([leaf.weight for leaf in leaves.values()], lr=1e-2)
     before = support_of(leaves["other"])
@@ -1508,7 +1511,9 @@ def _train_unevenly(rank: int, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/init", rank=rank, world_size=2)
     torch.manual_seed(0)
-    config = SparseFTConfig(num_tunable_weights=40, target_modules=["fc1", "fc2"], total_steps=60)
+    config = SparseFTConfig(
+        num_tunable_weights=40, target_modules=["fc1", "fc2"], selection="spiel-ag", total_steps=60
+    )
     model = get_peft_model(Classifier(), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     leaves = dict(deltas(model, "default"))
@@ -1563,7 +1568,7 @@ def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
         ({"selection": "growing", "growth_power": float("nan")}, "`growth_power` must be a finite number"),
         ({"selection": "growing", "growth_power": "1"}, "`growth_power` must be a number, got '1'"),
         ({"selection": "growing", "growth_eps": True}, "`growth_eps` must be a number, got True"),
-        ({"density": 0.1, "growth_power": 3.0}, "`growth_power` has no effect with `selection='spiel-ag'`"),
+        ({"density": 0.1, "growth_power": 3.0}, "`growth_power` has no effect with `selection='random'`"),
         ({"selection": "random", "growth_eps": 0.5}, "`growth_eps` has no effect with `selection='random'`"),
         (
             {"selection": "random", "total_steps": 9},
@@ -1578,10 +1583,10 @@ def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
             r"`reselect_at` \(500\) must be below `total_steps` \(10\)",
         ),
         ({"selection": "growing", "total_steps": True}, "`total_steps` must be a positive integer, got True"),
-        ({"density": 0.1, "reselection_steps": 5}, "must be below `reselection_steps`"),
-        ({"density": 0.1, "reselection_rate": 0.0}, "`reselection_rate` must be in"),
-        ({"density": 0.1, "reselection_policy": "step"}, "must be 'linear' or 'cosine'"),
-        ({"density": 0.1, "total_steps": 0}, "`total_steps` must be a positive integer"),
+        ({"density": 0.1, "selection": "spiel-ag", "reselection_steps": 5}, "must be below `reselection_steps`"),
+        ({"density": 0.1, "selection": "spiel-ag", "reselection_rate": 0.0}, "`reselection_rate` must be in"),
+        ({"density": 0.1, "selection": "spiel-ag", "reselection_policy": "step"}, "must be 'linear' or 'cosine'"),
+        ({"density": 0.1, "selection": "spiel-ag", "total_steps": 0}, "`total_steps` must be a positive integer"),
         ({"density": 0.1, "save_dtype": "int8"}, "`save_dtype` must be one of"),
         ({"num_weights_per_module": {"fc": -1}}, "must map module names to numbers"),
     ],
@@ -1610,7 +1615,7 @@ def test_fields_without_effect_that_an_older_version_wrote_are_let_pass(tmp_path
             "asks for 97 tuned weights, the target modules have 96",
         ),
         ({"density": 0.9, "target_modules": ["fc1"]}, "`density` asks for"),
-        ({"density": 0.1, "target_modules": ["norm", "fc2"]}, "'norm' is a norm"),
+        ({"density": 0.1, "target_modules": ["norm", "fc2"], "selection": "spiel-ag"}, "'norm' is a norm"),
         ({"density": 0.1, "selection": "lt-sft"}, "peft_ext.lt_sft"),
         ({"density": 0.1, "selection": "sensitivity"}, "config.use_scores"),
         ({"selection": "given"}, "config.use_support"),
@@ -1754,7 +1759,9 @@ def test_unmerging_is_exact_and_merging_rounds_once() -> None:
 def test_figure(tmp_path: Path) -> None:
     plots = pytest.importorskip("peft_ext.plots")
     pytest.importorskip("matplotlib")
-    model = get_peft_model(tiny("llama"), SparseFTConfig(density=0.05, total_steps=60, reselection_rate=0.5))
+    model = get_peft_model(
+        tiny("llama"), SparseFTConfig(selection="spiel-ag", density=0.05, total_steps=60, reselection_rate=0.5)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(6):
         model(**inputs("llama")).loss.backward()
@@ -1777,7 +1784,9 @@ def test_4_bit_base(tmp_path: Path) -> None:
     model = model.to("cpu")
     x = torch.randn(4, 64)
     model(x)  # quantises
-    config = SparseFTConfig(density=0.02, target_modules=["0"], total_steps=60, reselection_rate=0.5)
+    config = SparseFTConfig(
+        density=0.02, target_modules=["0"], selection="spiel-ag", total_steps=60, reselection_rate=0.5
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(model, config)
@@ -1799,7 +1808,7 @@ def test_ag_under_gradient_checkpointing_and_shared_modules() -> None:
     for checkpointing in (False, True):
         model = get_peft_model(
             tiny("llama"),
-            SparseFTConfig(density=0.05, total_steps=60, reselection_rate=0.5),
+            SparseFTConfig(selection="spiel-ag", density=0.05, total_steps=60, reselection_rate=0.5),
             autocast_adapter_dtype=True,
         )
         if checkpointing:
@@ -1820,7 +1829,9 @@ def test_ag_under_gradient_checkpointing_and_shared_modules() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fc(x) + self.fc(2 * x)
 
-    model = get_peft_model(Twice(), SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], total_steps=40))
+    model = get_peft_model(
+        Twice(), SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], selection="spiel-ag", total_steps=40)
+    )
     (_, leaf) = next(deltas(model, "default"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for step in range(4):
@@ -1837,7 +1848,9 @@ def test_8_bit_adam(size: int) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 100))
-    config = SparseFTConfig(num_tunable_weights=size, target_modules=["0"], total_steps=60, reselection_rate=0.5)
+    config = SparseFTConfig(
+        num_tunable_weights=size, target_modules=["0"], selection="spiel-ag", total_steps=60, reselection_rate=0.5
+    )
     model = get_peft_model(model, config)
     (_, leaf) = next(deltas(model, "default"))
     optimizer = bnb.optim.AdamW8bit([leaf.weight], lr=1e-2)

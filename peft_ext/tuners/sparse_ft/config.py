@@ -50,12 +50,12 @@ class SparseFTConfig(ExtConfig):
     Args:
         density: Tuned weights as a fraction of all parameters of the model, those outside the targets included.
         num_tunable_weights: The same as a number of weights.
-        selection: Which weights are tuned. `"spiel-ag"`: a random support at first, from which the values that moved
+        selection: Which weights are tuned. `"random"`, `"smallest"`, `"largest"`: a fixed support, drawn or by
+            magnitude of the base's weights. `"spiel-ag"`: a random support at first, from which the values that moved
             least are dropped, and where weights of large accumulated gradient grow. `"spiel-ma"`: the same, grown by
-            the momentum-free row and column statistics of SM3, which also makes the updates. `"random"`,
-            `"smallest"`, `"largest"`: a fixed support, drawn or by magnitude of the base's weights. `"nonzero"`: all
-            weights that are not zero in the base, whatever the budget, which keeps a pruned model's zeros; takes no
-            budget. `"below"` (SaRA): all weights smaller than `threshold`, of which those that have left that range in
+            the momentum-free row and column statistics of SM3, which also makes the updates. `"nonzero"`: all weights
+            that are not zero in the base, whatever the budget, which keeps a pruned model's zeros; takes no budget.
+            `"below"` (SaRA): all weights smaller than `threshold`, of which those that have left that range in
             the middle of the training are frozen then; takes no budget. `"growing"` (ID3): empty at first, it grows
             to the budget step by step, by |gradient| / (|weight| + `growth_eps`) ^ `growth_power`, over `total_steps`.
             `"lt-sft"`: found by `peft_ext.lt_sft`. `"sensitivity"`: by the scores of a calibration, or of `use_scores`.
@@ -111,7 +111,7 @@ class SparseFTConfig(ExtConfig):
     )
     num_tunable_weights: int | None = field(default=None, metadata={"help": "Number of tuned weights."})
     selection: str = field(
-        default="spiel-ag",
+        default="random",
         metadata={"help": f"Which weights are tuned: one of {', '.join((*SPIEL, *FIXED, *GRADUAL, *GIVEN))}."},
     )
     spread: float = field(
