@@ -172,9 +172,13 @@ def draw(found: dict[str, list[dict[str, Any]]], methods: Sequence[str], folder:
             pairs = [(axis(sweep, row), ratio(row, method)) for row in found[sweep]]
             known = [(x, y) for x, y in pairs if y is not None]
             if known:
-                marker = "osv^D*"[number % 6]
-                panel.plot(*zip(*known, strict=True), marker=marker, label=title(method), color=f"C{number % 10}")
+                marker, color = "osv^D*"[number % 6], pyplot.get_cmap("tab20")(number)
+                panel.plot(*zip(*known, strict=True), marker=marker, label=title(method), color=color)
         panel.set(xscale="log", yscale="log", xlabel="parameters" if sweep == "size" else sweep)
+        if sweep != "size":
+            places = [axis(sweep, row) for row in found[sweep]]
+            panel.set_xticks(places, [str(place) for place in places])
+            panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
     first = figure.axes[0]
     first.set_ylabel("time of a step, in multiples of LoRA's")
