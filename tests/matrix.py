@@ -115,8 +115,10 @@ def main() -> None:
     for name in options.corners or CORNERS:
         row = run(name, options.tests)
         failed |= bool(row["failed"]) or not row["counts"]
-        results[name] = row
-        RESULTS.write_text(json.dumps({key: results[key] for key in CORNERS if key in results}, indent=1) + "\n")
+        key = f"{name}, torch {row['versions']['torch']}, Python {row['python']}"
+        results[key] = row
+        order = sorted(results, key=lambda key: list(CORNERS).index(key.split(",")[0]))
+        RESULTS.write_text(json.dumps({key: results[key] for key in order}, indent=1) + "\n")
         print(f"{name}: {row['counts']}, {row['seconds']} s")
         for test in row["failed"][:20]:
             print(f"  {test}")

@@ -391,7 +391,8 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             save_pruned(model, folder)
             torch.save({"inputs": inputs(name), "logits": outputs(name, model)}, folder / "expected.pt")
     command = [sys.executable, "-c", textwrap.dedent(IN_A_FRESH_PROCESS), str(root)]
-    settings = {"HF_MODULES_CACHE": str(root / "modules"), "PYTHONPATH": str(Path(peft_ext.__file__).parents[1])}
+    path = [str(Path(peft_ext.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {"HF_MODULES_CACHE": str(root / "modules"), "PYTHONPATH": os.pathsep.join(path)}
     environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert "RESULTS" in run.stdout, run.stderr[-3000:]

@@ -1,7 +1,7 @@
 """What a hundred adapters on one model take: memory, the time to add one, to switch, and to exchange one in place.
 
     python examples/benchmark/many.py                          # all methods on the 6-layer ViT, or MiniLM's shape
-    python examples/benchmark/many.py --number 20 --methods lora ssf
+    python examples/benchmark/many.py --methods SSF S2FT       # these anew, and LoRA
     python examples/benchmark/many.py --write docs/results.md  # the table, between its markers
 
 All adapters of a method are of one config, as `cost.py` has it. A switch is `set_adapter`; an exchange is
@@ -40,6 +40,7 @@ RESULTS = FOLDER / "many-adapters.json"
 PRESETS = ("vit-6x384", "minilm")  # the second for what the first does not take
 SWITCHES = 50
 NAME = "task{}"
+TIMES = ("last_adds_s", "switch_s", "exchange_s", "delete_s")
 SKIPPED = {*cost.REFERENCES, "SSF, recover=False"}
 METHODS = [name for name in cost.ADAPTERS if name not in SKIPPED]
 
@@ -114,21 +115,20 @@ def exchanged(model: PeftModel) -> dict[str, Any]:
             return {"no_exchange": f"{type(error).__name__}: {error}"[:200]}
 
 
-def beside(row: dict[str, Any], control: dict[str, Any], key: str) -> str:
+def beside(row: dict[str, Any], key: str) -> str:
     """Milliseconds, and the ratio to LoRA's where it has this time."""
     if key not in row:
         return "no"
-    return f"{1000 * row[key]:.1f}" + (f" ({row[key] / control[key]:.2f})" if key in control else "")
+    ratio = row["of_lora"].get(key)
+    return f"{1000 * row[key]:.1f}" + (f" ({ratio:.2f})" if ratio else "")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Bytes of one adapter, and times beside LoRA's on the same model."""
-    lora = {row["preset"]: row for row in rows if row["method"] == cost.LORA}
     lines = []
     for row in rows:
-        control = lora[row["preset"]]
         each = row["others_bytes"] / (row["number"] - 1)
-        times = [beside(row, control, key) for key in ("last_adds_s", "switch_s", "exchange_s", "delete_s")]
+        times = [beside(row, key) for key in TIMES]
         lines.append((row["method"], row["preset"], f"{row['first_bytes']:,}", f"{each:,.0f}", *times))
     head = (
         "method",
@@ -174,7 +174,13 @@ def main() -> None:
             print(rows[-1], flush=True)
             if method != cost.LORA:
                 break
-    options.results.write_text(json.dumps(rows, indent=1) + "\n")
+    controls = {row["preset"]: row for row in rows if row["method"] == cost.LORA}
+    for row in rows:
+        control = controls[row["preset"]]  # of this process
+        row["of_lora"] = {key: row[key] / control[key] for key in TIMES if key in row and key in control}
+    old = json.loads(options.results.read_text()) if options.results.exists() else []
+    found = {(row["method"], row["preset"]): row for row in [*old, *rows]}
+    options.results.write_text(json.dumps(list(found.values()), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ class TrainingTests(ConformanceTests):
             if not base.supports_gradient_checkpointing:
                 pytest.skip(f"{name} does not support it")
             if checkpointing:
-                base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+                base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
                 base.config.use_cache = False
             model = get_peft_model(base, self.config_for(name)).train()
             self.randomize(model)
