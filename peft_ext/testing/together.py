@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
@@ -22,6 +24,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import peft_ext
 
@@ -39,10 +42,17 @@ from .method import (
 from .models import inputs, logits, loss, tiny
 
 
+through_transformers = pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {version('transformers')} takes adapters from PEFT {MIN_PEFT_VERSION} on",
+)
+
+
 class TogetherTests(ConformanceTests):
     """The method works where transformers drives it, and in one model with LoRA."""
 
     @shows("transformers' `add_adapter`")
+    @through_transformers
     @on_transformers
     def test_the_adapter_methods_of_transformers(self, name: str, tmp_path: Path) -> None:
         model, batch = tiny(name), inputs(name)
@@ -100,6 +110,7 @@ class TogetherTests(ConformanceTests):
         if peft_auto is not None:
             same(output(peft_auto.from_pretrained(str(tmp_path / "adapter"), **options)), expected)
 
+    @through_transformers
     @among("llama", "gpt2", "vit", "bert")
     @pytest.mark.parametrize("ours_first", [True, False])
     def test_beside_lora_through_transformers(self, name: str, ours_first: bool) -> None:
