@@ -138,9 +138,10 @@ def is_affine_norm(module: nn.Module) -> bool:
 
     DeBERTa and Cohere, for example, have a LayerNorm of their own; like an RMSNorm, it is asked by calling it.
     """
+    if not type(module).__name__.endswith("Norm"):
+        return False
     names = [name for name, _ in module.named_parameters()]
-    is_norm = type(module).__name__.endswith("Norm") and names in (["weight"], ["weight", "bias"])
-    if not (is_norm and _has_vectors(module, names)):
+    if names not in (["weight"], ["weight", "bias"]) or not _has_vectors(module, names):
         return False
     width = module.weight.numel()  # type: ignore[union-attr,operator]
     x = torch.linspace(-1, 1, width, device="cpu").square().unsqueeze(0) + 0.5
@@ -159,6 +160,8 @@ def is_affine_norm(module: nn.Module) -> bool:
 
 def _has_vectors(module: nn.Module, names: list[str]) -> bool:
     """Whether these are all the parameters of a module without children, vectors of one length."""
+    if next(module.children(), None) is not None:  # first, since a block may hold the parameters of many adapters
+        return False
     parameters = dict(module.named_parameters())
     sizes = {parameter.shape for parameter in parameters.values()}
-    return list(parameters) == names and len(sizes) == 1 and len(next(iter(sizes))) == 1 and not any(module.children())
+    return list(parameters) == names and len(sizes) == 1 and len(next(iter(sizes))) == 1
