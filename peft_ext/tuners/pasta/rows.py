@@ -67,7 +67,7 @@ class SpecialTokens:
         if self._inputs is None:
             raise ValueError(
                 "A block was run outside its model's forward, so PASTA does not know which tokens it got. Call the "
-                "model; for checkpointing use `gradient_checkpointing_enable()` of transformers 5.17 or later."
+                "model; for checkpointing use `gradient_checkpointing_enable()` of transformers 5.23 or later."
             )
         ids, mask = self._inputs.get("input_ids"), self._inputs.get("attention_mask")
         if ids is None:
