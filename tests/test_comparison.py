@@ -340,6 +340,13 @@ def test_ranks_by_hand() -> None:
         ranks.mean_ranks({"third": {"lora": {0: 0.1}, "ssf": {1: 0.2}}}, "lora")
 
 
+def test_runs_of_another_precision_or_start_are_others() -> None:
+    plain = {"train": 10, "epochs": 1, "batch": 2, "length": 8}
+    flags: list[dict[str, bool]] = [{}, {"bf16": True}, {"fit_head": True}, {"bf16": True, "fit_head": True}]
+    found = [compare.settings_of(Namespace(**plain, **given)) for given in flags]
+    assert len(set(found)) == len(found) and all(text.startswith(found[0]) for text in found)
+
+
 def test_the_interval_of_a_rank_counts_the_seeds() -> None:
     """Two methods whose order is settled by the seed alone: with one task, each bootstrap draws two of two seeds."""
     scores = {"only": {"lora": {0: 0.5, 1: 0.5}, "ssf": {0: 0.9, 1: 0.2}}}
