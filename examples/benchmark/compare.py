@@ -168,7 +168,7 @@ def trainer_of(
         logging_strategy="no",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        bf16=args.bf16,
+        bf16=getattr(args, "bf16", False),
         label_names=["labels"],
         prediction_loss_only=task.metric == "loss",
         remove_unused_columns=False,

@@ -72,7 +72,7 @@ def note_weight(leaf: nn.Module, weight: torch.Tensor) -> None:
 def held_by(leaf: nn.Module, optimizer: Optimizer) -> str | None:
     """Who holds the leaf's `weight` in flattened copies that `optimizer` may own; `None` if nobody does."""
     weight = leaf.weight
-    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
+    if _is_in_deepspeed_copy(weight, optimizer):
         return "DeepSpeed"
     if not isinstance(weight, nn.Parameter) and leaf in flattened_modules(optimizer):
         return "FSDP1 (`use_orig_params=False`)"
@@ -95,8 +95,8 @@ def refusal(what: str, holder: str, instead: str) -> ValueError:
     )
 
 
-def _is_decayed_by_deepspeed(parameter: nn.Parameter, optimizer: Optimizer, decayed: Sequence[bool]) -> bool:
-    """Whether this optimizer, and no other in the process, has a flattened copy of the parameter in a decayed group."""
+def _is_in_deepspeed_copy(parameter: Any, optimizer: Optimizer) -> bool:
+    """Whether this optimizer, and no other in the process, has a flattened copy of the parameter."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         engine = getattr(parameter, "_z3_optimizer", None)
         return engine is None or engine.optimizer is optimizer
@@ -104,8 +104,14 @@ def _is_decayed_by_deepspeed(parameter: nn.Parameter, optimizer: Optimizer, deca
     if mapping is None:
         return False
     flat = mapping.hp_fragment.untyped_storage().data_ptr()
-    owned = any(p.untyped_storage().data_ptr() == flat for group in optimizer.param_groups for p in group["params"])
-    return owned and decayed[mapping.param_group_index]
+    return any(p.untyped_storage().data_ptr() == flat for group in optimizer.param_groups for p in group["params"])
+
+
+def _is_decayed_by_deepspeed(parameter: Any, optimizer: Optimizer, decayed: Sequence[bool]) -> bool:
+    """Whether that copy is in a group that is decayed."""
+    if not _is_in_deepspeed_copy(parameter, optimizer):
+        return False
+    return hasattr(parameter, "ds_id") or decayed[parameter._hp_mapping.param_group_index]
 
 
 def refuse_flattened_decay(optimizer: Optimizer, undecayed: Iterable[nn.Module]) -> None:
