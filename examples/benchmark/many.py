@@ -142,7 +142,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
     number = rows[0]["number"]
     caption = (
-        f"{number} adapters on one model, float32, on a CPU. In brackets the ratio to PEFT's LoRA r=8 on the same model; "
+        f"{number} adapters on one model, float32, on a CPU. In brackets the ratio to PEFT's LoRA r=8 of the same run; "
         "the time to add one is that of the last ten. `no`: refused, with the reason in the results file."
     )
     return f"{caption}\n\n{markdown(head, lines, 2)}"
