@@ -18,22 +18,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from common import (
-    Run,
-    add_data_arguments,
-    card_info,
-    console,
-    count_trainable,
-    label_names,
-    logits_of,
-    method_rows,
-    print_runs,
-    quiet,
-    rivals_above,
-    write_card,
-)
+from cards import card_info, method_rows, rivals_above, write_card
+from common import add_data_arguments, console, count_trainable, label_names, logits_of, quiet
 from image_classification import BATCH_SIZE, base_and_data, make_trainer, with_pixels
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from runs import Run, print_runs
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 import peft_ext

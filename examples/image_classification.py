@@ -17,27 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cards import card_info, method_rows, rivals_above, write_card
 from common import (
-    Run,
     accuracy,
     add_data_arguments,
     cache_directory,
-    card_info,
-    check_round_trip,
     console,
     freeze_all_but,
     label_names,
     load_data,
-    method_rows,
-    print_runs,
-    progress_bar,
     quiet,
-    rivals_above,
-    train,
-    write_card,
 )
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from peft import LoraConfig, get_peft_model
+from round_trip import check_round_trip
+from runs import Run, print_runs, progress_bar, train
 from torch import nn
 from transformers import (
     AutoImageProcessor,

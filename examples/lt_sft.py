@@ -15,17 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    accuracy,
-    add_data_arguments,
-    card_info,
-    console,
-    label_names,
-    load_data,
-    quiet,
-    resolve_model,
-    write_card,
-)
+from cards import card_info, write_card
+from common import accuracy, add_data_arguments, console, label_names, load_data, quiet, resolve_model
 from datasets import DatasetDict
 from peft import PeftModel
 from torch import nn

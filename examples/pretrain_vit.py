@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import accuracy, add_data_arguments, console, label_names, load_data, progress_bar, quiet
+from common import accuracy, add_data_arguments, console, label_names, load_data, quiet
 from datasets import Dataset
 from image_classification import digits
+from runs import progress_bar
 from transformers import (
     Trainer,
     TrainingArguments,

@@ -17,17 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    add_data_arguments,
-    card_info,
-    console,
-    label_names,
-    logits_of,
-    quiet,
-    size_rows,
-    write_card,
-    write_results,
-)
+from cards import card_info, size_rows, write_card, write_results
+from common import add_data_arguments, console, label_names, logits_of, quiet
 from image_classification import base_and_data, make_trainer, with_pixels
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed

@@ -15,17 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    answers_card_info,
-    chat_batch,
-    console,
-    logits_of,
-    quiet,
-    resolve_model,
-    size_rows,
-    write_card,
-    write_results,
-)
+from cards import answers_card_info, size_rows, write_card, write_results
+from common import console, logits_of, quiet, resolve_model
+from round_trip import chat_batch
 from sparse_sft import load_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
 from trl import SFTConfig, SFTTrainer

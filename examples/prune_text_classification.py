@@ -16,25 +16,20 @@ from statistics import mean
 from typing import Any
 
 import torch
+from cards import card_info, method_rows, rivals_above, size_rows, write_card, write_results
 from common import (
-    Run,
     accuracy,
     add_data_arguments,
-    card_info,
     console,
     count_trainable,
     label_names,
     load_data,
     logits_of,
-    method_rows,
     quiet,
     resolve_model,
-    rivals_above,
-    size_rows,
-    write_card,
-    write_results,
 )
 from peft import LoraConfig, get_peft_model
+from runs import Run
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,

@@ -15,27 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    Run,
-    accuracy,
-    add_data_arguments,
-    card_info,
-    check_round_trip,
-    freeze_all_but,
-    label_names,
-    load_data,
-    method_rows,
-    print_runs,
-    progress_bar,
-    quiet,
-    resolve_model,
-    rivals_above,
-    train,
-    write_card,
-    write_runs,
-)
+from cards import card_info, method_rows, rivals_above, write_card
+from common import accuracy, add_data_arguments, freeze_all_but, label_names, load_data, quiet, resolve_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from round_trip import check_round_trip
+from runs import Run, print_runs, progress_bar, train, write_runs
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,

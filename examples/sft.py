@@ -14,18 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    answers_card_info,
-    chat_batch,
-    check_round_trip,
-    console,
-    question_answers,
-    quiet,
-    resolve_model,
-    write_card,
-)
+from cards import answers_card_info, write_card
+from common import console, question_answers, quiet, resolve_model
 from datasets import Dataset, load_dataset
 from rich.table import Table
+from round_trip import chat_batch, check_round_trip
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import add_data_arguments, card_info, check_round_trip, console, label_names, quiet, write_card
+from cards import card_info, write_card
+from common import add_data_arguments, console, label_names, quiet
 from image_classification import base_and_data, make_trainer, with_pixels
 from peft import get_peft_model
+from round_trip import check_round_trip
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 import peft_ext

@@ -15,7 +15,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import answers_card_info, chat_batch, check_round_trip, console, quiet, resolve_model, write_card
+from cards import answers_card_info, write_card
+from common import console, quiet, resolve_model
+from round_trip import chat_batch, check_round_trip
 from sparse_sft import load_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer

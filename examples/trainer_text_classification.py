@@ -12,20 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import (
-    accuracy,
-    add_data_arguments,
-    card_info,
-    check_round_trip,
-    console,
-    count_trainable,
-    label_names,
-    load_data,
-    quiet,
-    resolve_model,
-    write_card,
-)
+from cards import card_info, write_card
+from common import accuracy, add_data_arguments, console, count_trainable, label_names, load_data, quiet, resolve_model
 from peft import get_peft_model
+from round_trip import check_round_trip
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

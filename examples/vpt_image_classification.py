@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Run, add_data_arguments, console, count_trainable, label_names, print_runs, quiet
+from common import add_data_arguments, console, count_trainable, label_names, quiet
 from image_classification import BATCH_SIZE, base_and_data, make_trainer, with_pixels
 from peft import get_peft_model
+from runs import Run, print_runs
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoImageProcessor,

@@ -35,10 +35,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from common import Run as CardRun
-from common import card_info, image_size, method_rows, resolve_model, rivals_above, write_card
+from cards import card_info, method_rows, rivals_above, write_card
+from common import image_size, resolve_model
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
+from runs import Run as CardRun
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 

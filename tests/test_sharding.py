@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from peft_ext import SparseFTConfig, lt_sft
+from peft_ext import SNELLConfig, SparseFTConfig, lt_sft
 from peft_ext.core import sharding as core
 
 
@@ -445,3 +445,27 @@ def test_deepspeed_is_refused_where_supports_and_masks_move(name: str, stage: in
     torch.optim.AdamW([other]).step()
     with pytest.raises(ValueError, match=r"cannot be trained under DeepSpeed.*Use FSDP2"):
         engine.optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["spiel-ag", "mask_pruning", "snell"])
+def test_fsdp1_with_original_parameters_is_refused_where_they_are_stepped(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the optimizer that owns the flattened parameters, and by no other one in the process."""
+    monkeypatch.setattr(core, "world_size", lambda: 2)
+    if name == "snell":
+        config = SNELLConfig(
+            r=2, allocation="adaptive", total_steps=4, target_modules=["q_proj"], task_type="CAUSAL_LM"
+        )
+        model: Any = get_peft_model(tiny("llama"), config)
+    else:
+        model = CASES[name].build()
+    model.train()(**inputs("llama")).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter._fsdp_flattened = True
+    other = nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    torch.optim.AdamW([other]).step()
+    with pytest.raises(ValueError, match=r"cannot be trained under FSDP1 \(`use_orig_params=True`\).*Use FSDP2"):
+        torch.optim.AdamW(trained).step()

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
 import compare
 import compress_check
-import cost
 import growth
 import head_check
 import large
@@ -25,6 +24,7 @@ import recipes
 import resumable
 import sampling_loss
 import tasks
+import workloads
 
 
 SIZES = {"train": 24, "held_out": 8, "epochs": 1, "batch": 8, "length": 8}
@@ -125,7 +125,9 @@ def _small_llama() -> Any:
 
 
 def test_many_adapters_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cost.PRESETS, "vit-6x384", cost.Workload("vit-6x384", _small_llama, "causal", 1, length=8))
+    monkeypatch.setitem(
+        workloads.PRESETS, "vit-6x384", workloads.Workload("vit-6x384", _small_llama, "causal", 1, length=8)
+    )
     monkeypatch.setattr(many, "PRESETS", ("vit-6x384",))
     results, page = tmp_path / "many.json", tmp_path / "page.md"
     page.write_text("<!-- many -->\nold\n<!-- /many -->\n")
@@ -161,7 +163,9 @@ def test_growth_is_measured_once_and_drawn(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_large_model_goes_through_all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cost.PRESETS, "llama-1b", cost.Workload("llama-1b", _small_llama, "causal", 1, length=8))
+    monkeypatch.setitem(
+        workloads.PRESETS, "llama-1b", workloads.Workload("llama-1b", _small_llama, "causal", 1, length=8)
+    )
     monkeypatch.setattr(large, "_LOWEST_TOKEN", 1)
     row = large.one("s2ft", "llama-1b", 8)
     assert row["loaded_differs_by"] == 0 and row["merged_differs_by"] < 0.2 and row["trained"] > 0

@@ -23,7 +23,10 @@ from peft_ext import activation_report, sparse_activations
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cost import MIB, PRESETS, RESULTS, copy_model, head_name
+from cost import copy_model
+from cost_methods import head_name
+from cost_tables import RESULTS
+from workloads import MIB, PRESETS
 
 
 def adapted(base: nn.Module, method: str) -> nn.Module:

@@ -55,7 +55,8 @@ from transformers.trainer_callback import PrinterCallback
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from common import cache_directory
-from methods import LORA, METHODS, OF_THEIR_OWN_SIZE, Setting, adapt, callbacks, is_experiment
+from configs import Setting
+from methods import LORA, METHODS, OF_THEIR_OWN_SIZE, adapt, callbacks, is_experiment
 from ranks import complete, mean_ranks
 from tasks import TASKS, Limits, Prepared, Task, exact_match, find_task, prepare, scores, splits
 

@@ -36,10 +36,13 @@ from unittest.mock import patch
 
 import cost
 import torch
+from cost_methods import FROZEN, LORA, METHODS
+from cost_tables import paired, spread, write_tables
 from prune_cost import quarter_cut
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from workloads import MIB, PRESETS, Workload
 
 from peft_ext.export import report
 from peft_ext.sparse import LinearOperation, csr, random_indices
@@ -47,8 +50,8 @@ from peft_ext.tuners.ssf import functional as ssf_functional
 
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
-COMPILED = [cost.LORA, "SSF", "S2FT", "WeGeFT"]
-FOUR_BIT = [cost.LORA, "SSF", "SpIEL-AG", "S2FT", "WeGeFT", "SPT, at random", "mask-pruning LoRA r=8"]
+COMPILED = [LORA, "SSF", "S2FT", "WeGeFT"]
+FOUR_BIT = [LORA, "SSF", "SpIEL-AG", "S2FT", "WeGeFT", "SPT, at random", "mask-pruning LoRA r=8"]
 SHAPES = [(1024, 1024), (4096, 4096)]  # of weights
 DENSITIES = [0.001, 0.01]
 ROWS = [64, 512, 4096]  # of inputs
@@ -108,7 +111,7 @@ def cuts(device: str, quick: bool) -> list[dict[str, Any]]:
     for name, dtype in [("vit-b16", torch.float16), ("bert-base", torch.float16), ("llama-1b", torch.bfloat16)]:
         if quick and name == "llama-1b":
             continue
-        workload = cost.PRESETS[name]
+        workload = PRESETS[name]
         torch.manual_seed(0)
         with torch.device(device):
             model = workload.build().to(dtype).eval()
@@ -137,7 +140,7 @@ def cuts(device: str, quick: bool) -> list[dict[str, Any]]:
 
 def compiled(device: str, quick: bool) -> list[dict[str, Any]]:
     """One entry for each method. Compiling takes up to a minute for each."""
-    workload = replace(cost.PRESETS["vit-6x384"], batch=1 if quick else 32)
+    workload = replace(PRESETS["vit-6x384"], batch=1 if quick else 32)
     settings = cost.Settings(device=device, autocast="bfloat16")
     base, inputs = built(workload, device)
     found = []
@@ -155,7 +158,7 @@ def compiled(device: str, quick: bool) -> list[dict[str, Any]]:
                 "method": method,
                 "compiling_seconds": compiling,
                 "milliseconds": {key: 1000 * statistics.median(times) for key, times in seconds.items()},
-                "compiled_over_plain": cost.paired(seconds["compiled"], seconds["plain"]),
+                "compiled_over_plain": paired(seconds["compiled"], seconds["plain"]),
             }
         )
         print(found[-1], flush=True)
@@ -168,7 +171,7 @@ def compiled(device: str, quick: bool) -> list[dict[str, Any]]:
 def four_bit(device: str, quick: bool) -> list[dict[str, Any]]:
     """One entry for each method."""
     preset = "smollm2-135m" if quick else "llama-1b"
-    workload = replace(cost.PRESETS[preset], batch=1, length=16 if quick else 256)
+    workload = replace(PRESETS[preset], batch=1, length=16 if quick else 256)
     settings = cost.Settings(device=device, autocast="bfloat16")
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
@@ -193,19 +196,19 @@ def four_bit(device: str, quick: bool) -> list[dict[str, Any]]:
         found[method] = {"method": method, "trained": jobs[method].counts()[0]}
         if device == "cuda":
             before = torch.cuda.memory_allocated()
-            found[method]["peak_mib_over_idle"] = (jobs[method].cuda_peak() - before) / cost.MIB
+            found[method]["peak_mib_over_idle"] = (jobs[method].cuda_peak() - before) / MIB
     seconds = in_turns({name: job.step for name, job in jobs.items()}, device, 2 if quick else 20)
     for name in jobs:
         found[name]["milliseconds"] = 1000 * statistics.median(seconds[name])
-        found[name]["over_lora"] = cost.paired(seconds[name], seconds[cost.LORA])
+        found[name]["over_lora"] = paired(seconds[name], seconds[LORA])
     return list(found.values())
 
 
 def waits(device: str, quick: bool) -> list[dict[str, Any]]:
     """One entry for each method: what `set_sync_debug_mode` warns of in the fourth step."""
-    workload = replace(cost.PRESETS["vit-b16"], batch=1)
+    workload = replace(PRESETS["vit-b16"], batch=1)
     settings = cost.Settings(device=device)
-    methods = [cost.FROZEN, cost.LORA, "SSF"] if quick else [name for name in cost.METHODS if "VPT, 50" not in name]
+    methods = [FROZEN, LORA, "SSF"] if quick else [name for name in METHODS if "VPT, 50" not in name]
     found = []
     for method, job in warm_jobs(methods, workload, settings):
         with warnings.catch_warnings(record=True) as caught:
@@ -240,9 +243,9 @@ class Operations(TorchDispatchMode):
 @patch.object(ssf_functional, "watches_sparingly", lambda output: True)
 def operations(device: str, quick: bool) -> list[dict[str, Any]]:
     """One entry for each method: operations of the forward, of the backward and of both over LoRA's."""
-    workload = replace(cost.PRESETS["vit-6x384" if quick else "vit-b16"], batch=1)
+    workload = replace(PRESETS["vit-6x384" if quick else "vit-b16"], batch=1)
     settings = cost.Settings(device=device, autocast="bfloat16")
-    methods = COMPILED if quick else [name for name in cost.METHODS if name not in ("SHiRA r=8", "AdaLoRA")]
+    methods = COMPILED if quick else [name for name in METHODS if name not in ("SHiRA r=8", "AdaLoRA")]
     found: list[dict[str, Any]] = []
     for method, job in warm_jobs(methods, workload, settings):
         with Operations() as forward:
@@ -250,15 +253,13 @@ def operations(device: str, quick: bool) -> list[dict[str, Any]]:
         with Operations() as backward:
             loss.backward()
         found.append({"method": method, "forward": forward.count, "backward": backward.count})
-    lora = next(row for row in found if row["method"] == cost.LORA)
+    lora = next(row for row in found if row["method"] == LORA)
     for row in found:
         row["over_lora"] = (row["forward"] + row["backward"]) / (lora["forward"] + lora["backward"])
     return found
 
 
-def warm_jobs(
-    methods: Iterable[str], workload: cost.Workload, settings: cost.Settings
-) -> Iterator[tuple[str, cost.Job]]:
+def warm_jobs(methods: Iterable[str], workload: Workload, settings: cost.Settings) -> Iterator[tuple[str, cost.Job]]:
     """Each method that applies to the model, after three steps, one after the other."""
     base, inputs = built(workload, settings.device)
     for method in methods:
@@ -272,7 +273,7 @@ def warm_jobs(
         gc.collect()
 
 
-def built(workload: cost.Workload, device: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def built(workload: Workload, device: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The model in training mode, and a batch, both on the device."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -317,13 +318,18 @@ def lines_of(part: str, rows: list[dict[str, Any]]) -> list[str]:
             lambda row: [
                 *(row["model"], row["method"]),
                 *(f"{row['milliseconds'][key]:.1f}" for key in ("plain", "compiled")),
-                cost.spread(row["compiled_over_plain"]),
+                spread(row["compiled_over_plain"]),
             ],
         ),
         "four-bit": (
             ["method", "trained", "ms", "step over LoRA's (quartiles)", "peak of a step, MiB"],
             lambda row: [
-                *(row["method"], f"{row['trained']:,}", f"{row['milliseconds']:.1f}", cost.spread(row["over_lora"])),
+                *(
+                    row["method"],
+                    f"{row['trained']:,}",
+                    f"{row['milliseconds']:.1f}",
+                    spread(row["over_lora"]),
+                ),
                 f"{row['peak_mib_over_idle']:,.0f}" if "peak_mib_over_idle" in row else "",
             ],
         ),
@@ -343,7 +349,7 @@ def lines_of(part: str, rows: list[dict[str, Any]]) -> list[str]:
 
 def write(file: Path) -> None:
     """Between `<!-- gpu:PART -->` and `<!-- /gpu:PART -->`; and the tables of `cost.py` from here."""
-    cost.write_tables(file, RESULTS)
+    write_tables(file, RESULTS)
     text = file.read_text()
     for part in PARTS:
         results = RESULTS / f"speed-{part}.json"

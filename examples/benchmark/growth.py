@@ -31,8 +31,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from compare import load_results
+from configs import Setting
 from cost import Settings, copy_model, machine
-from methods import CONFIGS, LORA, Setting, title
+from methods import CONFIGS, LORA, title
 from resumable import FOLDER, markdown, write_between
 
 

@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-import cost
+import workloads
 from compare import load_results
-from methods import CONFIGS, COST_NAMES, LORA, Setting, adapt, title
+from configs import Setting
+from methods import CONFIGS, COST_NAMES, LORA, adapt, title
 from resumable import write_between
 
 
@@ -43,7 +44,7 @@ GIB = 2**30
 STEPS = 3
 _LOWEST_TOKEN = 1000  # special ones come first
 METHODS = [LORA, *(name for name in CONFIGS if name in COST_NAMES and name != LORA)]  # what cost.py measures
-PRESETS = [name for name, workload in cost.PRESETS.items() if workload.kind == "causal"]
+PRESETS = [name for name, workload in workloads.PRESETS.items() if workload.kind == "causal"]
 META_METHODS = ["lora", "ssf", "random", "s2ft", "wegeft", "bi-lora", "adapter", "pasta"]
 SHAPES = {  # Llama 3.1
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -70,7 +71,7 @@ def setting_of(model: Any, batch: dict[str, torch.Tensor]) -> Setting:
 def one(method: str, preset: str, length: int) -> dict[str, Any]:
     """One method from the injection to the merge."""
     torch.manual_seed(0)
-    workload = cost.PRESETS[preset]
+    workload = workloads.PRESETS[preset]
     model: Any = workload.build().to(torch.bfloat16)
     tokens = torch.randint(_LOWEST_TOKEN, model.config.vocab_size, (1, length))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}

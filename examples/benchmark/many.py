@@ -30,7 +30,8 @@ from torch import nn
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-import cost
+import workloads
+from cost_methods import ADAPTERS, LORA, REFERENCES
 from resumable import FOLDER, markdown, write_between
 
 import peft_ext
@@ -41,8 +42,8 @@ PRESETS = ("vit-6x384", "minilm")  # the second for what the first does not take
 SWITCHES = 50
 NAME = "task{}"
 TIMES = ("last_adds_s", "switch_s", "exchange_s", "delete_s")
-SKIPPED = {*cost.REFERENCES, "SSF, recover=False"}
-METHODS = [name for name in cost.ADAPTERS if name not in SKIPPED]
+SKIPPED = {*REFERENCES, "SSF, recover=False"}
+METHODS = [name for name in ADAPTERS if name not in SKIPPED]
 
 
 def held(model: nn.Module) -> int:
@@ -69,10 +70,10 @@ def one(method: str, preset: str, number: int) -> dict[str, Any]:
     Raises:
         ValueError: It does not apply to this model.
     """
-    workload = cost.PRESETS[preset]
+    workload = workloads.PRESETS[preset]
     torch.manual_seed(0)
     base = workload.build()
-    config = cost.ADAPTERS[method](base, workload.common)
+    config = ADAPTERS[method](base, workload.common)
     empty = held(base)
     model: Any = get_peft_model(base, copy.deepcopy(config), adapter_name=NAME.format(0))
     first = held(model)
@@ -164,7 +165,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     rows: list[dict[str, Any]] = []
-    for method in dict.fromkeys([cost.LORA, *options.methods]):
+    for method in dict.fromkeys([LORA, *options.methods]):
         for preset in PRESETS:
             try:
                 rows.append(one(method, preset, options.number))
@@ -172,9 +173,9 @@ def main() -> None:
                 print(f"{method} on {preset}: {error}", flush=True)
                 continue
             print(rows[-1], flush=True)
-            if method != cost.LORA:
+            if method != LORA:
                 break
-    controls = {row["preset"]: row for row in rows if row["method"] == cost.LORA}
+    controls = {row["preset"]: row for row in rows if row["method"] == LORA}
     for row in rows:
         control = controls[row["preset"]]  # of this process
         row["of_lora"] = {key: row[key] / control[key] for key in TIMES if key in row and key in control}

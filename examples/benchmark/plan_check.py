@@ -32,8 +32,9 @@ from peft_ext.training.toys import saved_bytes
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cost import PRESETS, Workload, machine, no_foreign_warnings
 from cost import Settings as CostSettings
+from cost import machine, no_foreign_warnings
+from workloads import PRESETS, Workload
 
 
 RESULTS = Path(__file__).parent / "results"

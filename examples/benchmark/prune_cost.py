@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import cost
+import cost_methods
+import cost_tables
 import torch
+import workloads
 from torch import nn
 
 from peft_ext.export import cut, report
@@ -49,11 +52,11 @@ def quarter_cut(model: nn.Module, share: float, round_to: int) -> nn.Module:
 
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Training and inference of one model of `cost.py`."""
-    workload = cost.PRESETS[name]
+    workload = workloads.PRESETS[name]
     settings = cost.Settings(rounds=args.rounds, warmup=1, threads=args.threads)
     training = cost.measure(workload, [MASKS], settings)
-    ratios = cost.summary(training)[MASKS]["step_ratio"]
-    saved = training["rows"][MASKS]["saved_bytes"] / training["rows"][cost.LORA]["saved_bytes"]
+    ratios = cost_tables.summary(training)[MASKS]["step_ratio"]
+    saved = training["rows"][MASKS]["saved_bytes"] / training["rows"][cost_methods.LORA]["saved_bytes"]
     torch.manual_seed(0)
     model = workload.build().eval()
     inputs = workload.inputs(getattr(model, "config", None))
@@ -111,7 +114,7 @@ def write_table(file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help=", ".join(cost.PRESETS))
+    parser.add_argument("models", nargs="*", help=", ".join(workloads.PRESETS))
     parser.add_argument("--share", type=float, default=0.25, help="of channels and heads that is cut")
     parser.add_argument("--round-to", type=int, default=1)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])

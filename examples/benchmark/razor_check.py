@@ -26,8 +26,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import torch
 from activations import adapted
-from cost import MIB, PRESETS, machine
 from cost import Settings as CostSettings
+from cost import machine
 from methods import title
 from resumable import (
     FOLDER,
@@ -45,6 +45,7 @@ from resumable import (
     write_between,
 )
 from tasks import Prepared
+from workloads import MIB, PRESETS
 
 from peft_ext import activation_report, sparse_activations
 

@@ -21,7 +21,8 @@ import peft_ext
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cost import MIB, PRESETS, RESULTS
+from cost_tables import RESULTS
+from workloads import MIB, PRESETS
 
 
 WAYS: dict[str, dict[str, Any] | None] = {

@@ -24,7 +24,7 @@ from transformers import set_seed
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from methods import Setting
+from configs import Setting
 from tasks import Limits, find_task, prepare
 
 from peft_ext.calibrate import measure

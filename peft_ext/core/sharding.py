@@ -76,9 +76,13 @@ def held_by(leaf: nn.Module, optimizer: Optimizer) -> str | None:
         return "DeepSpeed"
     if not isinstance(weight, nn.Parameter) and leaf in flattened_modules(optimizer):
         return "FSDP1 (`use_orig_params=False`)"
-    if getattr(weight, "_fsdp_flattened", False) and world_size() > 1:
+    if getattr(weight, "_fsdp_flattened", False) and world_size() > 1 and _owns(optimizer, weight):
         return "FSDP1 (`use_orig_params=True`)"
     return None
+
+
+def _owns(optimizer: Optimizer, parameter: Any) -> bool:
+    return any(own is parameter for group in optimizer.param_groups for own in group["params"])
 
 
 def is_partitioned(module: nn.Module) -> bool:

@@ -149,7 +149,7 @@ class LinearOperation(Operation):
         if x.device.type != "cpu" or self.transposed:
             return super().sparse_product(x, values, indices)
         rows = _at_least_fp32(x.reshape(-1, x.shape[-1]))
-        return (_csr(values.to(rows.dtype), indices, self.shape) @ rows.T).T.reshape(*x.shape[:-1], -1)
+        return (_summed_csr(indices, values.to(rows.dtype), self.shape) @ rows.T).T.reshape(*x.shape[:-1], -1)
 
     def sparse_grad_input(
         self, x: torch.Tensor, grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor
@@ -160,7 +160,7 @@ class LinearOperation(Operation):
         height, width = self.shape
         flipped = indices % width * height + indices // width
         flipped, order = flipped.sort()
-        delta = _csr(values.to(rows.dtype)[order], flipped, (width, height))
+        delta = _summed_csr(flipped, values.to(rows.dtype)[order], (width, height))
         return (delta @ rows.T).T.reshape(*grad.shape[:-1], -1).to(x.dtype)
 
 
@@ -175,8 +175,8 @@ def _distinct(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]
     return distinct, inverse
 
 
-def _csr(values: torch.Tensor, indices: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """S in CSR layout; the indices may be those of several adapters."""
+def _summed_csr(indices: torch.Tensor, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """S as a sparse matrix in CSR layout; values of the same index, those of several adapters, are summed."""
     distinct, inverse = _distinct(indices)
     if inverse is not None:
         values = values.new_zeros(len(distinct)).index_add_(0, inverse, values)

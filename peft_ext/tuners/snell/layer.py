@@ -71,6 +71,7 @@ class Points(ExactLeaf):
 
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Measures how sensitive the loss is to the points."""
+        self._refuse_flattened(optimizer)
         self.allocation.before_step(self, optimizer, closure)
 
     def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
@@ -79,6 +80,9 @@ class Points(ExactLeaf):
 
     def foreign_step(self, optimizer: Optimizer) -> None:
         """Of no concern, unless that optimizer holds the points in a flattened copy."""
+        self._refuse_flattened(optimizer)
+
+    def _refuse_flattened(self, optimizer: Optimizer) -> None:
         if (holder := held_by(self, optimizer)) is not None:
             raise refusal("SNELL with `allocation='adaptive'`", holder, "`allocation='uniform'`")
 
