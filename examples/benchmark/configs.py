@@ -349,12 +349,20 @@ def vpt_class_tokens(setting: Setting) -> PeftConfig:
     return calibrated(setting, vpt(setting, num_tokens=config.num_labels, init_weights="class-tokens"))
 
 
-def pruning(setting: Setting, how: str, sparsity: float) -> PeftConfig:
+def pruning(setting: Setting, how: str, sparsity: float, **options: Any) -> PeftConfig:
     # the controls train LoRA alone until `SetMasks` decides
-    phases = {"fix_ratio": FIX_RATIO} if how == "mask" else {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0}
-    return MaskLoraConfig(
-        target_sparsity=sparsity, total_steps=setting.steps, seed=setting.seed, **phases, **setting.ranked()
+    phases: dict[str, Any] = (
+        {"fix_ratio": FIX_RATIO} if how == "mask" else {"warmup_ratio": FIX_RATIO, "fix_ratio": 1.0}
     )
+    return MaskLoraConfig(
+        target_sparsity=sparsity, total_steps=setting.steps, seed=setting.seed, **phases, **options, **setting.ranked()
+    )
+
+
+def distilled_pruning(setting: Setting, sparsity: float) -> PeftConfig:
+    """With the logits in the order of the scores, and the model without masks as a teacher."""
+    config = pruning(setting, "mask", sparsity, init_logits="sensitivity", distillation=1.0)
+    return calibrated(setting, config)
 
 
 class SetMasks(TrainerCallback):

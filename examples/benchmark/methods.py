@@ -131,6 +131,7 @@ CONFIGS: dict[str, Callable[[Setting], PeftConfig]] = {
         for percent in (20, 25, 50)
         for how in ("mask", "magnitude", "random")
     },
+    "mask-25-distilled": partial(configs.distilled_pruning, sparsity=0.25),
 }
 METHODS = (PROBE, FULL, *CONFIGS)
 COST_NAMES = {  # as `cost.py` calls them
@@ -190,6 +191,7 @@ TITLES = COST_NAMES | {  # as the docs call them; what is not here is called by 
     "snell-weight": "SNELL, gate of the code",
     "snella": "SNELL, adaptive",
     "wegeft-apart": "WeGeFT, maps not shared",
+    "mask-25-distilled": "mask-pruning LoRA, 25 %, calibrated and distilled",
     **{f"mask-{percent}": f"mask-pruning LoRA, {percent} %" for percent in (20, 25, 50)},
     **{f"magnitude-{percent}": f"LoRA, {percent} % cut by magnitude" for percent in (20, 25, 50)},
     **{f"random-{percent}": f"LoRA, {percent} % cut at random" for percent in (20, 25, 50)},
