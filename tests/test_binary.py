@@ -219,8 +219,14 @@ def test_adapter_is_the_bottleneck(name: str, fields: Any, reader: str | None, b
     batch = {key: v.double() if v.is_floating_point() else v for key, v in inputs(name).items()}
     assert (logits(model, batch) - logits(dense, batch)).abs().max() < 1e-10
     assert (logits(model, batch) - logits(tiny(name).double(), batch)).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="nonlinearity is no change of a weight"):
-        model.merge_and_unload()
+
+
+@pytest.mark.capability("merge", "binary_adapter", refused=True)
+def test_merging_a_bottleneck_is_refused() -> None:
+    model = get_peft_model(tiny("vit"), BinaryAdapterConfig(r=2))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="nonlinearity is no change of a weight"):
+            merge()
 
 
 def _vit_b(config: Any) -> Any:

@@ -765,9 +765,13 @@ def test_attentions_that_compute_by_themselves_are_refused() -> None:
         get_peft_model(tf.Data2VecVisionForImageClassification(config), VPTConfig())
 
 
-def test_decoders_and_merging_are_refused() -> None:
+def test_decoders_are_refused() -> None:
     with pytest.raises(ValueError, match="PrefixTuningConfig"):
         get_peft_model(tiny("bert", is_decoder=True), VPTConfig())
+
+
+@pytest.mark.capability("merge", "vpt", refused=True)
+def test_merging_is_refused() -> None:
     model = adapted("vit")
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="Cannot merge adapter 'default': VPT adds tokens"):

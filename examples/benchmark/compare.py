@@ -328,7 +328,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """In Markdown: mean and standard deviation over the seeds on test, and the paired difference from LoRA."""
     cells = chosen(rows)
     lines = [
-        "| task (metric) | method | trained with head | learning rate | test | minus LoRA, same seeds | s a run |",
+        "| task (metric) | method | trained with head | learning rate | test | minus LoRA, same seeds | seconds per run |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     notes: dict[str, list[str]] = {}

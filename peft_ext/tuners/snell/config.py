@@ -18,7 +18,7 @@ class SNELLConfig(ExtConfig):
 
     Args:
         r: Numbers for each row and column of a weight, as in a LoRA of this rank. An even number.
-        sparsity: The share of each update that is zero.
+        sparsity: The share of each update that is zero. `None`: 0.9.
         gate: What the others are weighted by: `"shrink"`, how far they are above the largest that is zero, as in the
             paper; `"weight"`, their own magnitude, as in its code; `"none"`: nothing is zero, and `sparsity` is left
             out.

@@ -49,6 +49,7 @@ class SparseFTConfig(ExtConfig):
 
     Args:
         density: Tuned weights as a fraction of all parameters of the model, those outside the targets included.
+            `None`: 0.01, unless `num_tunable_weights` is given.
         num_tunable_weights: The same as a number of weights.
         selection: Which weights are tuned. `"random"`, `"smallest"`, `"largest"`: a fixed support, drawn or by
             magnitude of the base's weights. `"spiel-ag"`: a random support at first, from which the values that moved
@@ -68,8 +69,9 @@ class SparseFTConfig(ExtConfig):
         reselection_steps: SpIEL: optimizer steps between two reselections.
         accumulation_steps: SpIEL: optimizer steps for which gradients are gathered before a reselection.
         reselection_rate: SpIEL: fraction of the support that is replaced at a reselection, at the start of training.
-        reselection_policy: SpIEL: how that fraction falls to zero over `total_steps`: `"linear"`, which replaces
-            everything at the first reselection, or `"cosine"`.
+        reselection_policy: SpIEL: how that fraction falls to zero over `total_steps`: `"linear"`: everything at
+            the first reselection of a new adapter, then `reselection_rate * (1 - t / T)`; `"cosine"`: half a cosine from
+            `reselection_rate` to zero.
         total_steps: SpIEL, `"below"` and `"growing"`: optimizer steps of the whole training. `SparseFTCallback` takes the
             number from the Trainer if it is `None`. Without either, SpIEL's fraction stays at `reselection_rate`,
             `"below"` is not reselected, and `"growing"` refuses to train.
