@@ -7,7 +7,7 @@ import os
 from dataclasses import fields
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter as hotswap_built_in
@@ -47,9 +47,15 @@ def hotswap_adapter(
     Raises:
         ValueError: The adapter is missing or merged, the other one is of another method, differs in a field that its
             function depends on, or in its tensors. Nothing has changed then.
+        TypeError: It is a mixed model; or an option is none.
         RuntimeError: Tensors have other shapes. Nothing has changed then.
     """
     path, peft_model = os.fspath(model_name_or_path), getattr(model, "_orig_mod", model)
+    if isinstance(peft_model, PeftMixedModel):
+        raise TypeError(
+            "Adapters are exchanged in place in a `PeftModel`, got a `PeftMixedModel`: add the other adapter with "
+            "`load_adapter` and activate it with `set_adapter`."
+        )
     if not isinstance(peft_model, PeftModel) or adapter_name not in peft_model.peft_config:
         raise ValueError(
             f"The model has no adapter {adapter_name!r} to be exchanged: load the first one with "
@@ -62,7 +68,7 @@ def hotswap_adapter(
     if unknown := sorted(kwargs.keys() - set(_DOWNLOAD)):
         raise TypeError(f"{', '.join(unknown)}: no options of `hotswap_adapter`, which has {', '.join(_DOWNLOAD)}.")
     incoming = PeftConfig.from_pretrained(path, **kwargs)
-    _refuse_another_function(current, incoming, path)
+    _refuse_another_function(peft_model, current, incoming, path)
     layers = [module for module in peft_model.modules() if isinstance(module, (ExtLayer, BaseTunerLayer))]
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights: call `unmerge_adapter()` first.")
@@ -76,7 +82,7 @@ def hotswap_adapter(
     _take_over_attributes(current, incoming)
 
 
-def _refuse_another_function(current: ExtConfig, incoming: Any, path: str) -> None:
+def _refuse_another_function(model: PeftModel, current: ExtConfig, incoming: Any, path: str) -> None:
     """Raises `ValueError` if the same tensors would be another function under the other config."""
     if type(current) is not type(incoming):
         raise ValueError(
@@ -85,6 +91,8 @@ def _refuse_another_function(current: ExtConfig, incoming: Any, path: str) -> No
         )
     # as JSON has them, since one of the two may never have been in a file
     ours, theirs = (json.loads(json.dumps(config.to_dict())) for config in (current, incoming))
+    for fields_of in (ours, theirs):
+        fields_of["modules_to_save"] = _saved_whole(model, fields_of["modules_to_save"])
     names = sorted(ours.keys() - _FREE - set(current.TRAINING_ONLY))
     different = [name for name in names if ours[name] != theirs[name]]
     if different:
@@ -93,6 +101,12 @@ def _refuse_another_function(current: ExtConfig, incoming: Any, path: str) -> No
             f"The adapter {path!r} cannot take the place of that on the model, whose tensors it would read otherwise: "
             f"it has {listed}. Load it beside the other, with `load_adapter`."
         )
+
+
+def _saved_whole(model: PeftModel, names: list[str] | None) -> list[str]:
+    """Those of `modules_to_save` that the model has, each once: PEFT adds a task's heads whenever it loads a config."""
+    keys = [key for key, _ in model.get_base_model().named_modules()]
+    return sorted({name for name in names or () if any(f".{key}".endswith(f".{name}") for key in keys)})
 
 
 def _short(value: Any) -> str:

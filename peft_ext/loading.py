@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .core import ADAPTER_CONFIG, methods
+from .core.mixed import ORDER
 from .packed_files import PACKED, is_packed, unpacked
 from .version import __version__
 
@@ -47,6 +48,11 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
             transformers, or the adapter's weights are incomplete or damaged.
     """
     path = os.fspath(adapter)
+    if os.path.isfile(os.path.join(path, ORDER)):
+        raise ValueError(
+            f"{path!r} holds the adapters of a mixed model: load them together with "
+            "`peft_ext.PeftMixedModel.from_pretrained(base_model, path)`, or one of them from its own folder."
+        )
     both = {key: kwargs.pop(key) for key in FOR_BOTH if key in kwargs}
     ours = {key: kwargs.pop(key) for key in FOR_THE_ADAPTER if key in kwargs}
     where: dict[str, Any] = {key: ours[key] for key in ("revision", "subfolder") if key in ours}

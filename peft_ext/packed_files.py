@@ -197,6 +197,11 @@ def write_unpacked(directory: Path, output: Path) -> None:
     save_file(tensors, output / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
+def weights_file(directory: Path) -> Path:
+    """The file with an adapter's tensors, packed or not."""
+    return directory / (PACKED if is_packed(directory) else ADAPTER_WEIGHTS)
+
+
 def is_packed(directory: Path) -> bool:
     """Whether an adapter lies there in packed form only."""
     return (directory / PACKED).is_file() and not (directory / ADAPTER_WEIGHTS).is_file()

@@ -70,6 +70,12 @@ UNCALLED: dict[str, tuple[Any, Any, set[str]]] = {
         lambda: tf.T5Config(vocab_size=40, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2),
         set(),
     ),
+    "llama4": (
+        tf.Llama4ForCausalLM,
+        lambda: tf.Llama4TextConfig(**TEXT, head_dim=8, intermediate_size_mlp=24, num_local_experts=2),
+        {"feed_forward.router"},
+    ),
+    "phimoe": (tf.PhimoeForCausalLM, lambda: tf.PhimoeConfig(**TEXT, num_local_experts=2), {"mlp.router"}),
     "wavlm": (
         tf.WavLMForXVector,
         lambda: tf.WavLMConfig(**SPEECH),

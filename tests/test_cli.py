@@ -433,6 +433,23 @@ def test_a_merged_model_has_the_adapters_logits(
         assert ModelCard.load(card).data.library_name == "transformers"
 
 
+@pytest.mark.parametrize("form", ["compressed", "binarized"])
+@pytest.mark.parametrize("name", ["ssf", "sparse", "lora"])
+def test_every_command_reads_packed_adapters(
+    name: str, form: str, adapters: dict[str, Saved], run: Any, tmp_path: Path
+) -> None:
+    saved, packed = adapters[name], tmp_path / "packed"
+    assert "`peft_ext.load` reads it" in run("export", saved.path, "--to", form, "--output", packed)
+    size = (packed / "adapter_packed.safetensors").stat().st_size
+    assert json.loads(run("inspect", packed, "--json"))["file_bytes"] == size
+    assert "Sites in common" in run("compare", packed, saved.path)
+    run("export", packed, "--to", "merged", "--output", tmp_path / "merged")
+    model_class = type(saved.model.get_base_model())
+    merged = model_class.from_pretrained(tmp_path / "merged")
+    loaded = peft_ext.load(packed, model_class.from_pretrained(saved.base)).eval()
+    torch.testing.assert_close(logits(merged, inputs(saved.name)), logits(loaded, inputs(saved.name)))
+
+
 def test_export_to_another_precision_and_base(adapters: dict[str, Saved], run: Any, tmp_path: Path) -> None:
     saved = adapters["lora"]
     base = shutil.copytree(saved.base, tmp_path / "base")

@@ -219,6 +219,25 @@ def test_hotswap_refuses_what_it_would_get_wrong(tmp_path: Path) -> None:
         swap(wide, tmp_path / "ssf")
 
 
+@pytest.mark.parametrize("head", [None, ["classifier"]])
+def test_hotswap_with_the_head_of_a_task(head: list[str] | None, tmp_path: Path) -> None:
+    """PEFT's classes of tasks add the names of heads to a config whenever they see it."""
+    expected = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = SSFConfig(task_type="SEQ_CLS", init_weights=False, modules_to_save=head if seed == 2 else None)
+        model = get_peft_model(tiny("bert"), config).eval()
+        nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
+        model.save_pretrained(tmp_path / str(seed))
+        expected.append(logits(model, inputs("bert")))
+    model = PeftModel.from_pretrained(tiny("bert"), tmp_path / "1").eval()
+    for seed in (2, 1):
+        peft_ext.hotswap_adapter(model, tmp_path / str(seed))
+        torch.testing.assert_close(logits(model, inputs("bert")), expected[seed - 1])
+    with pytest.raises(TypeError, match="PeftMixedModel"):
+        peft_ext.hotswap_adapter(peft_ext.PeftMixedModel(tiny("bert"), SSFConfig()), tmp_path / "1")
+
+
 def test_hotswap_of_lora_is_that_of_peft(tmp_path: Path) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)

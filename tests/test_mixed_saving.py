@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import inputs, logits, loss, tiny
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 import peft_ext
 from peft_ext import MaskLoraConfig, PeftMixedModel, SparseFTConfig, SPTConfig, SSFConfig
@@ -124,3 +124,36 @@ def test_the_head_of_a_task_is_trained_and_saved(lora_first: bool, tmp_path: Pat
     single = PeftModel.from_pretrained(tiny("bert"), tmp_path / "lora")
     torch.testing.assert_close(output(single, "bert"), output(model, "bert"))
     assert lora.modules_to_save is None
+
+
+@pytest.mark.parametrize("head", [None, ["classifier"]])
+@pytest.mark.parametrize("ours", ["ssf", "sparse"])
+def test_all_linear_beside_another_method(ours: str, head: list[str] | None, tmp_path: Path) -> None:
+    """LoRA on "all-linear" goes by the names of the model, not by those inside of other adapters, and loads alone."""
+    torch.manual_seed(0)
+    first = {"ssf": SSFConfig, "sparse": SparseFTConfig}[ours](target_modules="all-linear", modules_to_save=head)
+    model = PeftMixedModel(tiny("vit"), first, "a")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, modules_to_save=head)
+    model.add_adapter("b", config)
+    alone = get_peft_model(tiny("vit"), LoraConfig(r=2, target_modules="all-linear", modules_to_save=head))
+    found, expected = (m.peft_config[name].target_modules for m, name in ((model, "b"), (alone, "default")))
+    assert {name for name in found if "classifier" not in name} == {n for n in expected if "classifier" not in n}
+    model.save_pretrained(tmp_path)
+    model.set_adapter(["b"])
+    again = PeftModel.from_pretrained(tiny("vit"), tmp_path / "b")
+    torch.testing.assert_close(output(again, "vit"), output(model, "vit"))
+
+
+def test_adapter_names_are_refused() -> None:
+    """PEFT's mixed model hands them to the base model, where they vanish."""
+    model = PeftMixedModel(tiny("llama"), config_of("lora"), "a")
+    model.add_adapter("b", config_of("ssf"))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="takes no `adapter_names`"):
+            call(**inputs("llama"), adapter_names=["a", "b"])
+
+
+def test_loading_a_mixed_model_as_one_adapter_says_what_to_do(tmp_path: Path) -> None:
+    PeftMixedModel(tiny("llama"), config_of("ssf"), "a").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"PeftMixedModel\.from_pretrained"):
+        peft_ext.load(tmp_path, tiny("llama"))

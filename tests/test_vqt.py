@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import peft_ext
-from peft_ext import FrozenPassCache, SSFConfig, VQTConfig, attention_maps, select_features
+from peft_ext import FrozenPassCache, PASTAConfig, SSFConfig, VPTConfig, VQTConfig, attention_maps, select_features
 from peft_ext.reading.cache import sample_keys
 from peft_ext.training.toys import saved_bytes
 from peft_ext.tuners.vqt.layer import VQTLayer, layer_of
@@ -730,6 +730,44 @@ def test_trainer(name: str, checkpointing: bool, tmp_path: Path) -> None:
 
 
 # On top of other adapters
+
+
+@pytest.mark.parametrize("vqt_first", [False, True])
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_pasta_changes_the_tokens_and_not_the_queries(name: str, vqt_first: bool) -> None:
+    """PASTA knows special tokens by their place, where queries have none."""
+    batch = batch_of(name)
+    readers = VQTConfig(num_queries=3, pooling="mean", dropout=0.0, init_weights=False)
+    where = {"special_tokens": [int(batch["input_ids"][0, 0])], "by_token": True} if "input_ids" in batch else {}
+    special = PASTAConfig(init_weights=False, dropout=0.0, **where)
+    first, second = (("vqt", readers), ("pasta", special))[:: 1 if vqt_first else -1]
+    model = peft_ext.PeftMixedModel(tiny(name), first[1], adapter_name=first[0])
+    model.add_adapter(*second)
+    model.set_adapter(["vqt"])
+    model.eval()
+    alone = logits(model, batch)
+    model.set_adapter(["pasta", "vqt"])
+    both = logits(model, batch)
+    assert (both - alone).abs().max() > 1e-3
+    with torch.no_grad():
+        for key, rows in model.named_parameters():
+            if "vqt_queries" in key:
+                rows.copy_(rows.flip(-2))
+    torch.testing.assert_close(logits(model, batch), both)  # a mean over queries does not know their order
+
+
+@pytest.mark.parametrize("vqt_first", [False, True])
+def test_prompts_that_queries_would_not_see_are_refused(vqt_first: bool) -> None:
+    batch = batch_of("vit")
+    first, second = (("vqt", VQTConfig()), ("vpt", VPTConfig(num_tokens=2)))[:: 1 if vqt_first else -1]
+    model = peft_ext.PeftMixedModel(tiny("vit"), first[1], adapter_name=first[0])
+    model.add_adapter(*second)
+    model.set_adapter(["vpt", "vqt"])
+    with pytest.raises(ValueError, match="VQT cannot read a model on which VPT acts"):
+        model(**batch)
+    for name in ("vqt", "vpt"):
+        model.set_adapter([name])
+        assert logits(model, batch).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["lora", "ssf"])

@@ -23,6 +23,7 @@ from ..core import ADAPTER_CONFIG, Adapter, BadInput, Writer, about_of, method_o
 from ..export import FORMS, load_pruned, prune_and_unload, save_pruned
 from ..export.loading import read_config
 from ..inspection import by_site, read_adapter
+from ..loading import load
 from .running import explained
 
 
@@ -54,7 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
         model = _base_model(adapter, base, arguments)
     with explained(f"The adapter {adapter.source} does not fit {base}"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # it would do nothing there
-        adapted = PeftModel.from_pretrained(model, str(adapter.directory))
+        adapted = load(adapter.directory, model)  # a packed one, too
         found, _ = by_site(get_peft_model_state_dict(adapted, save_embedding_layers=False), adapter.method)
         if lost := [name for name in adapter.sites if name not in found]:  # PEFT drops these without a word
             raise BadInput(f"{base} has no place for {lost[0]!r} and {len(lost) - 1} more of {adapter.source}.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import PeftConfig, TaskType
 from peft import PeftMixedModel as _PeftMixedModel
-from peft.mixed_model import _prepare_model_for_gradient_checkpointing
+from peft.mixed_model import _check_config_compatible, _prepare_model_for_gradient_checkpointing
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -37,7 +37,7 @@ from .listening import move_listeners
 from .merging import announce_unloading, check_merges
 from .model import tuner_of
 from .stored import without_inner
-from .targets import refuse_ambiguous_names, refuse_unknown_tokens
+from .targets import named_all_linear, refuse_ambiguous_names, refuse_unknown_tokens
 from .upkeep import prepare, restore
 
 
@@ -94,6 +94,7 @@ class _MixedModel(MixedModel):
         """Puts an adapter of any method on the model."""
         given = self.peft_config[adapter_name]
         if not isinstance(given, ExtConfig):
+            named_all_linear(given, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             prepare(model)
             return
@@ -202,11 +203,10 @@ class PeftMixedModel(_PeftMixedModel):
             ValueError: The name is taken.
         """
         peft_config = with_head(peft_config, self.base_model.model)
-        if not isinstance(peft_config, ExtConfig):
-            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
-            return
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        if not isinstance(peft_config, ExtConfig):
+            _check_config_compatible(peft_config)
         try:
             self.peft_config[adapter_name] = peft_config
             self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -215,6 +215,16 @@ class PeftMixedModel(_PeftMixedModel):
             raise
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self.set_modules_to_save(peft_config, adapter_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, with the active adapters; a `ValueError` if `adapter_names` asks for others."""
+        _refuse_names_of_rows(kwargs)
+        return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `forward`."""
+        _refuse_names_of_rows(kwargs)
+        return super().generate(*args, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -299,6 +309,14 @@ def with_head(config: PeftConfig, model: nn.Module) -> PeftConfig:
     config = copy.copy(config)
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))  # type: ignore[attr-defined]
     return config
+
+
+def _refuse_names_of_rows(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            "A mixed model takes no `adapter_names`: all samples go through the active adapters. Run the samples of each "
+            "adapter as a batch of their own (`set_adapter`), or put adapters of one method into a `PeftModel`."
+        )
 
 
 def _depth(model: nn.Module, adapter_name: str) -> int:

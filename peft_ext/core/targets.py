@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from difflib import get_close_matches
@@ -37,6 +38,8 @@ def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside += (name + ".",)
         yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
+
+_BASE_LAYERS = re.compile(r"(\.base_layer)+$")
 
 IN_KEYS = {"weight", "bias", "base_layer", "modules_to_save", "original_module"}  # beside the names of modules
 
@@ -188,10 +191,10 @@ def is_named(target: str, names: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for name in names)
 
 
-def named_all_linear(config: ExtConfig, model: nn.Module) -> bool:
+def named_all_linear(config: Any, model: nn.Module) -> bool:
     """Puts the names of the modules in place of `target_modules="all-linear"`; returns whether it stood there.
 
-    Left out are, beside what PEFT leaves out, modules that are read and never called, and the copies of a module that
+    A module that another adapter has wrapped goes by its own name. Left out are, beside what PEFT leaves out, modules that are read and never called, and the copies of a module that
     another adapter trains in full or in part, as a head.
     """
     before = config.target_modules
@@ -200,7 +203,10 @@ def named_all_linear(config: ExtConfig, model: nn.Module) -> bool:
         return False
     wrapped = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
     copies = {name for name in config.target_modules if name.startswith(wrapped)}
-    config.target_modules -= copies | set(uncalled_modules(model))
+    names = {_BASE_LAYERS.sub("", name) for name in config.target_modules - copies}
+    adapters = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    parts = {name for name in names if name.startswith(adapters)}  # of the adapters themselves, such as LoRA's factors
+    config.target_modules = names - parts - set(uncalled_modules(model))
     return True
 
 

@@ -1,7 +1,8 @@
-"""Modules that an adapter cannot act on, because the module around them reads their weight and does not call them.
+"""Modules that an adapter cannot act on, most because the module around them reads their weight and does not call them.
 
 `nn.MultiheadAttention` passes `out_proj.weight` to a function, WavLM's attention all of its projections, Mamba's fused
 kernels those of `dt_proj` and `out_proj`. An adapter on such a module would train nothing, or act on one path only.
+The routers of Llama 4 and PhiMoE are Linear modules that return tuples.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def uncalled_modules(model: nn.Module) -> dict[str, str]:
     """The modules of `model` that are read instead of called, by name, each with the reason."""
     found = {}
     for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and _returns_several(type(module)):
+            found[name] = f"{type(module).__name__} returns more than the product with its weight"
         for child, how in uncalled_children(type(module)).items():
             if isinstance(getattr(module, child, None), nn.Module):
                 found[f"{name}.{child}" if name else child] = f"{type(module).__name__} {how}"
@@ -60,6 +63,14 @@ def _uncalled(cls: type[nn.Module]) -> dict[str, str]:
                 read |= set(_own_weight(node))
     never = dict.fromkeys(sorted(read - called), "reads its weight and never calls it")
     return never | dict.fromkeys(sorted(passed & called), "hands its weight to a fused kernel on its fast path")
+
+
+@cache
+def _returns_several(cls: type[nn.Linear]) -> bool:
+    """Whether a kind of Linear puts out a tuple, as the routers of some mixtures of experts do."""
+    forward = next((_methods(base).get("forward") for base in cls.__mro__ if _is_of_a_model(base)), None)
+    returned = () if forward is None else (node.value for node in ast.walk(forward) if isinstance(node, ast.Return))
+    return any(isinstance(value, ast.Tuple) for value in returned)
 
 
 def _is_of_a_model(cls: type) -> bool:

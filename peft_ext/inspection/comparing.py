@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from ..core import ADAPTER_WEIGHTS, Adapter, Row, Sparse, Update, about_of, overlap_of
+from ..core import Adapter, Row, Sparse, Update, about_of, overlap_of
+from ..packed_files import weights_file
 from .reading import read_adapter
 
 
@@ -41,7 +42,7 @@ def _short(adapter: Adapter) -> dict[str, Any]:
         "method": adapter.method,
         "sites": len(adapter.sites),
         "parameters": sum(tensor.numel() for tensor in adapter.trained()),
-        "file_bytes": (adapter.directory / ADAPTER_WEIGHTS).stat().st_size,
+        "file_bytes": weights_file(adapter.directory).stat().st_size,
     }
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from ..core import ADAPTER_WEIGHTS, STUMBLES, Adapter, BadInput, Row, about_of
+from ..core import STUMBLES, Adapter, BadInput, Row, about_of
+from ..packed_files import weights_file
 from .pruned import describe_pruned
 from .reading import directory_of, is_pruned, read_adapter
 from .tables import grouped, totals, with_ratios
@@ -53,7 +54,7 @@ def describe(source: str) -> dict[str, Any]:
     rows, trained = rows_of(adapter), adapter.trained()
     parameters = sum(tensor.numel() for tensor in trained)
     others = sum(tensor.numel() for tensor in adapter.others.values()) if adapter.sites else 0
-    file_bytes = (adapter.directory / ADAPTER_WEIGHTS).stat().st_size
+    file_bytes = weights_file(adapter.directory).stat().st_size
     return {
         "kind": "adapter",
         "source": source,

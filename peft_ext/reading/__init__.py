@@ -10,9 +10,11 @@ from .config import ReaderConfig
 from .families import FAMILIES, HEAD_NAMES, Attention, Family, check_model, family_of
 from .forwards import (
     AllFound,
+    are_tokens,
     may_be_cut_short,
     records_outputs,
     replaced_forward,
+    rows_of_a_reader,
     run_as_before,
     run_without_compiler,
     without_checkpointing,
@@ -44,6 +46,7 @@ __all__ = [
     "ReaderModel",
     "Reading",
     "StatesCapture",
+    "are_tokens",
     "check_model",
     "family_of",
     "may_be_cut_short",
@@ -53,6 +56,7 @@ __all__ = [
     "recomputed",
     "records_outputs",
     "replaced_forward",
+    "rows_of_a_reader",
     "run_as_before",
     "run_without_compiler",
     "same_autocast",

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+
+
+_reads: ContextVar[bool] = ContextVar("reads", default=False)
+
+
+@contextmanager
+def rows_of_a_reader() -> Iterator[None]:
+    """Inside, blocks are run on rows that are no tokens of the model; see `are_tokens`."""
+    token = _reads.set(True)
+    try:
+        yield
+    finally:
+        _reads.reset(token)
+
+
+def are_tokens() -> bool:
+    """Whether what the blocks are run on now are the model's tokens, which some adapters know by their place."""
+    return not _reads.get()
 
 
 @contextmanager

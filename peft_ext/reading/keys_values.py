@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -51,6 +51,18 @@ def query_mask(mask: Any, keys: int, device: torch.device) -> torch.Tensor | Non
     return mask[..., :1, :]
 
 
+def refuse_added_keys(blocks: Iterable[nn.Module]) -> None:
+    """Raises `ValueError` if an adapter adds keys and values to those of the tokens, which queries would not see."""
+    for block in blocks:
+        for child in block.children():
+            if getattr(child, "adds_key_values", False) and child.acts():  # type: ignore[operator]
+                raise ValueError(
+                    "VQT cannot read a model on which VPT acts: its queries attend to the tokens' keys and values, and "
+                    "would not see those of the prompts. Activate one of the two (`set_adapter`), or put VQT on LoRA, "
+                    "SSF or another adapter that changes the tokens."
+                )
+
+
 class KeysValuesCapture:
     """While open, each block that the backbone runs is handed over, with its keys and values, to `on_block`.
 
@@ -74,6 +86,7 @@ class KeysValuesCapture:
 
     def __enter__(self) -> Self:
         names = self.family.names
+        refuse_added_keys(self.blocks.values())
         self.handles: list[RemovableHandle] = []
         for index, block in self.blocks.items():
             attention: Any = block.get_submodule(self.family.attention)

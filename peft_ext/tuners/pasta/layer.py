@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core import ExtLayer
+from ...reading import are_tokens
 from .config import PASTAConfig
 from .rows import LeadingRows, SpecialTokens
 
@@ -65,6 +66,8 @@ class PASTALayer(ExtLayer):
         self.finish_update(adapter_name, config)
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if not are_tokens():  # the queries of a reader have no special ones among them
+            return args, kwargs
         if args:
             return (self(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}

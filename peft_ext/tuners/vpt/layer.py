@@ -33,6 +33,7 @@ class VPTLayer(ExtLayer):
     other adapters, stay what they are.
     """
 
+    adds_key_values = True  # beside those that the block's own projections make of its tokens
     adapter_layer_names = ("vpt_prompts", "vpt_project", "vpt_keys", "vpt_values")
     other_param_names = ("configs", "_constants", "_owners")
     why_not_mixed = (

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...reading import Family, Frozen, replaced_forward, without_checkpointing
+from ...reading import Family, Frozen, replaced_forward, rows_of_a_reader, without_checkpointing
 
 
 EMBEDDINGS = "embeddings"  # the submodule of a backbone, under one name in all families
@@ -63,7 +63,7 @@ def run_block(
     """Z `(B, T, D)`: the block's own output for the query rows `(B, T, D)`."""
     attention = block.get_submodule(family.attention)
     stand_in = partial(attention_forward, family, attention, frozen)
-    with replaced_forward(attention, stand_in), without_checkpointing(block):
+    with replaced_forward(attention, stand_in), without_checkpointing(block), rows_of_a_reader():
         output = block(rows.to(frozen.dtype), *frozen.args, **frozen.kwargs)
     return output[0] if isinstance(output, tuple) else output
 
