@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import tiny
+from models import inputs, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import peft_ext
-from peft_ext import SparseFTConfig, SSFConfig
+from peft_ext import LoraSBConfig, MaskLoraConfig, S2FTConfig, SCTConfig, SparseFTConfig, SPTConfig, SSFConfig
 from peft_ext.calibrate import KINDS, measure
 from peft_ext.scores import ExactScores, PooledScores
 
@@ -349,3 +349,44 @@ def test_configs_that_look_at_no_data() -> None:
         peft_ext.calibrate(model, SparseFTConfig(density=0.01, selection="random"), batches())
     with pytest.raises(TypeError, match="LoraConfig is no config of this package"):
         peft_ext.calibrate(model, LoraConfig(), batches())  # type: ignore[type-var]
+
+
+CALIBRATED: dict[str, Any] = {
+    "spt": lambda: SPTConfig(budget=300, r=2),
+    "s2ft": lambda: S2FTConfig(ratios=0.5, selection="activation"),
+    "sct": SCTConfig,
+    "lora-sb": lambda: LoraSBConfig(r=2),
+    "sparse": lambda: SparseFTConfig(num_tunable_weights=200, selection="sensitivity"),
+    "masks": lambda: MaskLoraConfig(init_logits="sensitivity", total_steps=4),
+}
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_what_a_calibration_has_found_is_saved_with_the_config(name: str, tmp_path: Path) -> None:
+    """Into a file beside it; the adapter that is made of the config that was read starts as that of the first."""
+    config = peft_ext.calibrate(tiny("llama"), CALIBRATED[name](), [inputs("llama")], progress=False)
+    config.save_pretrained(tmp_path)
+    assert (tmp_path / "calibration.safetensors").is_file()
+    again = type(config).from_pretrained(tmp_path)
+    states = []
+    for made in (config, again):
+        torch.manual_seed(0)
+        states.append(get_peft_model(tiny("llama"), made).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("name", ["sparse", "masks"])
+def test_a_damaged_or_missing_calibration_is_refused(name: str, tmp_path: Path) -> None:
+    config = peft_ext.calibrate(tiny("llama"), CALIBRATED[name](), [inputs("llama")], progress=False)
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "calibration.safetensors"
+    tensors = load_file(file)
+    key = min(tensors)
+    save_file({**tensors, key: tensors[key].flip(0).float() / 0}, file)
+    with pytest.raises(ValueError, match=r"calibration in .* is damaged"):
+        type(config).from_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match="calibrate"):  # where nothing else can come, at the first forward
+        model = get_peft_model(tiny("llama"), type(config).from_pretrained(tmp_path)).train()
+        model(**inputs("llama")).loss.backward()

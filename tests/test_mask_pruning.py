@@ -745,15 +745,15 @@ def test_first_logits_follow_the_sensitivity() -> None:
             weight = base.get_submodule(name).weight
             taylor = (weight * weight.grad).abs().sum(0).view(made.units, -1).sum(1)
             scores[name] = scores.get(name, 0) + taylor.detach()
-    assert settings.initial_logits is not None
+    assert settings.support is not None
     for kind in ("ffn", "heads"):
         names = [name for name, made in groups.items() if made.kind == kind]
-        found = torch.cat([settings.initial_logits[name] for name in names])
+        found = torch.cat([settings.support[name] for name in names])
         assert torch.equal(found.argsort(), torch.cat([scores[name] for name in names]).argsort())
         assert float(found.mean()) == pytest.approx(3.0, abs=0.01) and 1.5 < float(found.std()) < 2.2
     model = get_peft_model(tiny("bert", num_attention_heads=4), settings)
     for name, made in gates_of(model, "default").items():
-        torch.testing.assert_close(made.logits(), settings.initial_logits[name])
+        torch.testing.assert_close(made.logits(), settings.support[name])
     with pytest.raises(ValueError, match="calibrated on another model"):
         get_peft_model(tiny("bert", intermediate_size=16, num_attention_heads=4), settings)
 

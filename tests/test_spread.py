@@ -273,8 +273,8 @@ def test_calibrated_logits_in_an_order_that_is_drawn() -> None:
     def logits(**fields: Any) -> dict[str, torch.Tensor]:
         config = MaskLoraConfig(init_logits="sensitivity", total_steps=10, **fields)
         peft_ext.calibrate(tiny("llama"), config, causal, progress=False)
-        assert config.initial_logits is not None
-        return config.initial_logits
+        assert config.support is not None
+        return config.support
 
     ids = torch.arange(24).view(2, 12) % 30 + 2
     causal = [{"input_ids": ids, "labels": ids}]

@@ -19,7 +19,7 @@ CALIBRATION = "calibration.safetensors"
 
 @dataclass
 class CalibratedConfig(ExtConfig):
-    """A config with the indices that a calibration has chosen, `support`, by the name of a module or tensor.
+    """A config with what a calibration has chosen (indices, factors, logits), `support`, by the name of a module or tensor.
 
     It is an attribute and no field; `save_pretrained` writes it to `calibration.safetensors`.
     """

@@ -33,7 +33,7 @@ def uncalled_modules(model: nn.Module) -> dict[str, str]:
     """The modules of `model` that are read instead of called, by name, each with the reason."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and _returns_several(type(module)):
+        if isinstance(module, nn.Linear) and _returns_several(type(module)):  # type: ignore[arg-type]
             found[name] = f"{type(module).__name__} returns more than the product with its weight"
         for child, how in uncalled_children(type(module)).items():
             if isinstance(getattr(module, child, None), nn.Module):

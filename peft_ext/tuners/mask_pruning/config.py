@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...core import ExtConfig
+from ...core import CalibratedConfig
 from ...groups import KINDS
 from ...sparse import check_spread
 
@@ -18,7 +18,7 @@ TEACHERS = ("frozen", "self")
 
 
 @dataclass
-class MaskLoraConfig(ExtConfig):
+class MaskLoraConfig(CalibratedConfig):
     """Configuration of mask-pruning LoRA; see also the common fields of [`ExtConfig`].
 
     Training has three phases: LoRA alone, masks that are learnt along with it, and masks that are decided while LoRA
@@ -115,7 +115,6 @@ class MaskLoraConfig(ExtConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.initial_logits: dict[str, torch.Tensor] | None = None  # by `calibrate`; not a field: too bulky for JSON
         if not (isinstance(self.r, int) and self.r > 0):
             raise ValueError(f"`r` must be a positive integer, got {self.r!r}.")
         if isinstance(self.prune, str):
@@ -163,6 +162,12 @@ class MaskLoraConfig(ExtConfig):
             raise ValueError(
                 f"`distillation_teacher` must be one of {', '.join(TEACHERS)} or None, got {self.distillation_teacher!r}."
             )
+
+    def check_support(self, support: dict[str, torch.Tensor], where: str) -> None:
+        """`ValueError` if these are not finite logits of units."""
+        for name, logits in sorted(support.items()):
+            if logits.ndim != 1 or not logits.is_floating_point() or not logits.isfinite().all():
+                raise ValueError(f"The calibration in {where} is damaged: {name!r} has no vector of finite logits.")
 
     @property
     def steps(self) -> int | None:

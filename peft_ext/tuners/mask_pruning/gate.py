@@ -144,7 +144,7 @@ class MaskGate(ExactLeaf):
     def _training_mask(self) -> torch.Tensor | None:
         schedule = self.schedule
         if schedule is not None and torch.is_grad_enabled():
-            schedule.was_used = True
+            schedule.note_use()
         # what is known is enough here: distributed training writes buffers in every forward, the same as they were
         is_fixed = self.is_fixed if self._is_fixed is None else self._is_fixed
         if is_fixed or schedule is None or not schedule.is_learning:
@@ -199,6 +199,21 @@ class MaskSchedule:
         self._finite: torch.Tensor | None = None  # whether all logits were, after the last round
         for index, gate in enumerate(gates):
             gate.drive(self, index)
+
+    def note_use(self) -> None:
+        """The masks are used in a training forward.
+
+        Raises:
+            ValueError: The config asks for calibrated logits and was read from a file without, and no weights came.
+        """
+        config = self.config
+        if config.init_logits == "sensitivity" and config.support is None and config.awaits_weights:
+            raise ValueError(
+                "This MaskLoraConfig has `init_logits='sensitivity'`, and its file holds no calibration: call "
+                "`config = peft_ext.calibrate(model, config, dataloader)` before `get_peft_model`, or load a trained "
+                "adapter with `PeftModel.from_pretrained`."
+            )
+        self.was_used = True
 
     def forget(self) -> None:
         """Other tensors were loaded into the gates."""

@@ -90,12 +90,12 @@ class MaskLoraModel(ExtModel):
             config.unit_costs = measured_costs(model, groups, config)
         check_reachable(groups, config)
         is_new = not (config.inference_mode or config.awaits_weights)
-        if config.init_logits == "sensitivity" and config.initial_logits is None and is_new:
+        if config.init_logits == "sensitivity" and config.support is None and is_new:
             raise ValueError(
                 "This MaskLoraConfig has `init_logits='sensitivity'`, but has not seen data; before `get_peft_model`:\n"
                 "    config = peft_ext.calibrate(model, config, dataloader)"
             )
-        for name, logits in (config.initial_logits or {}).items():
+        for name, logits in (config.support or {}).items():
             if name not in groups or groups[name].units != len(logits):
                 raise ValueError(
                     f"The config was calibrated on another model: {name!r} has no group of {len(logits)} units here. "
@@ -116,7 +116,7 @@ class MaskLoraModel(ExtModel):
         logits = None
         if group is not None:
             start = torch.full((group.units,), config.initial_logit)
-            logits = (config.initial_logits or {}).get(name, start)
+            logits = (config.support or {}).get(name, start)
         with_lora = config.lora_modules is None or name in config.lora_modules
         return {"group": group, "with_lora": with_lora, "logits": logits}
 
@@ -168,7 +168,7 @@ class MaskLoraModel(ExtModel):
         ranked apart: by first-order scores, heads as a whole would be cut before almost any feed-forward channel.
         """
         groups = groups_of(config, model)
-        config.initial_logits = {}
+        support: dict[str, torch.Tensor] = {}
         for kind in dict.fromkeys(group.kind for group in groups.values()):
             names = [name for name, group in groups.items() if group.kind == kind]
             values = []
@@ -183,7 +183,9 @@ class MaskLoraModel(ExtModel):
                 of_units = drawn_keys(of_units, 1 / config.spread, stable_generator(config.seed, kind))
             ranks = of_units.argsort().argsort()
             quantiles = config.initial_logit + 2 * torch.special.ndtri((ranks + 0.5) / len(ranks))
-            config.initial_logits |= zip(names, quantiles.split([groups[name].units for name in names]), strict=True)
+            parts = quantiles.split([groups[name].units for name in names])
+            support |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
+        config.support = support
 
     # Export
 

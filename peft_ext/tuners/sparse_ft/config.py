@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...core import ExtConfig
+from ...core import CalibratedConfig
 from ...sparse import check_spread
 
 
@@ -41,7 +41,7 @@ WHERE_FROM = {
 
 
 @dataclass
-class SparseFTConfig(ExtConfig):
+class SparseFTConfig(CalibratedConfig):
     """Configuration of sparse fine-tuning; see also the common fields of [`ExtConfig`].
 
     One of `density` and `num_tunable_weights` sets the budget, which is spread over the target modules in proportion to
@@ -145,7 +145,6 @@ class SparseFTConfig(ExtConfig):
     def __post_init__(self) -> None:
         was_written = self.peft_ext_version is not None  # by a version that let fields without effect pass
         super().__post_init__()
-        self.support: dict[str, torch.Tensor] | None = None  # not a field: too bulky for JSON
         self.scores: Mapping[str, torch.Tensor] | None = None
         if self.selection not in (*SPIEL, *FIXED, *GRADUAL, *GIVEN):
             raise ValueError(
@@ -259,6 +258,18 @@ class SparseFTConfig(ExtConfig):
             raise ValueError(f"`use_scores` needs `selection='sensitivity'`, the config says {self.selection!r}.")
         self.scores = scores
         return self
+
+    def check_support(self, support: dict[str, torch.Tensor], where: str) -> None:
+        """`ValueError` if these are not as many places as the config says."""
+        counts = self.num_weights_per_module or {}
+        for name in sorted(support.keys() | counts.keys()):
+            places = support.get(name, torch.empty(0, dtype=torch.int64))
+            is_sorted = places.dtype == torch.int64 and places.ndim == 1 and not bool((places.diff() <= 0).any())
+            if not is_sorted or len(places) != counts.get(name, 0) or (len(places) and int(places[0]) < 0):
+                raise ValueError(
+                    f"The calibration in {where} is damaged: {name!r} has no {counts.get(name, 0)} distinct, sorted "
+                    "indices of int64."
+                )
 
     def save_support(self, path: str | os.PathLike[str]) -> None:
         """Writes the support that was set, for `use_support`."""
