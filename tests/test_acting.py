@@ -68,7 +68,7 @@ UNCALLED: dict[str, tuple[Any, Any, set[str]]] = {
     "t5": (
         tf.T5Model,
         lambda: tf.T5Config(vocab_size=40, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2),
-        set(),
+        {"shared"},
     ),
     "llama4": (
         tf.Llama4ForCausalLM,
@@ -76,6 +76,13 @@ UNCALLED: dict[str, tuple[Any, Any, set[str]]] = {
         {"feed_forward.router"},
     ),
     "phimoe": (tf.PhimoeForCausalLM, lambda: tf.PhimoeConfig(**TEXT, num_local_experts=2), {"mlp.router"}),
+    "bart": (
+        tf.BartForConditionalGeneration,
+        lambda: tf.BartConfig(
+            vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16
+        ),
+        {"model.shared"},
+    ),
     "wavlm": (
         tf.WavLMForXVector,
         lambda: tf.WavLMConfig(**SPEECH),

@@ -271,6 +271,18 @@ def test_sizes_under_other_names(name: str) -> None:
     assert lora.activations == pytest.approx(true["activations"], rel=0.03)
 
 
+def test_kinds_of_layers_and_fewer_of_them_than_a_toy_has() -> None:
+    config = tf.Qwen3Config(**TINY, num_key_value_heads=2, intermediate_size=96, head_dim=16)
+    plan = peft_ext.recommend(config, (2, 24), kind="causal", chosen=[])
+    assert {row.method for row in plan.rows} == {"LORA", "full fine-tuning"}, plan.left_out
+
+
+def test_a_model_whose_decoder_has_an_input_of_its_own_is_refused() -> None:
+    config = tf.T5Config(vocab_size=40, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"decoder has an input of its own\. Give the config"):
+        peft_ext.recommend(tf.T5ForConditionalGeneration(config), (2, 24), chosen=[])
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_where_gradients_are_disabled(context: Any) -> None:
     expected = peft_ext.recommend(CONFIGS["vit"](), 4, chosen=[])

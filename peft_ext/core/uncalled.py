@@ -38,15 +38,37 @@ def uncalled_modules(model: nn.Module) -> dict[str, str]:
         for child, how in uncalled_children(type(module)).items():
             if isinstance(getattr(module, child, None), nn.Module):
                 found[f"{name}.{child}" if name else child] = f"{type(module).__name__} {how}"
+    return found | _uncalled_copies(model)
+
+
+def _uncalled_copies(model: nn.Module) -> dict[str, str]:
+    """Embeddings whose weight other embeddings share, and which their own module never calls: `shared` of T5 and BART."""
+    sharing: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            sharing.setdefault(id(module.weight), []).append(name)
+    found = {}
+    for names in sharing.values():
+        for name in names if len(names) > 1 else ():
+            parent, _, child = name.rpartition(".")
+            called = _called(type(model.get_submodule(parent)))  # type: ignore[arg-type]
+            if called is not None and child not in called:
+                others = ", ".join(other for other in names if other != name)
+                found[name] = f"the model calls {others} in its place, whose weight it shares"
     return found
 
 
 @cache
+def _called(cls: type[nn.Module]) -> frozenset[str] | None:
+    """The attributes of `cls` that its methods call; `None` where they cannot be read."""
+    methods = _methods_of_a_model(cls)
+    nodes = (node for method in methods.values() for node in ast.walk(method) if isinstance(node, ast.Call))
+    return frozenset(child for node in nodes for child in _own_attribute(node.func)) if methods else None
+
+
+@cache
 def _uncalled(cls: type[nn.Module]) -> dict[str, str]:
-    methods: dict[str, ast.FunctionDef] = {}
-    for base in reversed(cls.__mro__):
-        if _is_of_a_model(base):
-            methods |= _methods(base)
+    methods = _methods_of_a_model(cls)
     read: set[str] = set()
     passed: set[str] = set()
     called: set[str] = set()
@@ -68,7 +90,7 @@ def _uncalled(cls: type[nn.Module]) -> dict[str, str]:
 @cache
 def _returns_several(cls: type[nn.Linear]) -> bool:
     """Whether a kind of Linear puts out a tuple, as the routers of some mixtures of experts do."""
-    forward = next((_methods(base).get("forward") for base in cls.__mro__ if _is_of_a_model(base)), None)
+    forward = _methods_of_a_model(cls).get("forward")
     returned = () if forward is None else (node.value for node in ast.walk(forward) if isinstance(node, ast.Return))
     return any(isinstance(value, ast.Tuple) for value in returned)
 
@@ -103,6 +125,15 @@ def _about_weights(method: ast.FunctionDef) -> Iterator[ast.AST]:
             yield node.value
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _QUESTIONS:
             yield node
+
+
+def _methods_of_a_model(cls: type[nn.Module]) -> dict[str, ast.FunctionDef]:
+    """The methods of a class and its bases, those of torch and of the bases of models left out."""
+    methods: dict[str, ast.FunctionDef] = {}
+    for base in reversed(cls.__mro__):
+        if _is_of_a_model(base):
+            methods |= _methods(base)
+    return methods
 
 
 def _methods(cls: type) -> dict[str, ast.FunctionDef]:

@@ -199,6 +199,11 @@ def _model(model: Any, kind: str | None) -> tuple[PreTrainedConfig, Callable[[An
     config: Any = model.config if isinstance(model, PreTrainedModel) else model
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"`model` is a {type(model).__name__}: give a transformers model, a config or a name.")
+    if config is not model and config.is_encoder_decoder and type(model).__name__.endswith("ForConditionalGeneration"):
+        raise ValueError(
+            f"What a {type(model).__name__} keeps is not planned: its decoder has an input of its own. Give the config, "
+            "which is planned as a classifier; the logits of all tokens of the output come on top."
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "The model is quantised (`quantization_config`), and what its weights and kernels keep is not known: give the "

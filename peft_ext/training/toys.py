@@ -176,7 +176,8 @@ def _drawn(config: Any, rng: random.Random, head_dims: Sequence[int]) -> tuple[P
         toy.intermediate_size = 8 * rng.randint(6, 32)
     toy.num_hidden_layers = layers = rng.randint(1, 3)
     if getattr(config, "layer_types", None):
-        toy.layer_types = list(config.layer_types[:layers])
+        kinds = config.layer_types  # of which there may be fewer
+        toy.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
     for field, names in ALIKE.items():
         for name, value in vars(config).items():
             if type(value) is int and value == getattr(config, field) and re.fullmatch(names, name):
