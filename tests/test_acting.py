@@ -278,3 +278,21 @@ def test_parameters_that_peft_has_cast_are_watched_too(tmp_path: Path) -> None:
     layers = [module for module in model.modules() if isinstance(module, ExtLayer)]
     assert layers and all(layer.learnt == {"default"} for layer in layers)
     model.save_pretrained(tmp_path)  # a warning is an error here
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_tokens_of_a_head_with_a_bias(tied: bool) -> None:
+    """PEFT leaves the bias of a tied output embedding out, so that the base model itself would be another one."""
+    config = tf.BertConfig(**SIZES, vocab_size=40, tie_word_embeddings=tied)
+    model = tf.BertForMaskedLM(config).eval()
+    nn.init.normal_(model.cls.predictions.decoder.bias)
+    ids = torch.arange(3, 10)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+    adapter = SSFConfig(init_weights="identity", trainable_token_indices=[5])
+    if tied:
+        with pytest.raises(ValueError, match="bias of a tied output embedding"):
+            get_peft_model(model, adapter)
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(get_peft_model(model, adapter).eval()(ids).logits, expected)

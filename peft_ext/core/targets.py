@@ -224,10 +224,27 @@ def refuse_unknown_targets(targets: Iterable[str], model: nn.Module) -> None:
         )
 
 
+def _refuse_tokens_of_a_biased_head(model: PreTrainedModel) -> None:
+    with suppress(NotImplementedError):
+        ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+        first, last = (getattr(end, "original_module", end) for end in ends)
+        is_tied = getattr(first, "weight", None) is getattr(last, "weight", last)
+        if is_tied and getattr(last, "bias", None) is not None:
+            raise ValueError(
+                f"`trainable_token_indices` would change this {type(model).__name__} beyond its tokens: PEFT leaves the "
+                "bias of a tied output embedding out while tokens are trained. Untie the embeddings (`config."
+                "tie_word_embeddings = False` before the model is loaded), or leave the tokens out."
+            )
+
+
 def refuse_unknown_tokens(config: ExtConfig, model: nn.Module) -> None:
     """Raises `ValueError` if the model has no embedding of tokens, or none of one in `trainable_token_indices`."""
     indices = config.trainable_token_indices
-    if not isinstance(indices, list) or not isinstance(model, PreTrainedModel):
+    if not indices or not isinstance(model, PreTrainedModel):
+        return
+    if not (config.inference_mode or config.awaits_weights):
+        _refuse_tokens_of_a_biased_head(model)
+    if not isinstance(indices, list):
         return
     with suppress(NotImplementedError):
         embeddings: Any = model.get_input_embeddings()
