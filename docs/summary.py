@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
-from compare import RESULTS, load_results
+from chosen_runs import RESULTS, load_results
 from pareto import Point, points
 
 

@@ -26,8 +26,10 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 matplotlib.use("Agg")
 BENCHMARK = Path(__file__).parent.parent / "examples" / "benchmark"
 sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
+import chosen_runs
 import common
 import compare
+import compare_tables
 import methods
 import pareto
 import ranks
@@ -193,7 +195,7 @@ def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> l
     options = ["--data", str(folder), "--results", str(results), *sizes, *arguments]
     monkeypatch.setattr(sys, "argv", ["compare.py", *options])
     compare.main()
-    return compare.load_results(results)
+    return chosen_runs.load_results(results)
 
 
 def test_the_runner_trains_resumes_and_writes_its_table(
@@ -263,10 +265,10 @@ def row(
 
 def test_the_rate_is_chosen_on_validation_with_the_first_seed() -> None:
     rows = [row("lora", 1e-3, 0, 0.5, 0.9), row("lora", 3e-3, 0, 0.6, 0.1), row("lora", 1e-2, 1, 0.9, 0.9)]
-    assert compare.best_rate(rows, "cola", "lora", 1.0, "few") == 3e-3
+    assert chosen_runs.best_rate(rows, "cola", "lora", 1.0, "few") == 3e-3
     losses = [row("lora", 1e-3, 0, 0.5, 0.9, "loss"), row("lora", 3e-3, 0, 0.6, 0.1, "loss")]
-    assert compare.best_rate(losses, "cola", "lora", 1.0, "few") == 1e-3
-    assert compare.best_rate([], "cola", "lora", 1.0, "few") is None
+    assert chosen_runs.best_rate(losses, "cola", "lora", 1.0, "few") == 1e-3
+    assert chosen_runs.best_rate([], "cola", "lora", 1.0, "few") is None
 
 
 def test_how_few_columns_hold_half_of_the_choice() -> None:
@@ -276,9 +278,9 @@ def test_how_few_columns_hold_half_of_the_choice() -> None:
 
 def test_a_task_run_in_two_settings_has_two_names() -> None:
     rows = [{**row("lora", 1e-3, 0, 0.5, 0.9), "settings": f"few, {epochs} epochs"} for epochs in (1, 2)]
-    lines = compare.table(rows).splitlines()
+    lines = compare_tables.table(rows).splitlines()
     assert [line.split(" | ")[0] for line in lines[4:]] == [f"| cola, {n} epochs (accuracy)" for n in (1, 2)]
-    assert compare.table(rows[:1]).splitlines()[4].startswith("| cola (accuracy)")
+    assert compare_tables.table(rows[:1]).splitlines()[4].startswith("| cola (accuracy)")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,7 @@ def test_extended_plans_end(tmp_path: Path) -> None:
 def test_the_table_compares_with_lora_seed_by_seed() -> None:
     rows = [row("lora", 1e-3, seed, 0.5, 0.5 + 0.1 * seed) for seed in (0, 1)]
     rows += [row("ssf", 1e-3, seed, 0.5, 0.6 + 0.1 * seed) for seed in (0, 1)]
-    text = compare.table(rows)
+    text = compare_tables.table(rows)
     assert "0.550 ± 0.071" in text and "+0.100 (+0.100 to +0.100)" in text
 
 
@@ -362,7 +364,7 @@ def test_the_table_of_ranks(tmp_path: Path) -> None:
     rows += [{**row(method, 1e-3, 0, 0.5, loss, "loss"), "task": "gsm8k"} for method, loss in losses]
     file = tmp_path / "results.md"
     file.write_text("<!-- ranks:cola,gsm8k:lora,ssf,probe:1 -->\n<!-- /ranks -->\n")
-    compare.write_table(file, rows)
+    compare_tables.write_table(file, rows)
     text = file.read_text()
     assert "Mean rank of 2 methods on cola, gsm8k" in text and "so left out: probe." in text
     assert "| lora | 1.5 (1.0 to 2.0) |  |" in text and "| ssf | 1.5 (1.0 to 2.0) | +0.0 (-1.0 to +1.0) |" in text
@@ -419,3 +421,12 @@ def test_tasks_take_pairs_and_numbers() -> None:
     assert scored["score"] == pytest.approx(1.0)
     assert tasks.scores(tasks.TASKS["gsm8k"]) is None
     assert isinstance(setting(1.0).model, nn.Module)
+
+
+def test_tables_leave_out_what_was_run_elsewhere_with_the_reference_alone() -> None:
+    rows = [row(method, 1e-3, 0, 0.5, 0.5) for method in ("lora", "ssf")]
+    longer = [{**other, "settings": "long"} for other in rows]
+    assert chosen_runs.without_lone_references([*rows, longer[0]]) == rows
+    assert chosen_runs.without_lone_references([*rows, *longer]) == [*rows, *longer]
+    assert chosen_runs.without_lone_references(rows[:1]) == rows[:1]
+    assert chosen_runs.of_most_methods([*rows, longer[0]]) == rows

@@ -22,7 +22,8 @@ from typing import Any
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from compare import load_results, scored
+from chosen_runs import load_results
+from compare import scored
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from resumable import Job, Trained, caption, jobs, markdown, parsed, parser, score, train, work, write_between
 from tasks import Prepared, find_task

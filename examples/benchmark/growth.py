@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from compare import load_results
+from chosen_runs import load_results
 from configs import Setting
 from cost import Settings, copy_model, machine
 from methods import CONFIGS, LORA, title

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import workloads
-from compare import load_results
+from chosen_runs import load_results
 from configs import Setting
 from methods import CONFIGS, COST_NAMES, LORA, adapt, title
 from resumable import write_between

@@ -30,7 +30,7 @@ from PIL import Image
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from compare import RESULTS, best_rate, load_results
+from chosen_runs import RESULTS, best_rate, load_results
 from methods import BUILT_IN, COST_NAMES, PROBE, title
 from tasks import find_task
 

@@ -19,7 +19,7 @@ from typing import Any
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from compare import RESULTS, load_results, tried
+from chosen_runs import RESULTS, load_results, tried
 from methods import LORA, METHODS, title
 from resumable import markdown, write_between
 from tasks import find_task

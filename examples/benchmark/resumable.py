@@ -20,19 +20,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from compare import (
-    RESULTS,
-    Plan,
-    about_run,
-    best_rate,
-    limits,
-    load_results,
-    quiet,
-    scored,
-    setting_of,
-    settings_of,
-    trainer_of,
-)
+from chosen_runs import RESULTS, best_rate, load_results
+from compare import Plan, about_run, limits, quiet, scored, setting_of, settings_of, trainer_of
 from methods import adapt, callbacks
 from tasks import Prepared, find_task, prepare
 from torch import nn
