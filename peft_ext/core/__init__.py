@@ -10,6 +10,7 @@ from .biases import bias_flags, set_bias_flags
 from .calibration import CalibratedConfig
 from .chosen import ChosenChannels
 from .config import ExtConfig, after_saving
+from .dropout import Dropouts
 from .files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -73,6 +74,7 @@ __all__ = [
     "ChosenChannels",
     "Column",
     "Curve",
+    "Dropouts",
     "ExactLeaf",
     "ExtConfig",
     "ExtLayer",

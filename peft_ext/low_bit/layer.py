@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import ExtLayer
+from ..core import Dropouts, ExtLayer
 from .codebook import FULL
 from .leaf import FullMatrix, LowBitMatrix
 
@@ -28,7 +28,7 @@ class LowBitLayer(ExtLayer):
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
         self.scale: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
+        self.dropout = Dropouts()
 
     def add_matrices(self, adapter_name: str, config: Any, inputs: int, outputs: int) -> None:
         """Creates the two matrices `(r, inputs)` and `(outputs, r)` of one adapter, with the published start."""
@@ -44,7 +44,7 @@ class LowBitLayer(ExtLayer):
         for container, leaf in zip(self.adapter_layer_names, (down, up), strict=True):
             getattr(self, container)[adapter_name] = leaf
         self.scale[adapter_name] = config.scale
-        self.dropout[adapter_name] = config.dropout
+        self.dropout.put(adapter_name, config.dropout)
         self.finish_update(adapter_name, config)
 
     def matrices(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +60,7 @@ class LowBitLayer(ExtLayer):
         """`scale * up(dropout(act(down(x))))` for x `(..., inputs)`, `(..., outputs)`."""
         down, up = self.matrices(adapter_name)
         hidden = self.activate(adapter_name, F.linear(self._cast_input_dtype(x, down.dtype), down))
-        hidden = F.dropout(hidden, self.dropout[adapter_name], self.training)
+        hidden = self.dropout[adapter_name](hidden)
         return F.linear(hidden * self.scale[adapter_name], up)
 
     def input_of(self, adapter_name: str, output: torch.Tensor, args: Any) -> torch.Tensor:

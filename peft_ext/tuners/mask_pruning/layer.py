@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import ExtLayer, adapted_in_groups, linear_features
+from ...core import Dropouts, ExtLayer, adapted_in_groups, linear_features
 from ...groups import Group
 from .config import MaskLoraConfig
 from .gate import MaskGate
@@ -22,11 +22,13 @@ class Down(nn.Linear):
     def __init__(self, inputs: int, config: MaskLoraConfig) -> None:
         super().__init__(inputs, config.r, bias=False)
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        self.scale, self.dropout = config.scale, config.lora_dropout
+        self.scale = config.scale
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cast: bool = True) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, cast: bool = True, dropout: float = 0.0
+    ) -> torch.Tensor:
         """x `(..., inputs)`, mask `(inputs,)`; returns `scale * A (mask * dropout(x))`, `(..., r)`."""
-        x = F.dropout(x.to(self.weight.dtype) if cast else x, self.dropout, self.training)
+        x = F.dropout(x.to(self.weight.dtype) if cast else x, dropout)
         weight = self.weight * self.scale
         return F.linear(x, weight if mask is None else weight * mask.to(weight.dtype))
 
@@ -35,10 +37,15 @@ class MaskLoraLayer(ExtLayer):
     """`y = W (m * x) + b + scale B A (m * x)`; without a group of its own m is one, and some layers have no LoRA."""
 
     adapter_layer_names = ("mask_pruning_down", "mask_pruning_up", "mask_pruning_gate")
+    other_param_names = ("dropout",)
     supports_mixed_batches = True
     mask_pruning_down: nn.ModuleDict
     mask_pruning_up: nn.ModuleDict
     mask_pruning_gate: nn.ModuleDict
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, **quantization_kwargs)
+        self.dropout = Dropouts()
 
     def update_layer(
         self, adapter_name: str, config: MaskLoraConfig, *, group: Group | None, with_lora: bool, logits: Any
@@ -48,6 +55,7 @@ class MaskLoraLayer(ExtLayer):
         assert features is not None
         if with_lora:
             self.mask_pruning_down[adapter_name] = Down(features[0], config)
+            self.dropout.put(adapter_name, config.lora_dropout)
             up = nn.Linear(config.r, features[1], bias=False)
             nn.init.zeros_(up.weight)
             self.mask_pruning_up[adapter_name] = up
@@ -78,7 +86,8 @@ class MaskLoraLayer(ExtLayer):
                 added.append((name, mask))
         output: torch.Tensor = self.base_layer(x if mask is None else x * mask.to(x.dtype), *args, **kwargs)
         for name, seen in reversed(added):
-            branch = self.mask_pruning_up[name](self.mask_pruning_down[name](x, seen, self.cast_input_dtype_enabled))
+            low = self.mask_pruning_down[name](x, seen, self.cast_input_dtype_enabled, self.dropout.acting(name))
+            branch = self.mask_pruning_up[name](low)
             output = output + branch.to(output.dtype)
         return output
 

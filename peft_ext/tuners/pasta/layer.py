@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core import ExtLayer
+from ...core import Dropouts, ExtLayer
 from ...reading import are_tokens
 from .config import PASTAConfig
 from .rows import LeadingRows, SpecialTokens
@@ -21,19 +21,18 @@ INIT_STD = 0.02  # as published
 class SpecialVectors(nn.Module):
     """The vectors of one layer, `weight` `(m, D)`."""
 
-    def __init__(self, vectors: int, width: int, dropout: float) -> None:
+    def __init__(self, vectors: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(vectors, width))
-        self.dropout = dropout
 
-    def forward(self, batch: int) -> torch.Tensor:
+    def forward(self, batch: int, dropout: float) -> torch.Tensor:
         """`(m, D)`, or, where elements are dropped, `(batch, m, D)`."""
-        if not (self.training and self.dropout > 0):
+        if dropout == 0:
             return self.weight.clone()  # under FSDP the weight is freed when this returns
-        return F.dropout(self.weight.expand(batch, *self.weight.shape), self.dropout)
+        return F.dropout(self.weight.expand(batch, *self.weight.shape), dropout)
 
     def extra_repr(self) -> str:
-        return f"{', '.join(map(str, self.weight.shape))}, dropout={self.dropout}"
+        return ", ".join(map(str, self.weight.shape))
 
 
 class PASTALayer(ExtLayer):
@@ -44,7 +43,7 @@ class PASTALayer(ExtLayer):
     """
 
     adapter_layer_names = ("pasta_vectors",)
-    other_param_names = ("configs",)
+    other_param_names = ("configs", "dropout")
     supports_mixed_batches = True
     pasta_vectors: nn.ModuleDict
 
@@ -53,13 +52,15 @@ class PASTALayer(ExtLayer):
         self.training = block.training
         self.rows = rows
         self.configs: dict[str, PASTAConfig] = {}
+        self.dropout = Dropouts()
         self._block = (block,)  # in a tuple, which hides it from nn.Module
         self._handle = block.register_forward_pre_hook(self._before_block, with_kwargs=True)
 
     def update_layer(self, adapter_name: str, config: PASTAConfig, width: int = 0, **kwargs: Any) -> None:
         assert config.num_vectors is not None
         self.configs[adapter_name] = config
-        vectors = SpecialVectors(config.num_vectors, width, config.dropout)
+        vectors = SpecialVectors(config.num_vectors, width)
+        self.dropout.put(adapter_name, config.dropout)
         if config.init_weights == "normal":
             nn.init.normal_(vectors.weight, std=INIT_STD)
         self.pasta_vectors[adapter_name] = vectors
@@ -77,7 +78,7 @@ class PASTALayer(ExtLayer):
         result = hidden_states
         for name in adapters:
             shares = self.rows.shares(name, self.configs[name], hidden_states)
-            vectors = self.pasta_vectors[name](len(hidden_states))
+            vectors = self.pasta_vectors[name](len(hidden_states), self.dropout.acting(name))
             result = result + (shares.to(vectors.dtype) @ vectors).to(result.dtype)
         return result
 

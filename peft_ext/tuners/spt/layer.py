@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...core import Dropouts
 from ...core.schedule import listen_to_steps
 from ...delta import DeltaLayer, SparseDelta
 from ...sparse import add_product
@@ -19,7 +20,7 @@ class SPTLayer(DeltaLayer):
     """`spt_delta` and `spt_bias` hold the tuned weights and biases, the others the leaves of structures."""
 
     adapter_layer_names = ("spt_delta", "spt_bias", *(f"spt_{leaf}" for leaf in LEAVES))
-    other_param_names: tuple[str, ...] = ("structures",)
+    other_param_names: tuple[str, ...] = ("structures", "dropout")
     delta_names = ("spt_delta", "spt_bias")
     spt_delta: nn.ModuleDict
     spt_bias: nn.ModuleDict
@@ -27,6 +28,7 @@ class SPTLayer(DeltaLayer):
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
         self.structures: dict[str, Structure] = {}
+        self.dropout = Dropouts()
 
     def update_layer(self, adapter_name: str, config: SPTConfig, *, name: str) -> None:
         """Puts on what the config's allocation has for the module `name`."""
@@ -49,6 +51,7 @@ class SPTLayer(DeltaLayer):
             for leaf_name, leaf_module in structure.make(inputs, outputs, ranks[f"{name}.weight"], weight).items():
                 getattr(self, f"spt_{leaf_name}")[adapter_name] = leaf_module
             self.structures[adapter_name] = structure
+            self.dropout.put(adapter_name, config.dropout)
         self.finish_update(adapter_name, config)
 
     def leaves(self, adapter_name: str) -> dict[str, nn.Module]:
@@ -92,7 +95,7 @@ class SPTLayer(DeltaLayer):
         structure = self.structures.get(name)
         if structure is None:
             return output
-        leaves = self.leaves(name)
+        leaves = {**self.leaves(name), "dropout": self.dropout[name]}
         down: Any = leaves["down"]  # under FSDP its weight is a view, and no parameter
         x = self._cast_input_dtype(x, down.weight.dtype)
         return structure.apply(leaves, x, output, weight, bias)

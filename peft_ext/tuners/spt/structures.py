@@ -40,7 +40,7 @@ class Structure:
     needs_weight: ClassVar[bool] = False  # to be made, and in the forward
 
     def __init__(self, settings: Settings) -> None:
-        self.scale, self.dropout, self.drop_path = settings.scale, settings.dropout, settings.drop_path
+        self.scale, self.drop_path = settings.scale, settings.drop_path
 
     @staticmethod
     def cost(inputs: int, outputs: int, r: int) -> int:
@@ -118,7 +118,7 @@ class LowRank(Structure):
     def branch(self, leaves: Leaves, x: torch.Tensor) -> torch.Tensor:
         """What is added to the output."""
         down, up = leaves["down"], leaves["up"]
-        x = F.dropout(x, self.dropout, down.training)
+        x = leaves["dropout"](x)
         added = up(down(x)) * self.scale
         if down.training and self.drop_path:
             kept = added.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_path)
@@ -201,7 +201,7 @@ class Bottleneck(Structure):
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         down = leaves["down"]
-        y = F.dropout(output.to(down.weight.dtype), self.dropout, down.training)
+        y = leaves["dropout"](output.to(down.weight.dtype))
         return output + leaves["up"](F.gelu(down(y))).to(output.dtype)
 
 

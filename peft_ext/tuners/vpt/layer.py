@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...architectures import Attention
-from ...core import ExtLayer, is_hooked, linear_features
+from ...core import Dropouts, ExtLayer, is_hooked, linear_features
 from .attention import PromptedConfig, lengthened
 from .config import VPTConfig
 from .leaves import Elsewhere, Rows, Widening, start_key_values, start_rows, start_widening
@@ -35,7 +35,7 @@ class VPTLayer(ExtLayer):
 
     adds_key_values = True  # beside those that the block's own projections make of its tokens
     adapter_layer_names = ("vpt_prompts", "vpt_project", "vpt_keys", "vpt_values")
-    other_param_names = ("configs", "_constants", "_owners")
+    other_param_names = ("configs", "dropout", "_constants", "_owners")
     why_not_mixed = (
         "the prompts are further tokens for a whole batch; samples with other prompts would each need an attention mask "
         "of their own, which not every attention implementation takes"
@@ -53,6 +53,7 @@ class VPTLayer(ExtLayer):
         self.patch_inputs = patch_inputs
         self.is_last = is_last
         self.configs: dict[str, VPTConfig] = {}
+        self.dropout = Dropouts()
         self._constants: dict[str, tuple[Any, torch.Tensor, torch.Tensor]] = {}
         self._owners: dict[str, tuple[VPTLayer]] = {}  # of what all layers share; not of the first layer itself
         self.recorded: list[torch.Tensor] | None = None  # see `Prompter`
@@ -111,6 +112,7 @@ class VPTLayer(ExtLayer):
     def update_layer(self, adapter_name: str, config: VPTConfig, owner: VPTLayer | None = None, **kwargs: Any) -> None:
         """Creates the leaves of one adapter; `owner` is the first layer that has it, `None` for that layer itself."""
         self.configs[adapter_name] = config
+        self.dropout.put(adapter_name, config.prompt_dropout)
         if owner is not None:
             self._owners[adapter_name] = (owner,)
         shares_prompts = owner is not None and (config.share_layers or not config.deep)
@@ -199,8 +201,8 @@ class VPTLayer(ExtLayer):
         if config.project_dim is not None:
             rows = self._owner(adapter).vpt_project[adapter](rows)
         rows = rows[None]
-        if self.training and config.prompt_dropout:
-            rows = F.dropout(rows.expand(batch, -1, -1), config.prompt_dropout)
+        if dropped := self.dropout.acting(adapter):
+            rows = F.dropout(rows.expand(batch, -1, -1), dropped)
         return rows
 
     def _owner(self, adapter: str) -> VPTLayer:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ...core import Dropouts
 from ...core.sharding import is_partitioned
 from ...reading import (
     BackboneCall,
@@ -58,10 +59,12 @@ class VQTLayer(ReaderLayer):
     keeps = "keys and values"
     with_queries = True
     reading_class = QueryReading
+    other_param_names = ("dropout",)
     configs: dict[str, VQTConfig]
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         super().__init__(model, family)
+        self.dropout = Dropouts()
         self.penalised_steps = 0  # how often a group lasso was added to the loss
 
     # Making and removing adapters
@@ -77,7 +80,8 @@ class VQTLayer(ReaderLayer):
         if selected is not None and selected > features:
             raise ValueError(f"`num_selected_features` is {selected}, but there are only {features} features.")
 
-        self.vqt_queries[adapter_name] = QueryTokens(layers, config.num_queries, width, config.dropout)
+        self.vqt_queries[adapter_name] = QueryTokens(layers, config.num_queries, width)
+        self.dropout.put(adapter_name, config.dropout)
         if config.pooling == "weighted":
             self.vqt_pool[adapter_name] = PoolingWeights(layers, config.num_queries)
         self.vqt_head[adapter_name] = QueryHead(features, len(config.id2label), selected)
@@ -196,7 +200,7 @@ class VQTLayer(ReaderLayer):
         )
 
     def _rows(self, adapter: str, batch: int) -> list[QueryRows]:
-        return self.vqt_queries[adapter](batch)
+        return self.vqt_queries[adapter](batch, self.dropout.acting(adapter))
 
     def _logits(self, reading: QueryReading, class_token: torch.Tensor) -> torch.Tensor:
         features = self._features(reading.adapter, class_token, list(reading.outputs.values()))

@@ -31,25 +31,22 @@ class QueryRows:
 class QueryTokens(nn.Module):
     """The queries of all layers, `weight` `(L, T, D)`."""
 
-    def __init__(self, layers: int, queries: int, width: int, dropout: float) -> None:
+    def __init__(self, layers: int, queries: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(layers, queries, width))
-        self.dropout = dropout
 
-    def forward(self, batch: int) -> list[QueryRows]:
-        """The rows of each layer for `batch` samples."""
+    def forward(self, batch: int, dropout: float = 0.0) -> list[QueryRows]:
+        """The rows of each layer for `batch` samples, with elements dropped at this rate."""
         layers, queries, width = self.weight.shape
         weight = self.weight.clone()  # under FSDP the weight is freed when this returns, and the rows are used later
         rows = weight.unsqueeze(1).expand(layers, batch, queries, width)
-        if not (self.training and self.dropout > 0):
+        if dropout == 0:
             return [QueryRows(one) for one in rows.unbind(0)]
-        dropped = torch.rand(rows.shape, device=rows.device) < self.dropout
-        return [
-            QueryRows(one, mask, self.dropout) for one, mask in zip(rows.unbind(0), dropped.unbind(0), strict=True)
-        ]
+        dropped = torch.rand(rows.shape, device=rows.device) < dropout
+        return [QueryRows(one, mask, dropout) for one, mask in zip(rows.unbind(0), dropped.unbind(0), strict=True)]
 
     def extra_repr(self) -> str:
-        return f"{', '.join(map(str, self.weight.shape))}, dropout={self.dropout}"
+        return ", ".join(map(str, self.weight.shape))
 
 
 class PoolingWeights(nn.Module):

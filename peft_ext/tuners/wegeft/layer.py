@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ...core import SharedLayer, SharedLeaf, linear_features
+from ...core import Dropouts, SharedLayer, SharedLeaf, linear_features
 from .config import WeGeFTConfig
 
 
@@ -56,11 +55,11 @@ class WeGeFTLinear(WeGeFTLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
-        self.dropout: dict[str, float] = {}
+        self.dropout = Dropouts()
 
     def update_layer(self, adapter_name: str, config: WeGeFTConfig, *, maps: WeGeFTLayer | None) -> None:
         """With `maps`, which have the adapter already, links to theirs."""
-        self.dropout[adapter_name] = config.dropout
+        self.dropout.put(adapter_name, config.dropout)
         if maps is None:
             super().update_layer(adapter_name, config)
             return
@@ -72,7 +71,7 @@ class WeGeFTLinear(WeGeFTLayer):
         """P^T Q^T x `(..., in)`, in the dtype of x."""
         down, up = self.wegeft_down[adapter_name], self.wegeft_up[adapter_name]
         read = self._cast_input_dtype(x, SharedLeaf.owned(down).weight.dtype)
-        read = F.dropout(read, self.dropout[adapter_name], self.training)
+        read = self.dropout[adapter_name](read)
         edited: torch.Tensor = up(down(read))
         return edited.to(x.dtype)
 
