@@ -451,3 +451,30 @@ def test_4bit_base_of_bottlenecks() -> None:
     expected = logits(model.eval(), batch)
     with model.disable_adapter():
         assert not torch.allclose(logits(model, batch), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("config", [BinaryLoraConfig(r=2), BinaryAdapterConfig(r=2)])
+def test_a_matrix_without_a_gradient_in_the_first_steps(kind: Any, config: Any) -> None:
+    """As of an adapter that is trained after another, or of a layer that sampling or LayerDrop leaves out."""
+    model = get_peft_model(tiny("llama"), config)
+    model.add_adapter("later", copy.deepcopy(config))
+    model.base_model.set_adapter(["default", "later"])
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(6):
+        model.set_adapter("default" if step < 3 else "later")
+        before = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
+        loss(model.train(), inputs("llama")).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert any(not torch.equal(p, before[key]) for key, p in model.named_parameters() if key in before)
+
+
+def test_layer_sampling_of_low_bit_matrices() -> None:
+    model = get_peft_model(tiny("llama"), BinaryLoraConfig(r=2)).train()
+    peft_ext.layer_sampling(model, blocks=1, every=1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(6):
+        loss(model, inputs("llama")).backward()
+        optimizer.step()
+        optimizer.zero_grad()

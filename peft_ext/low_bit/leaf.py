@@ -105,7 +105,7 @@ class LowBitMatrix(FullMatrix):
         """Those behind what was loaded: the optimizer's, the leaf's own, or ones that fit."""
         owned = owned_weight(self)
         optimizer = optimizer_of(owned)
-        kept = optimizer.state[owned].get(LATENT) if optimizer is not None else None
+        kept = optimizer.state.get(owned, {}).get(LATENT) if optimizer is not None else None
         for candidate in (kept, self.weight):
             if candidate is not None and candidate.shape == self.shape:
                 candidate = whole(candidate).to(self.codes.device, self._stats().dtype)
@@ -120,8 +120,11 @@ class LowBitMatrix(FullMatrix):
             self._count_latents()
 
     def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
-        """Has the optimizer's checkpoints hold the latents, which the adapter's file does not; no copy is made."""
-        if taken:
+        """Has the optimizer's checkpoints hold the latents, which the adapter's file does not; no copy is made.
+
+        Not before the optimizer has state of its own: most take a state that is there for one that they have made.
+        """
+        if taken and (optimizer.state.get(self.weight) or self.weight.grad is not None):
             optimizer.state[self.weight][LATENT] = self.weight.detach()
 
     def foreign_step(self, optimizer: Optimizer) -> None:
