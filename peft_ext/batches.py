@@ -14,8 +14,14 @@ from .core import empty_like_of
 def loader(dataloader: Iterable[Any] | None, trainer: Any, num_batches: int) -> Iterable[Any]:
     if (dataloader is None) == (trainer is None):
         raise ValueError("Give either `dataloader` or `trainer`.")
+    if type(num_batches) is not int:
+        raise TypeError(f"`num_batches` must be a whole number, got {num_batches!r}.")
     if num_batches < 1:
         raise ValueError(f"`num_batches` must be at least 1, got {num_batches}.")
+    if dataloader is not None and not isinstance(dataloader, Iterable):
+        raise TypeError(f"`dataloader` must be an iterable of batches, got {type(dataloader).__name__}.")
+    if trainer is not None and not hasattr(trainer, "get_train_dataloader"):
+        raise TypeError(f"`trainer` must be a Trainer, got {type(trainer).__name__}.")
     found: Iterable[Any] = trainer.get_train_dataloader() if dataloader is None else dataloader
     return found
 

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from .batches import batches, is_first_process, loader, world
 from .channel_norms import ChannelNorms, measure_channels
-from .core import ExtConfig, QuantisedWeight, in_order, tuner_of
+from .core import ExtConfig, QuantisedWeight, in_order, require_model, tuner_of
 from .scores import ExactScores, PooledScores, Scores
 
 
@@ -90,6 +90,7 @@ def calibrate(
     Targets that the loss does not depend on, such as a pooler, get the score 0, and a warning names them. The gradient
     of a quantised weight is that of what it is dequantised to.
     """
+    require_model(model)
     if not isinstance(config, ExtConfig):
         raise TypeError(f"{type(config).__name__} is no config of this package, so there is nothing to calibrate.")
     if isinstance(model, PeftModel):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from .core import ADAPTER_CONFIG, methods
+from .core import ADAPTER_CONFIG, methods, require_model
 from .core.mixed import ORDER
 from .packed_files import PACKED, is_packed, unpacked
 from .version import __version__
@@ -63,6 +63,8 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
             f"The adapter {path!r} is of the method {error.args[0]!r}, which neither the installed peft nor peft_ext "
             f"{__version__} has; run `pip install -U peft peft-ext`."
         ) from None
+    if base_model is not None:
+        require_model(base_model)
     if isinstance(base_model, PeftModel):
         return _beside(base_model, path, {**ours, **both, **kwargs})
     packed = packed_directory(path, where, both)

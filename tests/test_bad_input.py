@@ -18,7 +18,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
 import peft_ext
-from peft_ext import MaskLoraConfig, PeftMixedModel, SSFConfig
+from peft_ext import MaskLoraConfig, PeftMixedModel, SparseFTConfig, SSFConfig, VQTConfig
 from peft_ext.core import layer as core_layer
 from peft_ext.core import targets as core_targets
 from peft_ext.tuners.ssf import SSFLayer
@@ -421,3 +421,64 @@ def test_adapter_names_where_they_cannot_be() -> None:
     model.train()
     with refused(model, "adapter_names", "training mode"):
         model(**batch, adapter_names=["default", "default"])
+
+
+MODEL_FIRST: dict[str, Any] = {
+    "attention_maps": lambda model: peft_ext.attention_maps(model, **inputs("vit")),
+    "select_features": lambda model: peft_ext.select_features(model, lambda _: None),
+    "calibrate": lambda model: peft_ext.calibrate(model, MaskLoraConfig(init_logits="sensitivity"), [inputs("llama")]),
+    "fix_masks": peft_ext.fix_masks,
+    "keep_ratios": peft_ext.keep_ratios,
+    "lt_sft": lambda model: peft_ext.lt_sft(model, SparseFTConfig(selection="lt-sft"), lambda _: None),
+    "graft": lambda model: peft_ext.graft(model, {}, SparseFTConfig(selection="given")),
+    "layer_confidence": lambda model: peft_ext.layer_confidence(model, **inputs("vit")),
+    "prune_prompts": lambda model: peft_ext.prune_prompts(model, [inputs("vit")]),
+    "attention_to_prompts": lambda model: peft_ext.attention_to_prompts(model, **inputs("vit")),
+    "save_as_lora": lambda model: peft_ext.save_as_lora(model, "nowhere"),
+    "FrozenPassCache.write": lambda model: peft_ext.FrozenPassCache.write(model, [inputs("vit")], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", MODEL_FIRST)
+def test_what_is_no_model_is_refused(name: str) -> None:
+    """The function that was to return one has returned nothing."""
+    with pytest.raises(TypeError, match="`model` must be a"):
+        MODEL_FIRST[name](None)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: peft_ext.save_as_lora(tiny("bert"), "nowhere"), TypeError, "before `merge_and_unload`"),  # type: ignore[arg-type]
+        (lambda: peft_ext.lt_sft(tiny("bert"), LoraConfig(), lambda _: None), TypeError, "a SparseFTConfig"),  # type: ignore[arg-type]
+        (
+            lambda: peft_ext.lt_sft(tiny("bert"), SparseFTConfig(selection="lt-sft"), lambda _: None),  # type: ignore[arg-type, return-value]
+            TypeError,
+            "`make_trainer` must return a Trainer",
+        ),
+        (lambda: peft_ext.graft(tiny("bert"), tiny("bert"), LoraConfig()), TypeError, "a SparseFTConfig"),  # type: ignore[arg-type]
+        (lambda: peft_ext.fix_masks(tiny("bert")), ValueError, "no mask-pruning adapter"),
+        (
+            lambda: peft_ext.calibrate(tiny("llama"), SparseFTConfig(selection="sensitivity"), 3),  # type: ignore[arg-type]
+            TypeError,
+            "iterable of batches",
+        ),
+        (
+            lambda: peft_ext.calibrate(tiny("llama"), SparseFTConfig(selection="sensitivity"), trainer=3),
+            TypeError,
+            "`trainer` must be a Trainer",
+        ),
+    ],
+)
+def test_plausible_mistakes(call: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, "float16"])
+def test_a_frozen_pass_is_kept_in_floating_point(dtype: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny("vit"), VQTConfig(num_queries=2))
+    with pytest.raises(TypeError, match="floating-point"):
+        peft_ext.FrozenPassCache.write(model, [inputs("vit")], tmp_path, dtype=dtype)
+    with pytest.raises(TypeError, match="one batch"):
+        peft_ext.FrozenPassCache.write(model, inputs("vit"), tmp_path)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from .about import About, Writer
 from .advice import all_linears, warn_of_experts
 from .biases import bias_flags, set_bias_flags
 from .calibration import CalibratedConfig
+from .checks import require_model
 from .chosen import ChosenChannels
 from .config import ExtConfig, after_saving
 from .dropout import Dropouts
@@ -144,6 +145,7 @@ __all__ = [
     "overlap_of",
     "owners_of",
     "register_method",
+    "require_model",
     "scale_at",
     "set_bias_flags",
     "spread",

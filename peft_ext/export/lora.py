@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftMixedModel, PeftModel
 
 from ..core import about_of, methods
 
@@ -22,6 +22,11 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike[str], adapter_name: s
         TypeError: There is no such adapter, or its method has no updates of low rank; the message says which have.
         ValueError: This adapter has parts that LoRA cannot hold; the message says which, and what would work.
     """
+    if not isinstance(model, (PeftModel, PeftMixedModel)):
+        raise TypeError(
+            f"`model` must be a `PeftModel` with the adapter on it, got {type(model).__name__}: call this before "
+            "`merge_and_unload` or `unload`."
+        )
     config = model.peft_config.get(adapter_name)
     if config is None:
         raise TypeError(f"There is no adapter named {adapter_name!r} on this model, only {sorted(model.peft_config)}.")

@@ -86,12 +86,17 @@ class FrozenPassCache:
 
         Raises:
             ValueError: The backbone holds trainable parameters, the directory holds a cache, or the disk is too small.
+            TypeError: `dtype` is none of floating-point numbers, or `batches` is a single batch.
         """
         from datasets import Features, Value
         from datasets.arrow_writer import ArrowWriter
 
         layer, adapter = reader_of(model, adapter_name)
         _refuse_trained_backbone(layer)
+        if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+            raise TypeError(f"`dtype` must be one of floating-point numbers, as torch.float16, got {dtype!r}.")
+        if isinstance(batches, Mapping):
+            raise TypeError("`batches` is one batch: give a DataLoader, or a list of batches.")
         target = Path(directory)
         if (target / _META).exists():
             raise ValueError(f"{str(target)!r} holds a frozen pass already; open it with `FrozenPassCache(...)`.")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..core import ExtLayer, empty_like_of
+from ..core import ExtLayer, empty_like_of, require_model
 from .families import Family
 from .forwards import (
     is_checkpointed,
@@ -349,6 +349,7 @@ def reader_of(model: nn.Module, adapter_name: str | None = None, method: str | N
     Raises:
         ValueError: The model has no reader, there is no such adapter, or not exactly one is active.
     """
+    require_model(model)
     readers = [module for module in model.modules() if isinstance(module, ReaderLayer)]
     readers = [reader for reader in readers if method in (None, reader.method)]
     if not readers:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ...core import (
     layers_by_name,
     linear_features,
     matched_targets,
+    require_model,
     stable_generator,
     warn_of_experts,
     weight_of,
@@ -283,9 +285,12 @@ def gates_of(model: nn.Module, adapter_name: str) -> dict[str, MaskGate]:
 
 
 def _gates(model: nn.Module, adapter_name: str | None) -> dict[str, MaskGate]:
+    require_model(model)
     if adapter_name is None:
-        active = getattr(model, "active_adapters", None) or ["default"]
-        names = active() if callable(active) else active
+        names = ["default"]
+        with suppress(ValueError):  # transformers' own, without an adapter
+            active = getattr(model, "active_adapters", None) or names
+            names = active() if callable(active) else active
     else:
         names = [adapter_name]
     for name in names:

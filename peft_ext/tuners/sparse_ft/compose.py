@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from ...core import Overlap, Support, matched_targets, overlap_of
+from ...core import Overlap, Support, matched_targets, overlap_of, require_model
 from ...delta import layer_operation
 from .budget import budget_of
 from .config import SparseFTConfig
@@ -55,6 +55,9 @@ def graft(base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], 
     Raises:
         ValueError: The tuned weights do not fit the base model, or nothing differs.
     """
+    require_model(base_model)
+    if not isinstance(config, SparseFTConfig):
+        raise TypeError(f"`config` must be a SparseFTConfig, got {type(config).__name__}.")
     if config.selection != "given":
         raise ValueError(f"`graft` needs a config with `selection='given'`, got {config.selection!r}.")
     state = tuned.state_dict() if isinstance(tuned, nn.Module) else tuned
@@ -158,6 +161,7 @@ def import_lt_sft(
     Raises:
         ValueError: The file names parameters that the model does not have, or that cannot be adapted.
     """
+    require_model(base_model)
     file = os.fspath(path)
     file = os.path.join(file, "pytorch_diff.bin") if os.path.isdir(file) else file
     with torch.serialization.safe_globals([*ALLOWED, (_scalar(), "numpy.core.multiarray.scalar"), _scalar()]):

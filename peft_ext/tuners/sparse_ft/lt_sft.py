@@ -30,7 +30,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from ...core import count_parameters, matched_targets
+from ...core import count_parameters, matched_targets, require_model
 from ...core.schedule import listen_to_steps
 from .config import SparseFTConfig
 from .deltas import best_of_all, deltas
@@ -133,6 +133,8 @@ RESULT = "lt_sft.safetensors"
 
 def _refuse_sharded(trainer: Any) -> None:
     """Raises `ValueError` if the trainer will shard the weights that are compared with their start and put back."""
+    if not hasattr(trainer, "accelerator"):
+        raise TypeError(f"`make_trainer` must return a Trainer, it returned {type(trainer).__name__}.")
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     stage = 0 if plugin is None else plugin.zero_stage
     holder = f"DeepSpeed ZeRO-{stage}" if stage >= 2 else None
@@ -291,6 +293,9 @@ def _checked(
     model: nn.Module, config: SparseFTConfig, n_iterations: int, train_biases: bool
 ) -> tuple[SparseFTConfig, dict[str, nn.Parameter]]:
     """A config of our own, and the parameters of the dense phases."""
+    require_model(model)
+    if not isinstance(config, SparseFTConfig):
+        raise TypeError(f"`config` must be a SparseFTConfig, got {type(config).__name__}.")
     if config.selection != "lt-sft":
         raise ValueError(f"`lt_sft` needs a config with `selection='lt-sft'`, got {config.selection!r}.")
     if config.support is not None:

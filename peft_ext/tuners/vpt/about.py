@@ -9,7 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core import About, Adapter, Bars, Column, HeatMap, Picture, Reading, Site, Update, Vector, layer_and_type
+from ...core import (
+    About,
+    Adapter,
+    Bars,
+    Column,
+    HeatMap,
+    Picture,
+    Reading,
+    Site,
+    Update,
+    Vector,
+    layer_and_type,
+    require_model,
+)
 from .layer import VPTLayer
 
 
@@ -88,6 +101,7 @@ def attention_to_prompts(model: nn.Module, **inputs: Any) -> dict[int, torch.Ten
 
 def _numbered(model: nn.Module, chosen: Callable[[VPTLayer], bool]) -> dict[int, VPTLayer]:
     """The layers of VPT by the number of their block; in their order, where blocks of several stages share numbers."""
+    require_model(model)
     found = {name: m for name, m in model.named_modules() if isinstance(m, VPTLayer) and chosen(m)}
     numbers = [layer_and_type(name)[0] for name in found]
     if len(set(numbers)) < len(numbers):

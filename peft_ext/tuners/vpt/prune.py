@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...calibrate import mean_gradients
+from ...core import require_model
 from .config import SEGMENTS
 from .layer import VPTLayer
 from .leaves import Rows
@@ -95,6 +96,7 @@ def prune_prompts(
 
 
 def _layers_with(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, VPTLayer], str]:
+    require_model(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, VPTLayer)}
     known = sorted({adapter for layer in layers.values() for adapter in layer.configs})
     active = sorted({adapter for layer in layers.values() for adapter in layer.active_names()})

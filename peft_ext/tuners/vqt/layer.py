@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ...core import Dropouts
+from ...core import Dropouts, require_model
 from ...core.sharding import is_partitioned
 from ...reading import (
     BackboneCall,
@@ -291,6 +291,7 @@ def layer_of(model: nn.Module) -> VQTLayer:
     Raises:
         ValueError: The model has none.
     """
+    require_model(model)
     for module in model.modules():
         if isinstance(module, VQTLayer):
             return module
