@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -311,3 +312,15 @@ def test_merging_and_unloading() -> None:
     assert torch.equal(logits(base, batch), logits(tiny("bert").double(), batch))
     assert not [key for key, module in base.named_modules() if "special_tokens" in key]
     assert not base.bert._forward_pre_hooks and not base.bert.encoder.layer[0]._forward_pre_hooks
+
+
+def test_a_training_batch_without_special_tokens_is_told_of() -> None:
+    model = get_peft_model(tiny("bert"), PASTAConfig(special_tokens=[38, 39])).train()
+    batch = inputs("bert")
+    batch["input_ids"] = batch["input_ids"].clamp(max=30)
+    with pytest.warns(UserWarning, match=r"none of the special tokens \[38, 39\]"):
+        model(**batch).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch).loss.backward()  # once
+        model.eval()(**batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
@@ -12,22 +11,22 @@ import torch
 from torch import nn
 
 
-_reads: ContextVar[bool] = ContextVar("reads", default=False)
+_READS = "_peft_ext_reads"  # on a block that is run on rows that are no tokens
 
 
 @contextmanager
-def rows_of_a_reader() -> Iterator[None]:
-    """Inside, blocks are run on rows that are no tokens of the model; see `are_tokens`."""
-    token = _reads.set(True)
+def rows_of_a_reader(block: nn.Module) -> Iterator[None]:
+    """Inside, `block` is run on rows that are no tokens of the model; see `are_tokens`."""
+    setattr(block, _READS, True)
     try:
         yield
     finally:
-        _reads.reset(token)
+        delattr(block, _READS)
 
 
-def are_tokens() -> bool:
-    """Whether what the blocks are run on now are the model's tokens, which some adapters know by their place."""
-    return not _reads.get()
+def are_tokens(block: nn.Module) -> bool:
+    """Whether what `block` is run on now are the model's tokens, which some adapters know by their place."""
+    return not getattr(block, _READS, False)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class PASTALayer(ExtLayer):
         self.finish_update(adapter_name, config)
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if not are_tokens():  # the queries of a reader have no special ones among them
+        if not are_tokens(block):  # the queries of a reader have no special ones among them
             return args, kwargs
         if args:
             return (self(args[0]), *args[1:]), kwargs

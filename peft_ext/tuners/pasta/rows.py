@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class SpecialTokens:
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._inputs: dict[str, Any] | None = None
         self._found: dict[str, torch.Tensor] = {}
+        self._trains = False
+        self._checked: set[str] = set()  # adapters of which a training forward was looked at
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
@@ -46,7 +49,7 @@ class SpecialTokens:
             handle.remove()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._found = {}
+        self._found, self._trains = {}, model.training and torch.is_grad_enabled()
         self._inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -61,7 +64,22 @@ class SpecialTokens:
         """
         if adapter not in self._found:
             self._found[adapter] = self._look_up(config, hidden_states.shape[:2]).to(hidden_states.dtype)
+            if not torch.compiler.is_compiling() and self._trains and adapter not in self._checked:
+                self._checked.add(adapter)
+                self._warn_of_none(self._found[adapter], config)
         return self._found[adapter].to(hidden_states.device)
+
+    @staticmethod
+    def _warn_of_none(shares: torch.Tensor, config: PASTAConfig) -> None:
+        """Looks once, at the first batch that is trained on: for the GPU would have to be waited for."""
+        if not bool(shares.any()):
+            warnings.warn(
+                f"PASTA found none of the special tokens {config.special_tokens} in the first training batch, so its vectors "
+                "are not trained by it. Let the tokenizer add special tokens, or name those of your texts in "
+                "`special_tokens`.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _look_up(self, config: PASTAConfig, shape: torch.Size) -> torch.Tensor:
         if self._inputs is None:

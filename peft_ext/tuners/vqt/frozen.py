@@ -63,7 +63,7 @@ def run_block(
     """Z `(B, T, D)`: the block's own output for the query rows `(B, T, D)`."""
     attention = block.get_submodule(family.attention)
     stand_in = partial(attention_forward, family, attention, frozen)
-    with replaced_forward(attention, stand_in), without_checkpointing(block), rows_of_a_reader():
+    with replaced_forward(attention, stand_in), without_checkpointing(block), rows_of_a_reader(block):
         output = block(rows.to(frozen.dtype), *frozen.args, **frozen.kwargs)
     return output[0] if isinstance(output, tuple) else output
 
