@@ -59,9 +59,11 @@ def moves(model: Any, batch: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("name", CASES)
 def test_whoever_turns_dropout_off_finds_that_of_the_adapter(name: str) -> None:
     model, batch = adapted(name)
-    assert not moves(model.eval(), batch)
+    assert not moves(model, batch)  # the base was in evaluation
     model.train()
     assert moves(model, batch)
+    assert not moves(model.eval(), batch)
+    model.train()
     disable_dropout_in_model(model)
     assert not moves(model, batch)
 

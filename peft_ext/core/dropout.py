@@ -10,6 +10,10 @@ from torch import nn
 class Dropouts(nn.ModuleDict):
     """An `nn.Dropout` for each adapter: what turns all dropout of a model off, as TRL's `disable_dropout`, looks for it."""
 
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self.training = training  # as the layer is, whose mode it takes from then on
+
     def put(self, adapter_name: str, probability: float) -> None:
         """The dropout of a new adapter, in the mode that this layer is in."""
         self[adapter_name] = nn.Dropout(probability).train(self.training)

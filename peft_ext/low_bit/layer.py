@@ -28,7 +28,7 @@ class LowBitLayer(ExtLayer):
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
         self.scale: dict[str, float] = {}
-        self.dropout = Dropouts()
+        self.dropout = Dropouts(self.training)
 
     def add_matrices(self, adapter_name: str, config: Any, inputs: int, outputs: int) -> None:
         """Creates the two matrices `(r, inputs)` and `(outputs, r)` of one adapter, with the published start."""

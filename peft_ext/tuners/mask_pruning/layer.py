@@ -45,7 +45,7 @@ class MaskLoraLayer(ExtLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
-        self.dropout = Dropouts()
+        self.dropout = Dropouts(self.training)
 
     def update_layer(
         self, adapter_name: str, config: MaskLoraConfig, *, group: Group | None, with_lora: bool, logits: Any

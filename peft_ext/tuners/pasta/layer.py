@@ -52,7 +52,7 @@ class PASTALayer(ExtLayer):
         self.training = block.training
         self.rows = rows
         self.configs: dict[str, PASTAConfig] = {}
-        self.dropout = Dropouts()
+        self.dropout = Dropouts(self.training)
         self._block = (block,)  # in a tuple, which hides it from nn.Module
         self._handle = block.register_forward_pre_hook(self._before_block, with_kwargs=True)
 

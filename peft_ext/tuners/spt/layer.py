@@ -28,7 +28,7 @@ class SPTLayer(DeltaLayer):
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
         self.structures: dict[str, Structure] = {}
-        self.dropout = Dropouts()
+        self.dropout = Dropouts(self.training)
 
     def update_layer(self, adapter_name: str, config: SPTConfig, *, name: str) -> None:
         """Puts on what the config's allocation has for the module `name`."""

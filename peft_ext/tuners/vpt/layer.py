@@ -53,7 +53,7 @@ class VPTLayer(ExtLayer):
         self.patch_inputs = patch_inputs
         self.is_last = is_last
         self.configs: dict[str, VPTConfig] = {}
-        self.dropout = Dropouts()
+        self.dropout = Dropouts(self.training)
         self._constants: dict[str, tuple[Any, torch.Tensor, torch.Tensor]] = {}
         self._owners: dict[str, tuple[VPTLayer]] = {}  # of what all layers share; not of the first layer itself
         self.recorded: list[torch.Tensor] | None = None  # see `Prompter`

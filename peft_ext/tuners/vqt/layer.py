@@ -64,7 +64,7 @@ class VQTLayer(ReaderLayer):
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         super().__init__(model, family)
-        self.dropout = Dropouts()
+        self.dropout = Dropouts(self.training)
         self.penalised_steps = 0  # how often a group lasso was added to the loss
 
     # Making and removing adapters

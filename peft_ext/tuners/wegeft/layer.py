@@ -55,7 +55,7 @@ class WeGeFTLinear(WeGeFTLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
-        self.dropout = Dropouts()
+        self.dropout = Dropouts(self.training)
 
     def update_layer(self, adapter_name: str, config: WeGeFTConfig, *, maps: WeGeFTLayer | None) -> None:
         """With `maps`, which have the adapter already, links to theirs."""
