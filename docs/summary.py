@@ -46,11 +46,12 @@ def cell(value: float | None, form: str) -> str:
 
 def table(task: str = "trec", costs: str = "minilm") -> str:
     """A row for each method: its score on a task, and what it costs beside LoRA."""
+    runs = load_results(RESULTS)
     measured = json.loads((RESULTS.parent / f"cost-{costs}-cpu.json").read_text())
-    found = {point.method: point for point in points(task, load_results(RESULTS), measured)}
+    found = {point.method: point for point in points(task, runs, measured)}
     for name, file in OF_A_RUN_OF_ITS_OWN.items():
         own = json.loads((RESULTS.parent / file.format(costs)).read_text())
-        found |= {point.method: point for point in points(task, load_results(RESULTS), own) if point.method == name}
+        found |= {point.method: point for point in points(task, runs, own) if point.method == name}
     memory = found["lora"].costs["memory"]
     lines = ["| method | accuracy | trained, with head | kept for the backward | training step |"]
     lines.append("|---|---:|---:|---:|---:|")

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter as hotswap_built_in
 
-from .core import ExtConfig, ExtLayer
+from .core import ExtConfig, ExtLayer, is_named
 
 
 # what an adapter is for and where it acts: the names and shapes of its tensors say the latter
@@ -106,7 +106,7 @@ def _refuse_another_function(model: PeftModel, current: ExtConfig, incoming: Any
 def _saved_whole(model: PeftModel, names: list[str] | None) -> list[str]:
     """Those of `modules_to_save` that the model has, each once: PEFT adds a task's heads whenever it loads a config."""
     keys = [key for key, _ in model.get_base_model().named_modules()]
-    return sorted({name for name in names or () if any(f".{key}".endswith(f".{name}") for key in keys)})
+    return sorted({name for name in names or () if is_named(name, keys)})
 
 
 def _short(value: Any) -> str:

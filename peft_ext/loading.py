@@ -64,7 +64,7 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
             f"{__version__} has; run `pip install -U peft peft-ext`."
         ) from None
     if base_model is not None:
-        require_model(base_model)
+        require_model(base_model, "base_model")
     if isinstance(base_model, PeftModel):
         return _beside(base_model, path, {**ours, **both, **kwargs})
     packed = packed_directory(path, where, both)

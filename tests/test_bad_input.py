@@ -442,7 +442,8 @@ MODEL_FIRST: dict[str, Any] = {
 @pytest.mark.parametrize("name", MODEL_FIRST)
 def test_what_is_no_model_is_refused(name: str) -> None:
     """The function that was to return one has returned nothing."""
-    with pytest.raises(TypeError, match="`model` must be a"):
+    argument = "base_model" if name == "graft" else "model"
+    with pytest.raises(TypeError, match=f"`{argument}` must be a"):
         MODEL_FIRST[name](None)
 
 

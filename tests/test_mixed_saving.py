@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import inputs, logits, loss, tiny
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 import peft_ext
 from peft_ext import MaskLoraConfig, PeftMixedModel, SparseFTConfig, SPTConfig, SSFConfig
@@ -157,3 +157,12 @@ def test_loading_a_mixed_model_as_one_adapter_says_what_to_do(tmp_path: Path) ->
     PeftMixedModel(tiny("llama"), config_of("ssf"), "a").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"PeftMixedModel\.from_pretrained"):
         peft_ext.load(tmp_path, tiny("llama"))
+
+
+def test_methods_that_cannot_be_mixed_are_refused() -> None:
+    with pytest.raises(TypeError, match="only supports"):
+        PeftMixedModel(tiny("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    model = PeftMixedModel(tiny("llama"), config_of("ssf"), "a")
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
+        model.add_adapter("b", PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    assert list(model.peft_config) == ["a"]

@@ -21,13 +21,13 @@ import os
 import platform
 import random
 import re
+import sys
 import tempfile
 import time
 import warnings
 import weakref
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,39 +36,25 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_ext import SparseFTConfig
 from peft_ext.tuners.sparse_ft.deltas import deltas
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from workloads import PRESETS
+
+
 RESULTS = Path(__file__).parent / "results"
-
-
-class Stack(nn.Sequential):
-    """Linear layers in a row; its loss is the mean square of what comes out."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return SimpleNamespace(loss=super().forward(x).square().mean())
 
 
 def workload(name: str, length: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The model and a batch for it."""
     torch.manual_seed(0)
     if name == "linear-8x1024":
-        return Stack(*(nn.Linear(1024, 1024) for _ in range(8))), {"x": torch.randn(64, 1024)}
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+        return PRESETS[name].build(), {"x": torch.randn(64, 1024)}
     tokens = torch.randint(1000, 49152, (4, length))
-    return LlamaForCausalLM(config), {"input_ids": tokens, "labels": tokens}
+    return PRESETS["smollm2-135m"].build(), {"input_ids": tokens, "labels": tokens}
 
 
 def methods(budget: int, targeted: int) -> dict[str, Any]:

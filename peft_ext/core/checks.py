@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def require_model(model: Any) -> None:
-    """`TypeError` if it is no model, as from a function that does not return it."""
+def require_model(model: Any, argument: str = "model") -> None:
+    """`TypeError` that names the argument if it is no model, as from a function that does not return it."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a model (`torch.nn.Module`), got {type(model).__name__}.")
+        raise TypeError(f"`{argument}` must be a model (`torch.nn.Module`), got {type(model).__name__}.")

@@ -39,8 +39,6 @@ def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-_BASE_LAYERS = re.compile(r"(\.base_layer)+$")
-
 IN_KEYS = {"weight", "bias", "base_layer", "modules_to_save", "original_module"}  # beside the names of modules
 
 
@@ -194,25 +192,28 @@ def is_named(target: str, names: Iterable[str]) -> bool:
 def named_all_linear(config: Any, model: nn.Module) -> bool:
     """Puts the names of the modules in place of `target_modules="all-linear"`; returns whether it stood there.
 
-    A module that another adapter has wrapped goes by its own name. Left out are, beside what PEFT leaves out, modules that are read and never called, and the copies of a module that
-    another adapter trains in full or in part, as a head.
+    A module that another adapter has wrapped goes by its own name. Left out are, beside what PEFT leaves out, modules
+    that are read and never called, parts of adapters, and the copies of a module that another adapter trains in full or
+    in part, as a head. A config without targets, of prompts for example, stays as it is.
     """
-    before = config.target_modules
+    before = getattr(config, "target_modules", None)
     _maybe_include_all_linear_layers(config, model)
-    if config.target_modules is before or not isinstance(config.target_modules, set):
+    if before is None or config.target_modules is before or not isinstance(config.target_modules, set):
         return False
-    wrapped = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    copies = {name for name in config.target_modules if name.startswith(wrapped)}
-    names = {_BASE_LAYERS.sub("", name) for name in config.target_modules - copies}
-    adapters = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    parts = {name for name in names if name.startswith(adapters)}  # of the adapters themselves, such as LoRA's factors
-    config.target_modules = names - parts - set(uncalled_modules(model))
+    names = {re.sub(r"(\.base_layer)+$", "", name) for name in config.target_modules}
+    inner = _inside_of_adapters(model)
+    config.target_modules = {name for name in names if not name.startswith(inner)} - set(uncalled_modules(model))
     return True
 
 
+def _inside_of_adapters(model: nn.Module) -> tuple[str, ...]:
+    """How the names of modules begin that adapters, and the copies of heads that they train, consist of."""
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, wrappers))
+
+
 def refuse_unknown_targets(targets: Iterable[str], model: nn.Module) -> None:
-    wrappers = [n for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    inner = tuple(f"{name}." for name in wrappers)
+    inner = _inside_of_adapters(model)
     names = [name for name, _ in model.named_modules() if not name.startswith(inner)]
     unknown = sorted(target for target in targets if not is_named(target, names))
     if unknown:

@@ -55,9 +55,10 @@ def refuse_added_keys(blocks: Iterable[nn.Module]) -> None:
     """Raises `ValueError` if an adapter adds keys and values to those of the tokens, which queries would not see."""
     for block in blocks:
         for child in block.children():
-            if getattr(child, "adds_key_values", False) and child.acts():  # type: ignore[operator]
+            adds = getattr(child, "adds_key_values", None)  # the name of the method
+            if adds is not None and child.acts():  # type: ignore[operator]
                 raise ValueError(
-                    "VQT cannot read a model on which VPT acts: its queries attend to the tokens' keys and values, and "
+                    f"VQT cannot read a model on which {adds} acts: its queries attend to the tokens' keys and values, and "
                     "would not see those of the prompts. Activate one of the two (`set_adapter`), or put VQT on LoRA, "
                     "SSF or another adapter that changes the tokens."
                 )

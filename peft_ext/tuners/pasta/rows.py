@@ -71,7 +71,7 @@ class SpecialTokens:
 
     @staticmethod
     def _warn_of_none(shares: torch.Tensor, config: PASTAConfig) -> None:
-        """Looks once, at the first batch that is trained on: for the GPU would have to be waited for."""
+        """Looks once, at the first batch that is trained on, since a GPU would have to be waited for."""
         if not bool(shares.any()):
             warnings.warn(
                 f"PASTA found none of the special tokens {config.special_tokens} in the first training batch, so its vectors "

@@ -20,7 +20,7 @@ from torch import nn
 from ...core import Overlap, Support, matched_targets, overlap_of, require_model
 from ...delta import layer_operation
 from .budget import budget_of
-from .config import SparseFTConfig
+from .config import SparseFTConfig, require_selection
 from .deltas import best_of_all
 from .model import SparseFTModel
 from .sums import set_values, tensors_of
@@ -55,11 +55,8 @@ def graft(base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], 
     Raises:
         ValueError: The tuned weights do not fit the base model, or nothing differs.
     """
-    require_model(base_model)
-    if not isinstance(config, SparseFTConfig):
-        raise TypeError(f"`config` must be a SparseFTConfig, got {type(config).__name__}.")
-    if config.selection != "given":
-        raise ValueError(f"`graft` needs a config with `selection='given'`, got {config.selection!r}.")
+    require_model(base_model, "base_model")
+    require_selection(config, "graft", "given")
     state = tuned.state_dict() if isinstance(tuned, nn.Module) else tuned
     differences: dict[str, torch.Tensor] = {}
     for name, parameter in _parameters(base_model, config).items():
@@ -161,7 +158,7 @@ def import_lt_sft(
     Raises:
         ValueError: The file names parameters that the model does not have, or that cannot be adapted.
     """
-    require_model(base_model)
+    require_model(base_model, "base_model")
     file = os.fspath(path)
     file = os.path.join(file, "pytorch_diff.bin") if os.path.isdir(file) else file
     with torch.serialization.safe_globals([*ALLOWED, (_scalar(), "numpy.core.multiarray.scalar"), _scalar()]):

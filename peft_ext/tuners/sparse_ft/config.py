@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -276,3 +276,11 @@ class SparseFTConfig(CalibratedConfig):
         if self.support is None:
             raise ValueError("The config has no support of its own; set one with `use_support`.")
         save_file(self.support, os.fspath(path))
+
+
+def require_selection(config: Any, function: str, selection: str) -> None:
+    """`TypeError` or `ValueError` unless it is a config with the `selection` that a function works for."""
+    if not isinstance(config, SparseFTConfig):
+        raise TypeError(f"`config` must be a SparseFTConfig, got {type(config).__name__}.")
+    if config.selection != selection:
+        raise ValueError(f"`{function}` needs a config with `selection={selection!r}`, got {config.selection!r}.")

@@ -32,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ...core import count_parameters, matched_targets, require_model
 from ...core.schedule import listen_to_steps
-from .config import SparseFTConfig
+from .config import SparseFTConfig, require_selection
 from .deltas import best_of_all, deltas
 from .model import SparseFTModel
 
@@ -294,10 +294,7 @@ def _checked(
 ) -> tuple[SparseFTConfig, dict[str, nn.Parameter]]:
     """A config of our own, and the parameters of the dense phases."""
     require_model(model)
-    if not isinstance(config, SparseFTConfig):
-        raise TypeError(f"`config` must be a SparseFTConfig, got {type(config).__name__}.")
-    if config.selection != "lt-sft":
-        raise ValueError(f"`lt_sft` needs a config with `selection='lt-sft'`, got {config.selection!r}.")
+    require_selection(config, "lt_sft", "lt-sft")
     if config.support is not None:
         raise ValueError("The config has a support already: call `get_peft_model` with it, or make a new config.")
     if isinstance(model, PeftModel):

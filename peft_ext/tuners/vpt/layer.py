@@ -33,7 +33,7 @@ class VPTLayer(ExtLayer):
     other adapters, stay what they are.
     """
 
-    adds_key_values = True  # beside those that the block's own projections make of its tokens
+    adds_key_values = "VPT"  # who does, beside the block's own projections of its tokens: what queries must not miss
     adapter_layer_names = ("vpt_prompts", "vpt_project", "vpt_keys", "vpt_values")
     other_param_names = ("configs", "dropout", "_constants", "_owners")
     why_not_mixed = (
