@@ -32,7 +32,7 @@ from hub_server import HubServer, only_local
 from models import tiny
 from peft import LoraConfig, PeftConfig, get_peft_model
 from test_conformance import METHODS
-from test_integrations import tokenizer
+from test_integrations import WORDS, tokenizer
 from test_sparse_ft import lt_sft_file
 from torch.utils.data import DataLoader
 from transformers import (
@@ -163,7 +163,8 @@ def rows(data: str) -> list[dict[str, torch.Tensor]]:
             {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": torch.tensor(i % 2)}
             for i in range(16)
         ]
-    texts = torch.randint(3, 40, (16, 7), generator=generator)
+    texts = torch.randint(4, 40, (16, 7), generator=generator)
+    texts[:, 0], texts[:, -1] = (WORDS.index(word) for word in ("<s>", "</s>"))
     labels = texts if data == TOKENS else torch.arange(16) % 2
     return [{"input_ids": text, "labels": label} for text, label in zip(texts, labels, strict=True)]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from peft_ext import BinaryLoraConfig, MaskLoraConfig, PASTAConfig, SSFConfig
 from peft_ext.architectures import describe
@@ -18,7 +19,7 @@ from peft_ext.architectures import describe
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from configs import Setting
 from methods import CONFIGS, COST_NAMES, PROMPTS, REGISTERED
-from workloads import Stack, Workload
+from workloads import Stack, Workload, special_ends
 
 
 FROZEN, LORA = "frozen backbone", "LoRA r=8"  # what the ratios refer to
@@ -113,8 +114,9 @@ def _ssf_targets(model: nn.Module) -> dict[str, Any]:
 
 
 def _pasta(model: nn.Module, common: dict[str, Any]) -> PeftConfig:
-    """The inputs are drawn at random, so that a sample of a text may have any number of special tokens."""
-    text = {"special_tokens": [1, 2], "by_token": True} if hasattr(model, "bert") else {}
+    """With the special tokens that the random inputs have, where they are texts."""
+    is_text = isinstance(model, PreTrainedModel) and not hasattr(model.config, "image_size")
+    text = {"special_tokens": list(special_ends(model.config))} if is_text else {}
     return PASTAConfig(**text, **common)
 
 

@@ -76,10 +76,18 @@ class Workload:
         if self.kind == "image":
             pixels = torch.randn(self.batch, config.num_channels, self.image_size, self.image_size)
             return {"pixel_values": pixels, "labels": torch.randint(config.num_labels, (self.batch,))}
-        # token ids of special meaning come first; a classifier finds the end of a text by its padding
+        # the small ids are special; a classifier finds the end of a text by its padding
         tokens = torch.randint(min(1000, config.vocab_size // 2), config.vocab_size, (self.batch, self.length))
+        tokens[:, 0], tokens[:, -1] = special_ends(config)
         labels = tokens.clone() if self.kind == "causal" else torch.randint(config.num_labels, (self.batch,))
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+
+def special_ends(config: Any) -> tuple[int, int]:
+    """The ids of the tokens that begin and end a text; 1 and 2 where the model's config does not name them."""
+    named = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
+    begin, end = (ids[0] if isinstance(ids, list) else ids for ids in named)
+    return 1 if begin is None else begin, 2 if end is None else end
 
 
 NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
