@@ -8,6 +8,7 @@ weight w is, summed over the batches,
     "magnitude"     |w g_b|            first-order change of the loss if w were removed, batch by batch
     "snip"          |w sum_b g_b|      the same of all batches together (Lee et al. 2019)
     "gradient"      sum_b g_b          with its sign: the direction of a step (LoRA-SB)
+    "random"        U(0, 1)            from the seed of the config, without any data: a choice by chance
 
 Each gradient is added to its sums on the host as soon as it is complete, and released, so that no two large gradients
 are alive at once (with several processes, when the backward of the batch is done, so that all add up the same). `memory="exact"` keeps one fp32 sum a weight. `memory="pool"` keeps the sums of the largest eighth
@@ -36,11 +37,12 @@ from tqdm.auto import tqdm
 from .batches import batches, is_first_process, loader, world
 from .channel_norms import ChannelNorms, measure_channels
 from .core import ExtConfig, QuantisedWeight, in_order, require_model, tuner_of
-from .scores import ExactScores, PooledScores, Scores
+from .scores import ExactScores, PooledScores, Scores, random_scores
 
 
 ACTIVATION = "activation"  # what a pass of another sort measures, see `channel_norms.py`
 KINDS = ("sensitivity", "fisher", "magnitude", "snip", "gradient")
+RANDOM = "random"  # no pass at all
 
 
 def calibrate(
@@ -64,16 +66,17 @@ def calibrate(
     Args:
         model: The model without this adapter, as it is about to be given to `get_peft_model`.
         config: A config that looks at data, such as `SparseFTConfig(selection="sensitivity", density=0.01)`.
-        dataloader: Gives batches, each a mapping that is passed to the model as keyword arguments.
+        dataloader: Gives batches, each a mapping that is passed to the model as keyword arguments. With `kind="random"`
+            there is none.
         loss_fn: Makes the mean loss of a batch, `loss_fn(model, batch)`, if it is not the `loss` of what the model
             returns.
         num_batches: At most so many batches are looked at.
         trainer: Instead of `dataloader`: a `Trainer` or `SFTTrainer` that was made with the same model and data, but
             without `peft_config`; the batches are those that it would train on.
         budgets: Several budgets to calibrate for in one pass.
-        kind: `"sensitivity"`, `"fisher"`, `"magnitude"`, `"snip"` or `"gradient"`; see the top of `calibrate.py`. `None` takes what
-            suits the method and its config: `"magnitude"` for masks, `"activation"` for channels that are chosen by it
-            (see `channel_norms.py`; no loss is needed), else `"sensitivity"`.
+        kind: `"sensitivity"`, `"fisher"`, `"magnitude"`, `"snip"`, `"gradient"` or `"random"`; see the top of
+            `calibrate.py`. `None` takes what suits the method and its config: `"magnitude"` for masks, `"activation"`
+            for channels that are chosen by it (see `channel_norms.py`; no loss is needed), else `"sensitivity"`.
         memory: `"exact"`, four bytes a weight on the host, or `"pool"`, one: for budgets well below an eighth of the
             weights.
         progress: Show a bar, and print a summary of what was decided.
@@ -102,8 +105,14 @@ def calibrate(
         raise ValueError(
             f"`kind={kind!r}` is not what this {type(config).__name__} goes by, which is {needed!r}: leave `kind` out."
         )
-    if needed == ACTIVATION:
-        measured: Any = _measure_channels(model, config, dataloader, loss_fn, num_batches, trainer, memory, progress)
+    if kind == RANDOM:
+        _refuse_data(
+            dataloader=dataloader, loss_fn=loss_fn, trainer=trainer, memory=None if memory == "exact" else memory
+        )
+        sizes = {name: parameter.numel() for name, parameter in tuner.candidates(config, model).items()}
+        measured: Any = random_scores(sizes, getattr(config, "seed", 0))
+    elif needed == ACTIVATION:
+        measured = _measure_channels(model, config, dataloader, loss_fn, num_batches, trainer, memory, progress)
     else:
         measured = measure(
             model,
@@ -125,6 +134,11 @@ def calibrate(
     if progress and is_first_process():
         _print(*tuner.calibration_report(config, full_report), wide=full_report)
     return config
+
+
+def _refuse_data(**given: Any) -> None:
+    if unused := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"`kind='random'` looks at no data, so that `{unused[0]}` has no effect: leave it out.")
 
 
 def _print(title: str, rows: Sequence[Mapping[str, Any]], wide: bool) -> None:
@@ -176,7 +190,7 @@ def measure(
     With `training=False` the model is in eval mode; `dtype` is that of exact sums.
     """
     if kind not in KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
+        raise ValueError(f"`kind` must be one of {', '.join((*KINDS, RANDOM))}, got {kind!r}.")
     if memory not in ("exact", "pool"):
         raise ValueError(f"`memory` must be 'exact' or 'pool', got {memory!r}.")
     if memory == "pool" and kind in ("snip", "gradient"):

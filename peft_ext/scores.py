@@ -139,6 +139,14 @@ class ExactScores(Scores):
         self.sums[name].add_(values.cpu())
 
 
+def random_scores(sizes: Mapping[str, int], seed: int) -> ExactScores:
+    """Scores that are drawn uniformly, the same in all processes: what is chosen by them is chosen by chance."""
+    scores = ExactScores(sizes)
+    for name, sums in scores.sums.items():
+        sums.uniform_(generator=stable_generator(seed, name))
+    return scores
+
+
 class PooledScores(Scores):
     """Sums of the largest weights only: flat indices, int32, and fp32 sums of an eighth of all weights at most.
 

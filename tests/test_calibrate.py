@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 import peft_ext
 from peft_ext import LoraSBConfig, MaskLoraConfig, S2FTConfig, SCTConfig, SparseFTConfig, SPTConfig, SSFConfig
 from peft_ext.calibrate import KINDS, measure
-from peft_ext.scores import ExactScores, PooledScores
+from peft_ext.scores import ExactScores, PooledScores, random_scores
 
 
 def batches(count: int = 3, size: int = 4, length: int = 9) -> list[dict[str, torch.Tensor]]:
@@ -374,6 +374,37 @@ def test_what_a_calibration_has_found_is_saved_with_the_config(name: str, tmp_pa
         states.append(get_peft_model(tiny("llama"), made).state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("name", ["spt", "sparse", "masks"])
+def test_by_chance(name: str) -> None:
+    """Without data, from the config's seed; another seed chooses others."""
+    found = []
+    for seed in (0, 0, 1):
+        config = CALIBRATED[name]()
+        config.seed = seed
+        peft_ext.calibrate(tiny("llama"), config, kind="random", progress=False)
+        torch.manual_seed(0)
+        found.append(get_peft_model(tiny("llama"), config).state_dict())
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
+    assert any(key not in found[2] or not torch.equal(tensor, found[2][key]) for key, tensor in found[0].items())
+
+
+def test_random_scores_are_spread_over_all_tensors() -> None:
+    sizes = {"a": 40_000, "b": 10_000}
+    scores = random_scores(sizes, seed=3)
+    top = scores.top(5_000)
+    assert {name: len(places) for name, places in top.items()} == pytest.approx({"a": 4_000, "b": 1_000}, abs=120)
+    assert not torch.equal(scores.of("a")[:10_000], scores.of("b"))
+
+
+@pytest.mark.parametrize("given", ["dataloader", "loss_fn", "trainer", "memory"])
+def test_what_a_choice_by_chance_does_not_look_at_is_refused(given: str) -> None:
+    value: Any = {"dataloader": batches(), "loss_fn": lambda m, b: m(**b).loss, "trainer": object(), "memory": "pool"}
+    with pytest.raises(ValueError, match=f"looks at no data, so that `{given}` has no effect"):
+        peft_ext.calibrate(tiny("llama"), CALIBRATED["spt"](), kind="random", **{given: value[given]})
+    with pytest.raises(ValueError, match="is not what this LoraSBConfig goes by"):
+        peft_ext.calibrate(tiny("llama"), CALIBRATED["lora-sb"](), kind="random")
 
 
 @pytest.mark.parametrize("name", ["sparse", "masks"])

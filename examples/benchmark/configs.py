@@ -52,7 +52,6 @@ from peft_ext import (
 from peft_ext.architectures import describe
 from peft_ext.channel_norms import ChannelNorms
 from peft_ext.core import features_of, tuner_of
-from peft_ext.scores import ExactScores
 from peft_ext.tuners.mask_pruning import MaskLoraLayer
 
 
@@ -199,16 +198,9 @@ def spt(setting: Setting, at_random: bool = False, spread: float = 0.0) -> PeftC
     """Without dropout, as LoRA here: only where the parameters are differs."""
     plain: dict[str, Any] = {"r": 8, "lora_alpha": 16, "dropout": 0.0, "drop_path": 0.0}
     config = SPTConfig(task_type=setting.task_type, budget=setting.budget, spread=spread, seed=setting.seed, **plain)
-    if not at_random:
-        return calibrated(setting, config)
-    tuner = tuner_of(config)  # the same budget, the same kinds of module, but spent without having looked
-    candidates = tuner.candidates(config, setting.model)
-    chance = ExactScores({name: weight.numel() for name, weight in candidates.items()})
-    generator = torch.Generator().manual_seed(setting.seed)
-    for sums in chance.sums.values():
-        sums.uniform_(generator=generator)
-    tuner.take_scores(config, setting.model, chance)
-    return config
+    if at_random:  # the same budget, the same kinds of module, but spent without having looked
+        return peft_ext.calibrate(setting.model, config, kind="random", progress=False)
+    return calibrated(setting, config)
 
 
 def s2ft(setting: Setting, kinds: tuple[str, ...] = ("down",), **options: Any) -> PeftConfig:
