@@ -96,6 +96,7 @@ class TestBinaryLora(SequenceTests):
 
 class TestSpiel(SequenceTests):
     method = METHODS["spiel"]
+    sequences = 60  # the optimizer of each model is looked for among all live objects
 
 
 class TestWeGeFT(SequenceTests):

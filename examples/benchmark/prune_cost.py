@@ -76,28 +76,29 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """In Markdown."""
-    machine = results[0]["training"]["machine"]
-    settings = results[0]["training"]["settings"]
+    machines = [found["training"]["machine"] for found in results]
     lines = [
-        f"{machine['cpu']}, {settings['threads']} threads, torch {machine['torch']}, {settings['rounds']} rounds in turns.",
+        "; ".join(dict.fromkeys(f"{machine['cpu']}, torch {machine['torch']}" for machine in machines)),
         "",
-        "| model | training step over LoRA's (quartiles) | saved over LoRA's | cut | batch | FLOPs | time | kept promise |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | threads, rounds in turns | training step over LoRA's (quartiles) | saved over LoRA's | cut | batch | FLOPs | time | kept promise |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for found in results:
+        settings = found["training"]["settings"]
         step = "{:.2f} ({:.2f} to {:.2f})".format(*found["step_over_lora"])
         left = [
             f"{found['about']}, {found['workload']}",
+            f"{settings['threads']}, {settings['rounds']}",
             step,
             f"{found['saved_over_lora']:.3f}",
-            f"{found['share']:.0%}",
+            f"{100 * found['share']:g} %",
         ]
         for run in found["inference"]["runs"]:
             flops = run["flops"]["after"] / run["flops"]["before"]
             time = run["seconds"]["after"] / run["seconds"]["before"]
             right = [f"{run['batch_size']}", f"{flops:.3f}", f"{time:.3f}", f"{flops / time:.2f}"]
             lines.append(f"| {' | '.join([*left, *right])} |")
-            left = ["", "", "", ""]
+            left = [""] * len(left)
     return "\n".join(lines)
 
 
