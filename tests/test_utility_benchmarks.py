@@ -181,3 +181,7 @@ def test_recipes_look_at_validation_alone() -> None:
     ]
     made = recipes.table(rows, ["lora", "ssf"])
     assert "| LoRA | 0.001 * (1) |" in made and "| SSF | 0.003 (3) |" in made
+    assert "trec" not in recipes.variants_table(rows)
+    variants = [row | {"method": {"lora": "spt", "ssf": "spt-random"}[row["method"]]} for row in rows]
+    assert "| SPT | a budget by sensitivity; by chance | trec | 0.900; 0.800 |" in recipes.variants_table(variants)
+    assert "trec" not in recipes.variants_table(variants[1:]), "one rate is no grid"

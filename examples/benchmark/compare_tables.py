@@ -24,7 +24,7 @@ def rank_table(rows: Sequence[dict[str, Any]], budget: float = 1.0) -> str:
         ValueError: LoRA was not run on all tasks.
     """
     cells = chosen(of_most_methods(rows))
-    names = _names([(task, settings) for task, _, _, settings in cells])
+    names = names_of([(task, settings) for task, _, _, settings in cells])
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for (task, method, share, settings), seeds in cells.items():
         if share == budget or method in OF_THEIR_OWN_SIZE:
@@ -59,7 +59,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     notes: dict[str, list[str]] = {}
-    names = _names([(task, settings) for task, _, _, settings in cells])
+    names = names_of([(task, settings) for task, _, _, settings in cells])
     for (task, method, budget, settings), seeds in cells.items():
         values = [row["test"] for row in seeds.values()]
         spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
@@ -91,7 +91,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([caption, "", *lines])
 
 
-def _names(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+def names_of(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """What a table calls each task with its settings: the task, and in which settings it differs from itself."""
     names = {}
     for task, settings in pairs:

@@ -1,7 +1,7 @@
 """Where to start with a method: the learning rates that were best on validation data, beside LoRA's.
 
     python examples/benchmark/recipes.py                          # prints the table
-    python examples/benchmark/recipes.py --write docs/recipes.md  # puts it between its markers
+    python examples/benchmark/recipes.py --write docs/recipes.md  # puts the tables between their markers
 
 It reads what `compare.py` has run (`results/compare.jsonl`): the rate with the first seed that was best on the
 validation split, at LoRA r=8's budget or the method's own size. Test scores are not looked at. A rate at the end of
@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from chosen_runs import RESULTS, load_results, tried
+from compare_tables import names_of
 from methods import LORA, METHODS, title
 from resumable import markdown, write_between
 from tasks import find_task
@@ -31,6 +32,18 @@ MODELS = {  # by the model of the task
     "dinov2-small": "DINOv2-S",
     "smollm2": "SmolLM2-135M",
 }
+
+VARIANTS = (  # what differs, and the methods of the comparison that differ in it
+    ("a support at random; of the largest scores", ("random", "sensitivity")),
+    ("a budget by sensitivity; by chance", ("spt", "spt-random")),
+    ("moves every 20 steps; every 100", ("spiel-ag", "spiel-ag-100")),
+    ("the first move replaces all; a fifth", ("spiel-ag", "spiel-ag-cosine")),
+    ("the second layers; all kinds of module", ("s2ft", "s2ft-everywhere")),
+    ("from the first step; from the weights", ("lora-sb", "lora-xs")),
+    ("prompts at random; from class tokens", ("vpt", "vpt-class-tokens")),
+    ("behind the attention; the feed-forward part", ("sct", "sct-mlp")),
+    ("32 bits; one", ("adapter", "bi-adaptformer")),
+)
 
 
 def rates(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, tuple[float, bool]]]:
@@ -68,15 +81,31 @@ def table(rows: Sequence[dict[str, Any]], methods: Iterable[str] = METHODS) -> s
     return markdown(("method", *(MODELS[model] for model in models)), lines, 1)
 
 
+def variants_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The best validation score of each of two variants with the first seed, on the tasks where both were run."""
+    lines = []
+    for text, methods in VARIANTS:
+        runs = {
+            (task, settings): [tried(rows, task, method, 1.0, settings) for method in methods]
+            for task, settings in dict.fromkeys((row["task"], row["settings"]) for row in rows)
+        }
+        runs = {key: found for key, found in runs.items() if all(len(one) > 1 for one in found)}  # more than one rate
+        for (task, settings), name in names_of(list(runs)).items():
+            scores = "; ".join(f"{next(iter(one.values()))['validation']:.3f}" for one in runs[task, settings])
+            lines.append((title(methods[0]), text, f"{name}{' (loss)' * find_task(task).less_is_better}", scores))
+    return markdown(("method", "variants", "task", "validation"), lines, 3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
-    made = table(load_results(RESULTS))
+    rows = load_results(RESULTS)
+    made = {"rates": table(rows), "variants": variants_table(rows)}
     if options.write:
-        write_between(options.write, {"rates": made})
+        write_between(options.write, made)
     else:
-        print(made)
+        print("\n\n".join(made.values()))
 
 
 if __name__ == "__main__":
