@@ -73,7 +73,7 @@ def calibrate(
         num_batches: At most so many batches are looked at.
         trainer: Instead of `dataloader`: a `Trainer` or `SFTTrainer` that was made with the same model and data, but
             without `peft_config`; the batches are those that it would train on.
-        budgets: Several budgets to calibrate for in one pass.
+        budgets: Several budgets to calibrate for in one pass: shares below 1, or whole numbers of parameters.
         kind: `"sensitivity"`, `"fisher"`, `"magnitude"`, `"snip"`, `"gradient"` or `"random"`; see the top of
             `calibrate.py`. `None` takes what suits the method and its config: `"magnitude"` for masks, `"activation"`
             for channels that are chosen by it (see `channel_norms.py`; no loss is needed), else `"sensitivity"`.
@@ -99,6 +99,7 @@ def calibrate(
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # by whose names a config goes
     tuner = tuner_of(config)
+    configs = {} if budgets is None else {share: tuner.with_budget(config, share) for share in _checked(budgets)}
     needed = tuner.kind_for(config)
     apart = {ACTIVATION, "gradient"}  # no scores that the others could stand for: channels' norms, and signed sums
     if kind is not None and kind != needed and {kind, needed} & apart:
@@ -125,15 +126,28 @@ def calibrate(
             memory=memory,
             progress=progress,
         )
-    if budgets is not None:
-        configs = {budget: tuner.with_budget(config, budget) for budget in budgets}
-        for other in configs.values():
-            tuner.take_scores(other, model, measured)
+    for other in configs.values():
+        tuner.take_scores(other, model, measured)
+    if configs:
         return configs
     tuner.take_scores(config, model, measured)
     if progress and is_first_process():
         _print(*tuner.calibration_report(config, full_report), wide=full_report)
     return config
+
+
+def _checked(budgets: Sequence[float]) -> Sequence[float]:
+    """`budgets` as they are, if each is a share below 1 or a whole number."""
+    if isinstance(budgets, str) or not isinstance(budgets, Sequence):
+        raise TypeError(f"`budgets` must be a list of shares or numbers of parameters, got {budgets!r}.")
+    for budget in budgets:
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+            raise TypeError(f"`budgets` must be numbers, got {budget!r}.")
+        if not 0 < budget < float("inf") or (budget >= 1 and budget != int(budget)):
+            raise ValueError(f"Each of `budgets` must be a share below 1 or a whole number, got {budget!r}.")
+    if len(set(budgets)) < len(budgets) or not budgets:
+        raise ValueError(f"`budgets` must name at least one, and each once, got {list(budgets)!r}.")
+    return budgets
 
 
 def _refuse_data(**given: Any) -> None:

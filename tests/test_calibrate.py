@@ -407,6 +407,31 @@ def test_what_a_choice_by_chance_does_not_look_at_is_refused(given: str) -> None
         peft_ext.calibrate(tiny("llama"), CALIBRATED["lora-sb"](), kind="random")
 
 
+@pytest.mark.parametrize("name", ["spt", "sparse"])
+@pytest.mark.parametrize(
+    ("budgets", "error"),
+    [
+        ([-3], ValueError),
+        ([0], ValueError),
+        ([1.5], ValueError),
+        ([float("nan")], ValueError),
+        ([0.01, 0.01], ValueError),
+        ([], ValueError),
+        (["a"], TypeError),
+        ([True], TypeError),
+        (300, TypeError),
+        ("300", TypeError),
+    ],
+)
+def test_budgets_are_looked_at_before_the_pass(name: str, budgets: Any, error: type[Exception]) -> None:
+    def data() -> Iterator[Any]:
+        raise AssertionError("the pass has begun")
+        yield
+
+    with pytest.raises(error, match="`budgets`"):
+        peft_ext.calibrate(tiny("llama"), CALIBRATED[name](), data(), budgets=budgets, progress=False)
+
+
 @pytest.mark.parametrize("name", ["sparse", "masks"])
 def test_a_damaged_or_missing_calibration_is_refused(name: str, tmp_path: Path) -> None:
     config = peft_ext.calibrate(tiny("llama"), CALIBRATED[name](), [inputs("llama")], progress=False)
