@@ -133,7 +133,8 @@ def setting_of(plan: Plan, args: argparse.Namespace, made: Prepared) -> Setting:
     set_seed(plan.seed)
     task_type = "CAUSAL_LM" if find_task(plan.task).kind == "causal" else "SEQ_CLS"
     batches = DataLoader(made.data["train"], batch_size=32, collate_fn=made.collate)  # type: ignore[arg-type]
-    return Setting(made.make_model(), task_type, plan.budget, steps_of(args, made), plan.seed, batches)
+    model = made.make_model().to("cuda" if torch.cuda.is_available() else "cpu")  # before anything looks at it
+    return Setting(model, task_type, plan.budget, steps_of(args, made), plan.seed, batches)
 
 
 def steps_of(args: argparse.Namespace, made: Prepared) -> int:
