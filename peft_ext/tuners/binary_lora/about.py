@@ -34,7 +34,7 @@ class BinaryLoraAbout(About):
 
 ABOUT = BinaryLoraAbout(
     name="Bi-LoRA",
-    idea="trains low-rank updates whose weights have one bit, or a few, while they act; files are a thirty-second of "
+    idea="trains low-rank updates whose weights have one bit, or a few, while they act; on disk these take a thirty-second of "
     "LoRA's at the same rank.",
     paper=PAPER,
     bibtex=BIBTEX,
