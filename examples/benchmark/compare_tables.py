@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
-from chosen_runs import chosen, of_most_methods, without_lone_references
+from chosen_runs import chosen, of_most_methods, tried, without_lone_references
 from methods import LORA, OF_THEIR_OWN_SIZE
 from ranks import complete, mean_ranks
 
@@ -60,35 +60,45 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     notes: dict[str, list[str]] = {}
     names = names_of([(task, settings) for task, _, _, settings in cells])
+    most = max((len(seeds) for seeds in cells.values()), default=0)
     for (task, method, budget, settings), seeds in cells.items():
-        values = [row["test"] for row in seeds.values()]
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        lora = cells.get((task, LORA, budget, settings), {})
-        common = sorted(set(seeds) & set(lora))
-        differences = [seeds[seed]["test"] - lora[seed]["test"] for seed in common]
-        against = ""
-        if method != LORA and differences:
-            against = f"{mean(differences):+.3f}"
-            if len(differences) > 1:
-                low, high = bootstrap(differences)
-                against += f" ({low:+.3f} to {high:+.3f})"
+        lora = {} if method == LORA else cells.get((task, LORA, budget, settings), {})
         first = next(iter(seeds.values()))
+        tried_rates = tried(rows, task, method, budget, settings)
+        mark = " *" if first["learning_rate"] in (min(tried_rates), max(tried_rates)) else ""
         share = "" if budget == 1.0 or method in OF_THEIR_OWN_SIZE else f", budget x {budget:g}"
+        seconds = mean(row["seconds"] for row in seeds.values())
         lines.append(
             f"| {names[task, settings]} ({first['metric']}) | {method}{share} | {first['trained']:,} | "
-            f"{first['learning_rate']:g} | {mean(values):.3f}{spread} | {against} | {mean(row['seconds'] for row in seeds.values()):.0f} |"
+            f"{first['learning_rate']:g}{mark} | {_scored(seeds, most)} | {_against(seeds, lora)} | {seconds:.0f} |"
         )
         where = ", ".join(f"{size} {split}" for split, size in first["sizes"].items())
         notes.setdefault(f"{settings} ({where})", []).append(names[task, settings])
     text = "; ".join(f"{', '.join(dict.fromkeys(tasks))}: {note}" for note, tasks in notes.items())
     rates = sorted({row["learning_rate"] for row in rows})
-    seeds_run = max((len(seeds) for seeds in cells.values()), default=0)
     caption = (
-        f"Mean ± standard deviation over up to {seeds_run} seeds (no ±: one seed); learning rate of "
-        f"{', '.join(f'{r:g}' for r in rates)} by the validation split with the first seed. In brackets a 95 % "
-        f"bootstrap interval over the seeds. The seconds are those of a shared machine. {text}."
+        f"Mean ± standard deviation over {most} seeds unless another number is said (no ±: one seed); learning rate of "
+        f"{', '.join(f'{r:g}' for r in rates)} by the validation split with the first seed (*: the smallest or the largest "
+        "that was tried). In brackets a 95 % bootstrap interval over the seeds. The seconds are those of a shared machine. "
+        f"{text}."
     )
     return "\n".join([caption, "", *lines])
+
+
+def _scored(seeds: Mapping[int, dict[str, Any]], most: int) -> str:
+    """The mean of the test scores, with their standard deviation."""
+    values = [row["test"] for row in seeds.values()]
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread}" + (f" ({len(values)} seeds)" if 1 < len(values) < most else "")
+
+
+def _against(seeds: Mapping[int, dict[str, Any]], lora: Mapping[int, dict[str, Any]]) -> str:
+    """The mean difference from LoRA over the seeds that both have, with its interval."""
+    differences = [seeds[seed]["test"] - lora[seed]["test"] for seed in sorted(set(seeds) & set(lora))]
+    if len(differences) < 2:
+        return "".join(f"{difference:+.3f}" for difference in differences)
+    low, high = bootstrap(differences)
+    return f"{mean(differences):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def names_of(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
