@@ -76,8 +76,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         notes.setdefault(f"{settings} ({where})", []).append(names[task, settings])
     text = "; ".join(f"{', '.join(dict.fromkeys(tasks))}: {note}" for note, tasks in notes.items())
     rates = sorted({row["learning_rate"] for row in rows})
+    several = f"Mean ± standard deviation over {most} seeds unless another number is said (no ±: one seed)"
     caption = (
-        f"Mean ± standard deviation over {most} seeds unless another number is said (no ±: one seed); learning rate of "
+        f"{several if most > 1 else 'One seed'}; learning rate of "
         f"{', '.join(f'{r:g}' for r in rates)} by the validation split with the first seed (*: the smallest or the largest "
         "that was tried). In brackets a 95 % bootstrap interval over the seeds. The seconds are those of a shared machine. "
         f"{text}."
