@@ -101,6 +101,8 @@ def calibrate(
     tuner = tuner_of(config)
     configs = {} if budgets is None else {share: tuner.with_budget(config, share) for share in _checked(budgets)}
     needed = tuner.kind_for(config)
+    if kind not in (None, ACTIVATION, RANDOM, *KINDS):
+        raise ValueError(f"`kind` must be one of {', '.join((*KINDS, RANDOM))}, got {kind!r}.")
     apart = {ACTIVATION, "gradient"}  # no scores that the others could stand for: channels' norms, and signed sums
     if kind is not None and kind != needed and {kind, needed} & apart:
         raise ValueError(
@@ -204,7 +206,7 @@ def measure(
     With `training=False` the model is in eval mode; `dtype` is that of exact sums.
     """
     if kind not in KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join((*KINDS, RANDOM))}, got {kind!r}.")
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
     if memory not in ("exact", "pool"):
         raise ValueError(f"`memory` must be 'exact' or 'pool', got {memory!r}.")
     if memory == "pool" and kind in ("snip", "gradient"):

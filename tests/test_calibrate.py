@@ -407,6 +407,15 @@ def test_what_a_choice_by_chance_does_not_look_at_is_refused(given: str) -> None
         peft_ext.calibrate(tiny("llama"), CALIBRATED["lora-sb"](), kind="random")
 
 
+def test_kinds_are_named_where_they_can_be_given() -> None:
+    """`random` is one of `calibrate`; the pass itself has no such kind, and does not offer it."""
+    with pytest.raises(ValueError, match=r"must be one of sensitivity, .*, gradient, random, got 'grad'"):
+        peft_ext.calibrate(tiny("llama"), CALIBRATED["spt"](), batches(), kind="grad")
+    model = bert()
+    with pytest.raises(ValueError, match=r"must be one of sensitivity, .*, gradient, got 'random'"):
+        measure(model, linears(model), batches(), kind="random", progress=False)
+
+
 @pytest.mark.parametrize("name", ["spt", "sparse"])
 @pytest.mark.parametrize(
     ("budgets", "error"),

@@ -86,9 +86,8 @@ def test_training_saving_and_merging(method: Method, name: str, precision: str, 
             assert error <= 0.1 * expected.abs().float().mean()  # each weight is rounded once
 
 
-@pytest.mark.filterwarnings(
-    "ignore:TensorFloat32 tensor cores", r"ignore:\s*Online softmax is disabled"
-)  # inductor's advice
+# inductor's advice
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", r"ignore:\s*Online softmax is disabled")
 @pytest.mark.parametrize(("method", "name"), [case for case in CASES if "mlp" not in case.id])
 def test_compiled(method: Method, name: str) -> None:
     model = method.adapted(name).to(DEVICE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ def tried(
 def best_rate(rows: Sequence[dict[str, Any]], *cell: Any) -> float | None:
     """The learning rate of the best validation score with the first seed; `None` if there is no run."""
     return next(iter(tried(rows, *cell)), None)
+
+
+def is_open(runs: Mapping[float, Any]) -> bool:
+    """Whether the best rate (the first) is the smallest or the largest that was tried: a better one may lie beyond."""
+    return next(iter(runs)) in (min(runs), max(runs))
 
 
 def chosen(rows: Sequence[dict[str, Any]]) -> dict[Cell, dict[int, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
-from chosen_runs import chosen, of_most_methods, tried, without_lone_references
+from chosen_runs import chosen, is_open, of_most_methods, tried, without_lone_references
 from methods import LORA, OF_THEIR_OWN_SIZE
 from ranks import complete, mean_ranks
 
@@ -64,8 +64,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for (task, method, budget, settings), seeds in cells.items():
         lora = {} if method == LORA else cells.get((task, LORA, budget, settings), {})
         first = next(iter(seeds.values()))
-        tried_rates = tried(rows, task, method, budget, settings)
-        mark = " *" if first["learning_rate"] in (min(tried_rates), max(tried_rates)) else ""
+        mark = " *" if is_open(tried(rows, task, method, budget, settings)) else ""
         share = "" if budget == 1.0 or method in OF_THEIR_OWN_SIZE else f", budget x {budget:g}"
         seconds = mean(row["seconds"] for row in seeds.values())
         lines.append(

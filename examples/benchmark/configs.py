@@ -50,6 +50,7 @@ from peft_ext import (
     fix_masks,
 )
 from peft_ext.architectures import describe
+from peft_ext.batches import batches
 from peft_ext.channel_norms import ChannelNorms
 from peft_ext.core import features_of, tuner_of
 from peft_ext.tuners.mask_pruning import MaskLoraLayer
@@ -316,7 +317,7 @@ def fused(setting: Setting) -> PeftConfig:
         model = get_peft_model(copy.deepcopy(setting.model), LoraConfig(**setting.ranked()))
         if setting.batches is not None:
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-            for number, batch in enumerate(setting.batches):
+            for number, batch in enumerate(batches(setting.batches, len(setting.batches), model)):
                 if number % GIVEN == part:
                     model(**batch).loss.backward()
                     optimizer.step()

@@ -19,7 +19,7 @@ from typing import Any
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from chosen_runs import RESULTS, load_results, tried
+from chosen_runs import RESULTS, is_open, load_results, tried
 from compare_tables import names_of
 from methods import LORA, METHODS, title
 from resumable import markdown, write_between
@@ -53,8 +53,7 @@ def rates(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, tup
         runs = tried(rows, task, method, 1.0, settings)
         if runs and method in METHODS and (model := find_task(task).model) in MODELS:
             best = next(iter(runs))
-            is_end = best in (min(runs), max(runs))
-            found.setdefault((model, method), {})[f"{task}, {settings}"] = best, is_end
+            found.setdefault((model, method), {})[f"{task}, {settings}"] = best, is_open(runs)
     return found
 
 
