@@ -328,6 +328,57 @@ def test_training_goes_on_from_a_published_adapter(tmp_path: Path) -> None:
     assert later[-1] < first
 
 
+def _published(tmp_path: Path) -> Any:
+    model = get_peft_model(tiny("llama"), BinaryLoraConfig(r=3, init_weights=False, dropout=0.0)).eval()
+    model.save_pretrained(str(tmp_path))
+    return model
+
+
+def test_compiled_before_the_first_forward(tmp_path: Path) -> None:
+    """transformers' loader gives the tensors past `load_state_dict`; a copy and a move make others of them."""
+    batch, expected = inputs("llama"), logits(_published(tmp_path), inputs("llama"))
+    theirs = tiny("llama")
+    theirs.load_adapter(str(tmp_path))
+    for model in (theirs, copy.deepcopy(theirs), theirs._apply(torch.clone)):
+        torch.compiler.reset()
+        compiled = torch.compile(model.eval(), backend="eager")
+        torch.testing.assert_close(logits(compiled, batch), expected)
+    moved = theirs.to("meta")
+    leaves = [leaf for leaf in moved.modules() if isinstance(leaf, LowBitMatrix)]
+    assert leaves and all(leaf._decoded is None for leaf in leaves)
+
+
+@pytest.mark.parametrize("way", ["vector", "data", "copy, data", "copy, state"])
+def test_latents_that_others_write_over_a_loaded_adapter_count(way: str, tmp_path: Path) -> None:
+    """`vector_to_parameters` and moving averages write to `.data`, or average everything that a state has."""
+    _published(tmp_path)
+    model = PeftModel.from_pretrained(tiny("llama"), str(tmp_path), is_trainable=True)
+    averaged = copy.deepcopy(model).requires_grad_(False) if way.startswith("copy") else model
+    generator = torch.Generator().manual_seed(0)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    target = {key: p + torch.randn(p.shape, generator=generator) * 0.3 for key, p in trained.items()}
+    with torch.no_grad():
+        if way == "vector":
+            torch.nn.utils.vector_to_parameters(
+                torch.cat([value.flatten() for value in target.values()]), trained.values()
+            )
+        elif way == "copy, state":
+            for key, parameter in trained.items():
+                parameter.copy_(target[key])
+            logits(model, inputs("llama"))  # takes note
+            for old, new in zip(averaged.state_dict().values(), model.state_dict().values(), strict=True):
+                old.copy_(0.9 * old + 0.1 * new)
+        else:
+            for key in trained:
+                data = averaged.get_parameter(key).data
+                data.copy_(target[key]) if way == "data" else data.lerp_(target[key], 0.1)
+    plain = get_peft_model(tiny("llama"), BinaryLoraConfig(r=3, init_weights=False, dropout=0.0)).eval()
+    with torch.no_grad():
+        for key in trained:
+            plain.get_parameter(key).copy_(averaged.get_parameter(key))
+    torch.testing.assert_close(logits(averaged.eval(), inputs("llama")), logits(plain, inputs("llama")))
+
+
 @pytest.mark.capability("conversion to LoRA", "binary_low_rank")
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_export_to_lora(name: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import takewhile
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 class Listener:
     """A forward pre-hook that keeps what its module reads, until the layer that it listens for has taken it.
 
-    The hook is inside the block, so that gradient checkpointing runs it again. A copy of a whole block has a listener of
+    Each thread has a value of its own, since a server may run several forwards of one model at a time. The hook is inside the block, so that gradient checkpointing runs it again. A copy of a whole block has a listener of
     its own. A copy of the module alone has the same one: PEFT copies the modules of `modules_to_save`, hooks included.
 
     Args:
@@ -20,7 +21,23 @@ class Listener:
 
     def __init__(self, home: nn.Module) -> None:
         self.home = home
-        self.value: Any = None
+        self._heard = threading.local()
+
+    @property
+    def value(self) -> Any:
+        """What the module has read in this thread; `None` if it was not called, or its input was taken."""
+        return getattr(self._heard, "value", None)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._heard.value = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"home": self.home}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.home = state["home"]
+        self._heard = threading.local()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.value = args[0] if args else next(iter(kwargs.values()))

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from ..core import HALF, ExactLeaf
 from ..core.schedule import listen_to_steps, optimizer_of
-from ..core.sharding import owned_weight, put, whole
+from ..core.sharding import is_sharded, owned_weight, put, whole
 from .codebook import Coded, coded_size, decode, encode, latents, used_values
 
 
 LATENT = "low_bit_latent"  # in the optimizer's state of a weight, so that a training can be resumed
-UNSET = -1.0  # the spread in `stats` while the latents are what counts
+UNSET = -1e30  # the spread in `stats` while the latents count; so far from any that averages with it say so, too
 
 
 class FullMatrix(ExactLeaf):
@@ -38,6 +38,10 @@ class LowBitMatrix(FullMatrix):
     they were loaded, they are what acts, until the first step of an optimizer: then the latents are those in the
     optimizer's state, if a training is resumed, or else ones that have these codes. `stats` says which holds: its
     spread is negative while the latents count.
+
+    Latents that somebody writes count at once. The version of a tensor tells of that, but not of a write to `.data`
+    (moving averages, TRL's synchronised reference): where the matrix, or the one it is a copy of, is trained, the
+    values are looked at. What is only loaded to be run is spared that, since a GPU would have to be waited for.
     """
 
     training_only = ("weight",)  # a file need not have it
@@ -49,26 +53,38 @@ class LowBitMatrix(FullMatrix):
         self.register_buffer("stats", torch.tensor([0.0, UNSET]))
         self._decoded: torch.Tensor | None = None
         self._seen: Any = None
+        self._sum: float | None = None  # of the latents, when they were looked at
+        self._watched = False  # whether their values are looked at
         listen_to_steps(self)
 
     codes: torch.Tensor
     stats: torch.Tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoded": None, "_seen": None}
+        watched = self._watched or self.weight.requires_grad
+        return {**self.__dict__, "_decoded": None, "_seen": None, "_sum": None, "_watched": watched}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         listen_to_steps(self)  # copies and unpickled leaves too
+        self._loaded()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """transformers' loader gives tensors this way, past `load_state_dict`."""
+        super().__setattr__(name, value)
+        if name in ("codes", "stats") and name in self._buffers and "_watched" in self.__dict__:
+            self._seen = None
+            self._loaded()
 
     # What acts
 
     def _loaded(self) -> torch.Tensor | None:
         """The values that a file brought, while they are what acts."""
-        if torch.compiler.is_compiling():  # was looked at before
+        if torch.compiler.is_compiling():  # was looked at when its tensors were made, given or moved
             return self._decoded
         now = _versions(self.codes), _versions(self.stats), _versions(self.weight)
-        if self._seen is not None and _are_same(now, self._seen):
+        self._watched = self._watched or self.weight.requires_grad
+        if self._seen is not None and _are_same(now, self._seen) and not self._was_written():
             return self._decoded
         same_file = self._seen is not None and _are_same(now[:2], self._seen[:2])
         if same_file and self._decoded is not None and now[2][0] is self._seen[2][0]:
@@ -78,7 +94,19 @@ class LowBitMatrix(FullMatrix):
         if not (self.stats.is_meta or self.codes.is_meta) and self.stats[1] >= 0:
             with torch.inference_mode(False):
                 self._decoded = decode(Coded(self.codes, self._stats()), self.bits, self.shape)
+            self._sum = self._sum_of_latents()
         return self._decoded
+
+    def _was_written(self) -> bool:
+        """Whether the latents behind loaded values have others than when they were looked at."""
+        return self._decoded is not None and self._watched and self._sum_of_latents() != self._sum
+
+    def _sum_of_latents(self) -> float | None:
+        """`None` for what is no tensor of its own here: sharded, or somewhere else."""
+        weight = self.weight
+        if weight.is_meta or is_sharded(weight) or weight.shape != self.shape:
+            return None
+        return float(weight.detach().sum(dtype=torch.float64))
 
     def _stats(self) -> torch.Tensor:
         return self.stats.float() if self.stats.dtype in HALF else self.stats
@@ -162,6 +190,7 @@ class LowBitMatrix(FullMatrix):
         self._loaded()
         super()._apply(*args, **kwargs)
         self._seen = None
+        self._loaded()
         return self
 
     def extra_repr(self) -> str:
