@@ -4,12 +4,14 @@ The norm of channel c at a site, over all tokens x of the samples of a class, av
 
     norm_c = mean over classes of sqrt(sum of x_c^2)
 
-Without classes it is the norm over everything. Tokens that the attention mask leaves out do not count. Of a site with a
-`row`, the mean of that row over the samples of each class is taken instead.
+Without classes it is the norm over everything. Tokens that the attention mask leaves out do not count: in the decoder of
+an encoder-decoder those of `decoder_attention_mask`, or else the padding of `decoder_input_ids` or `labels`. Of a site
+with a `row`, the mean of that row over the samples of each class is taken instead.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +24,10 @@ from torch import distributed, nn
 from .core import evaluating
 
 
-_TOLD = ("attention_mask", "labels")  # of a batch
+# keys and values of a decoder's attention to the encoder's tokens, as T5, BART and BERT call them
+_OF_ENCODER = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\.(.+\.)?(k|v|[kv]_proj|key|value)$"
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def measure_channels(
     current: dict[str, Any] = {}
 
     def take(name: str, site: ChannelSite, activations: Any) -> None:
-        norms.add(name, *_values(activations, site, current["batch"]))
+        norms.add(name, *_values(activations, site, current["fields"], model))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -115,7 +120,7 @@ def measure_channels(
             hook = _hook(model.get_submodule(site.module), site.side, partial(take, name, site))
             stack.callback(hook.remove)
         for batch in batches:
-            current["batch"] = batch
+            current["fields"] = batch if isinstance(batch, Mapping) else {}
             if run is None and not isinstance(batch, Mapping):
                 raise ValueError(
                     f"A batch must be a mapping of keyword arguments of the model, got {type(batch).__name__}; for "
@@ -140,11 +145,12 @@ def _hook(module: nn.Module, side: str, take: Callable[[Any], None]) -> Any:
     )
 
 
-def _values(activations: Any, site: ChannelSite, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _values(
+    activations: Any, site: ChannelSite, fields: Mapping[str, Any], model: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The squares, or the values of the row, by sample `(B, C)` and the samples' classes `(B,)`."""
     x = activations[0] if isinstance(activations, tuple) else activations
-    fields: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
-    mask, labels = (value if isinstance(value, torch.Tensor) else None for value in map(fields.get, _TOLD))
+    mask, labels = _mask(site.module, fields, getattr(model, "config", None)), _tensor(fields, "labels")
     if mask is not None and mask.ndim == 2 and x.ndim == 2 and len(x) == mask.numel():
         x = x.view(*mask.shape, -1)  # some models fold the tokens into the batch
     values = x[:, site.row].float() if site.row is not None else _squares(x, site, mask)
@@ -153,6 +159,29 @@ def _values(activations: Any, site: ChannelSite, batch: Any) -> tuple[torch.Tens
         # the windows of an image follow one another
         return values, labels.repeat_interleave(len(values) // len(labels))
     return values, torch.zeros(len(values), dtype=torch.long, device=values.device)
+
+
+def _mask(module: str, fields: Mapping[str, Any], config: Any) -> torch.Tensor | None:
+    """Which tokens `(B, T)` of those that the module sees count; `None`: all."""
+    parts = module.split(".")
+    if any(part.startswith("vision") or part == "visual" for part in parts):
+        return None  # its tokens are patches
+    if not ("decoder" in parts and getattr(config, "is_encoder_decoder", False)) or _OF_ENCODER.search(module):
+        return _tensor(fields, "attention_mask")
+    given, ids, labels = (_tensor(fields, f) for f in ("decoder_attention_mask", "decoder_input_ids", "labels"))
+    padding = getattr(config, "pad_token_id", None)
+    if given is not None:
+        return given
+    if ids is not None and padding is not None:
+        mask = ids != padding
+        mask[:, 0] = True  # T5 starts with the padding token
+        return mask
+    return labels != -100 if ids is None and labels is not None and labels.ndim == 2 else None
+
+
+def _tensor(fields: Mapping[str, Any], name: str) -> torch.Tensor | None:
+    value = fields.get(name)
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _squares(x: torch.Tensor, site: ChannelSite, mask: torch.Tensor | None) -> torch.Tensor:

@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter as hotswap_built_in
 
-from .core import ExtConfig, ExtLayer, is_named
+from .core import ExtConfig, ExtLayer, SharingModel, is_named
 
 
-# what an adapter is for and where it acts: the names and shapes of its tensors say the latter
+# what an adapter is for and where it acts: the names and shapes of its tensors say the latter, or `_refuse_other_modules`
 _FREE = {
     *("base_model_name_or_path", "revision", "peft_version", "peft_ext_version", "auto_mapping", "task_type"),
     *("inference_mode", "init_weights"),
@@ -69,6 +69,7 @@ def hotswap_adapter(
         raise TypeError(f"{', '.join(unknown)}: no options of `hotswap_adapter`, which has {', '.join(_DOWNLOAD)}.")
     incoming = PeftConfig.from_pretrained(path, **kwargs)
     _refuse_another_function(peft_model, current, incoming, path)
+    _refuse_other_modules(peft_model, adapter_name, incoming, path)
     layers = [module for module in peft_model.modules() if isinstance(module, (ExtLayer, BaseTunerLayer))]
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights: call `unmerge_adapter()` first.")
@@ -100,6 +101,26 @@ def _refuse_another_function(model: PeftModel, current: ExtConfig, incoming: Any
         raise ValueError(
             f"The adapter {path!r} cannot take the place of that on the model, whose tensors it would read otherwise: "
             f"it has {listed}. Load it beside the other, with `load_adapter`."
+        )
+
+
+def _refuse_other_modules(model: PeftModel, adapter_name: str, incoming: ExtConfig, path: str) -> None:
+    """Raises `ValueError` if tensors that modules share would act on others than they were trained for."""
+    tuner = model.base_model
+    if not isinstance(tuner, SharingModel):
+        return
+    there = {
+        name
+        for name, layer in tuner.model.named_modules()
+        if isinstance(layer, ExtLayer) and adapter_name in layer._get_available_adapters()
+    }
+    wanted = set(tuner.resolved_targets(incoming, tuner.model))
+    there = {name for name in there if not name.startswith(f"{tuner.shared}.")}
+    if different := sorted(there ^ wanted):
+        raise ValueError(
+            f"The adapter {path!r} cannot take the place of that on the model, since they are on different modules "
+            f"({len(different)}, such as {different[0]!r}), which share tensors. Load it beside the other, with "
+            "`load_adapter`."
         )
 
 

@@ -60,6 +60,31 @@ def test_padding_does_not_count(side: str) -> None:
     torch.testing.assert_close(found, real.norm(dim=0), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("length", [7, 6])  # the encoder's own, and another
+@pytest.mark.parametrize("told", ["decoder_attention_mask", "decoder_input_ids", "labels"])
+def test_padding_of_each_stack_is_its_own(told: str, length: int) -> None:
+    model, batch = tiny("t5"), inputs("t5", batch=3)
+    batch = {"input_ids": batch["input_ids"], "attention_mask": torch.tensor([[1] * 2 + [0] * 5] * 3)}
+    counts = torch.tensor([[1] * length, [1] * 4 + [0] * (length - 4), [1] + [0] * (length - 1)])
+    tokens = torch.randint(3, 20, (3, length), generator=torch.Generator().manual_seed(0))
+    batch["labels" if told == "labels" else "decoder_input_ids"] = tokens
+    if told == "decoder_attention_mask":
+        batch[told] = counts
+    else:
+        tokens[counts == 0] = -100 if told == "labels" else model.config.pad_token_id
+    sites = {
+        "own": ("decoder.block.0.layer.2.DenseReluDense.wi_0", counts),
+        "crossed": ("decoder.block.0.layer.1.EncDecAttention.k", batch["attention_mask"]),
+        "encoder": ("encoder.block.0.layer.1.DenseReluDense.wi_0", batch["attention_mask"]),
+    }
+    kept: dict[str, torch.Tensor] = {}
+    for key, (module, _) in sites.items():
+        model.get_submodule(module).register_forward_hook(lambda _, args, out, key=key: kept.update({key: args[0]}))
+    found = measure_channels(model, {key: ChannelSite(m, "inputs") for key, (m, _) in sites.items()}, [batch])
+    for key, (_, mask) in sites.items():
+        torch.testing.assert_close(found.of(key), kept[key][mask.bool()].double().norm(dim=0), atol=1e-6, rtol=1e-6)
+
+
 def test_the_model_is_left_alone_and_bad_input_is_refused() -> None:
     model = tiny("bert").train()
     site = {"site": ChannelSite("bert.encoder.layer.0.output.dense", "inputs")}

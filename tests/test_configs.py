@@ -8,19 +8,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from models import inputs, logits, loss, tiny
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 import peft_ext
-from peft_ext import MaskLoraConfig, SparseFTConfig, SPTConfig, SSFConfig, VQTConfig
+from peft_ext import (
+    LoraFusionConfig,
+    LoraSBConfig,
+    MaskLoraConfig,
+    SNELLConfig,
+    SparseFTConfig,
+    SPTConfig,
+    SSFConfig,
+    VQTConfig,
+    WeGeFTConfig,
+)
 from peft_ext.tuners.mask_pruning.model import kept_units
 from peft_ext.tuners.sparse_ft.deltas import deltas
 
@@ -125,6 +137,25 @@ def test_masks_of_a_copy_are_decided_and_those_of_a_second_adapter_are_not() -> 
 
 
 # A config that was used before
+
+
+def test_a_config_that_was_saved_alone_is_a_new_one(tmp_path: Path) -> None:
+    """Only what a saved adapter has waits for weights."""
+    get_peft_model(tiny("llama"), LoraConfig(r=2)).save_pretrained(str(tmp_path / "lora"))
+    for config in (LoraSBConfig(r=4, init_weights="weights"), LoraFusionConfig(adapters=[str(tmp_path / "lora")])):
+        config.save_pretrained(str(tmp_path))
+        read = type(config).from_pretrained(str(tmp_path))
+        logits(get_peft_model(tiny("llama"), read), inputs("llama"))
+    SNELLConfig(target_modules=["out_proj"]).save_pretrained(str(tmp_path))
+    with pytest.raises(TypeError, match="would not act"):
+        get_peft_model(nn.TransformerEncoderLayer(8, 2), SNELLConfig.from_pretrained(str(tmp_path)))
+
+
+def test_numbers_of_numpy_are_written_as_such(tmp_path: Path) -> None:
+    config = WeGeFTConfig(r=np.int64(4), dropout=np.float32(0.5))  # type: ignore[arg-type]
+    config.save_pretrained(str(tmp_path))
+    read = WeGeFTConfig.from_pretrained(str(tmp_path))
+    assert (type(read.r), read.r, read.dropout) == (int, 4, 0.5)
 
 
 def test_a_config_keeps_what_the_user_asked_for() -> None:

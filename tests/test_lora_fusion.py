@@ -284,6 +284,20 @@ def test_a_saved_adapter_is_complete(tmp_path: Path) -> None:
         logits(get_peft_model(tiny("llama"), PeftConfig.from_pretrained(str(tmp_path / "fused"))), batch)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model")
+def test_a_lora_on_the_model_and_the_new_adapter_have_two_names() -> None:
+    first, second = two_loras("llama")
+    model: Any = tiny("llama")
+    model.load_adapter(first)  # as "default"
+    with (
+        pytest.raises(ValueError, match=r"'default', a LoRA on this model, and the new adapter has the same name"),
+    ):
+        get_peft_model(model, LoraFusionConfig(adapters=["default", second]))
+    fused = get_peft_model(model, LoraFusionConfig(adapters=["default", second]), adapter_name="fusion")
+    expected = get_peft_model(tiny("llama"), LoraFusionConfig(adapters=[first, second]))
+    torch.testing.assert_close(logits(fused.eval(), inputs("llama")), logits(expected.eval(), inputs("llama")))
+
+
 @pytest.mark.parametrize("mixed", [True, False])
 def test_loras_on_the_model(mixed: bool) -> None:
     """By name: through transformers, or in a mixed model; one of them beside one from a directory."""

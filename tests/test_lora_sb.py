@@ -264,6 +264,17 @@ def test_a_cast_of_what_is_trained_alone() -> None:
     torch.func.functional_call(model.train(), parameters, kwargs=inputs("llama"))
 
 
+def test_a_saved_adapter_needs_no_decomposition(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Through transformers, too, whose loader reads the config as PEFT's."""
+    adapted = get_peft_model(tiny("llama"), LoraSBConfig(r=4, init_weights="weights")).eval()
+    adapted.save_pretrained(str(tmp_path))
+    monkeypatch.setattr("peft_ext.tuners.lora_sb.layer.leading_factors", None)
+    theirs = tiny("llama")
+    theirs.load_adapter(str(tmp_path))
+    for loaded in (theirs.eval(), PeftModel.from_pretrained(tiny("llama"), str(tmp_path)).eval()):
+        torch.testing.assert_close(logits(loaded, inputs("llama")), logits(adapted, inputs("llama")))
+
+
 def test_lora_xs_starts_at_the_weights_of_the_base_while_another_is_merged() -> None:
     model = get_peft_model(tiny("llama").double(), LoraSBConfig(r=3, init_weights=False), adapter_name="first")
     model.merge_adapter()

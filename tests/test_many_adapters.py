@@ -18,7 +18,7 @@ from test_conformance import METHODS
 from torch import nn
 
 import peft_ext
-from peft_ext import SparseFTConfig, SSFConfig
+from peft_ext import SparseFTConfig, SSFConfig, WeGeFTConfig
 from peft_ext.testing.method import close, differ
 
 
@@ -217,6 +217,24 @@ def test_hotswap_refuses_what_it_would_get_wrong(tmp_path: Path) -> None:
     wide = get_peft_model(tiny("llama", hidden_size=32), SSFConfig())
     with pytest.raises(RuntimeError, match="does not fit this model"):
         swap(wide, tmp_path / "ssf")
+
+
+def test_tensors_that_modules_share_are_not_exchanged_for_those_of_others(tmp_path: Path) -> None:
+    for folder, fields in (
+        ("all", {}),
+        ("first", {"layers_to_transform": [0]}),
+        ("again", {"layers_to_transform": 0}),
+    ):
+        config = WeGeFTConfig(r=4, init_weights=False, **fields)
+        get_peft_model(tiny("llama"), config).save_pretrained(tmp_path / folder)
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path / "first").eval()
+    before = logits(model, inputs("llama"))
+    with pytest.raises(ValueError, match=r"on different modules .*layers\.1.* share tensors"):
+        peft_ext.hotswap_adapter(model, tmp_path / "all")
+    assert torch.equal(logits(model, inputs("llama")), before)
+    peft_ext.hotswap_adapter(model, tmp_path / "again")
+    expected = PeftModel.from_pretrained(tiny("llama"), tmp_path / "again").eval()
+    torch.testing.assert_close(logits(model, inputs("llama")), logits(expected, inputs("llama")))
 
 
 @pytest.mark.parametrize("head", [None, ["classifier"]])

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_ext
 from peft_ext import (
+    BinaryAdapterConfig,
     BinaryLoraConfig,
     LoraFusionConfig,
     LoraSBConfig,
@@ -35,6 +36,7 @@ CONFIGS: dict[str, Any] = {
     "snell": lambda: SNELLConfig(r=4, target_modules=TARGETS, init_weights=False),
     "low_rank_core": lambda: LoraSBConfig(r=4, target_modules=TARGETS, init_weights=False),
     "binary": lambda: BinaryLoraConfig(r=4, target_modules=TARGETS, init_weights=False),
+    "behind": lambda: BinaryAdapterConfig(r=4, site="sequential", target_modules=TARGETS, init_weights=False, dropout=0.0),
 }  # fmt: skip
 
 
@@ -82,6 +84,16 @@ def test_adapters_that_only_add_merge_one_by_one(inner: str, outer: str, order: 
     torch.testing.assert_close(output(model), before)
     model.unmerge_adapter()
     torch.testing.assert_close(base_weights(model), weights)
+    torch.testing.assert_close(output(model), before)
+
+
+@pytest.mark.parametrize("outer", ["lora", "s2ft"])
+def test_nothing_is_merged_over_an_adapter_that_stands_behind_the_module(outer: str) -> None:
+    """It reads what the module puts out, into which the merged one would go."""
+    model = mixed("behind", outer)
+    before = output(model)
+    with pytest.raises(ValueError, match="Cannot merge adapter 'outside' without 'inside'"):
+        model.merge_adapter(["outside"])
     torch.testing.assert_close(output(model), before)
 
 

@@ -27,6 +27,7 @@ import peft_ext
 from peft_ext import (
     BinaryAdapterConfig,
     BinaryLoraConfig,
+    LoraFusionConfig,
     LoraSBConfig,
     MaskLoraConfig,
     PeftMixedModel,
@@ -308,6 +309,13 @@ def test_methods_that_are_not_thinned_out(config: Any, message: str) -> None:
 def test_methods_that_are_not_rounded(config: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         binarize(get_peft_model(tiny("bert"), config))
+
+
+def test_coefficients_and_magnitudes_of_fused_loras_are_not_rounded(tmp_path: Path) -> None:
+    get_peft_model(tiny("llama"), LoraConfig(r=2, init_lora_weights=False)).save_pretrained(tmp_path)
+    model = get_peft_model(tiny("llama"), LoraFusionConfig(adapters=[str(tmp_path)], magnitude=True))
+    with pytest.raises(BadInput, match="are few: `--to lora` writes one LoRA"):
+        binarize(model)
 
 
 def test_a_mixed_model_is_not_packed_as_one() -> None:

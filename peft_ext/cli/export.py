@@ -144,8 +144,9 @@ def _writer(adapter: Adapter, form: str) -> Write:
             "and is not made lora: its changes have no low rank: `--to merged` writes a model that loads everywhere."
         )
     else:
-        can = [*offered, *(FORMS if about.offsets else ())]
-        advice = f"and is not made {form}: `--to` can be {' or '.join(can) or 'nothing'}."
+        can = [*offered, *(f for f in FORMS if f not in about.instead and (about.offsets or f == "binarized"))]
+        instead = f"`--to` can be {' or '.join(can)}" if can else "it has no other form"
+        advice = f"and is not made {form}: {instead}."
     raise BadInput(f"{adapter.source} is of the method {adapter.method}, {advice}")
 
 

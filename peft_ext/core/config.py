@@ -8,13 +8,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import torch
 from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, PeftType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..version import __version__
@@ -22,6 +22,7 @@ from .registry import is_registered
 
 
 LARGEST = torch.finfo(torch.float32).max
+ADAPTER_FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 _after_saving: list[Callable[[str], None]] = []
 
@@ -163,6 +164,9 @@ class ExtConfig(PeftConfig):
             value = getattr(self, part.name)
             kind, optional, _ = str(part.type).partition(" | None")
             is_number = kind in ("int", "float") and part.name not in inherited and not (optional and value is None)
+            if is_number and isinstance(value, Real) and not isinstance(value, (int, float)):  # NumPy's: JSON has none
+                value = int(value) if isinstance(value, Integral) else float(value)
+                setattr(self, part.name, value)
             if is_number and not isinstance(value, Real):  # of which kind is for the methods themselves to say
                 raise TypeError(f"`{part.name}` must be a number{' or None' if optional else ''}, got {value!r}.")
             if part.name == "seed" and type(value) is not int:
@@ -243,7 +247,8 @@ class ExtConfig(PeftConfig):
                 stacklevel=2,
             )
         if isinstance(config, ExtConfig):
-            config.awaits_weights = True
+            # a saved adapter says so; a config that was saved alone is as it was
+            config.awaits_weights = config.inference_mode or _has_weights(directory, kwargs.get("subfolder"))
             config.check_sizes(directory, kwargs.get("subfolder"))
         return config
 
@@ -286,6 +291,10 @@ class ExtConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         for call in _after_saving:
             call(save_directory)
+
+
+def _has_weights(directory: str, subfolder: str | None) -> bool:
+    return any(os.path.isfile(os.path.join(directory, subfolder or "", name)) for name in ADAPTER_FILES)
 
 
 def is_same(first: Any, second: Any) -> bool:

@@ -46,3 +46,17 @@ def copy_leaves(model: nn.Module, source: str, target: str) -> None:
         for container in (getattr(layer, name) for name in layer.adapter_layer_names):
             if source in container and target in container:
                 copy_state(container[source], container[target])
+
+
+@contextmanager
+def keeping_configs(model: nn.Module) -> Iterator[None]:
+    """Leaves the configs of the adapters on a model as they were if an error comes: PEFT notes a new one beforehand."""
+    configs = getattr(model, "peft_config", None)
+    before = dict(configs) if isinstance(configs, dict) else {}
+    try:
+        yield
+    except Exception:
+        if isinstance(configs, dict):
+            configs.clear()
+            configs.update(before)
+        raise

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from .advice import warn_of_experts, warn_of_fresh_head, warn_of_idle_layers, watch_first_gradients
 from .config import ExtConfig
-from .copies import own_config
+from .copies import keeping_configs, own_config
 from .hooks import MethodHooks
 from .layer import ExtLayer
 from .listening import move_listeners
@@ -74,7 +74,8 @@ class ExtModel(MethodHooks, BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         self.loads_together: list[set[str]] = []  # keys that are loaded all or none
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        super().__init__(model, peft_config, *args, **kwargs)
+        with keeping_configs(model):
+            super().__init__(model, peft_config, *args, **kwargs)
         awaits_weights = any(getattr(config, "awaits_weights", False) for config in self.peft_config.values())
         self._trained_before = before if awaits_weights else {}
         self.register_load_state_dict_pre_hook(refuse_other_shapes)

@@ -17,7 +17,6 @@ from .config import BinaryAdapterConfig
 class BinaryAdapterLinear(LowBitLayer):
     """`y = base(h) + scale * U dropout(act(D x))`; what x is depends on the adapter."""
 
-    adds = True
     adapter_layer_names = ("binary_adapter_down", "binary_adapter_up")
     other_param_names: tuple[str, ...] = ("scale", "dropout", "activation", "reads")
     binary_adapter_down: nn.ModuleDict
@@ -59,6 +58,10 @@ class BinaryAdapterLinear(LowBitLayer):
         finally:
             for listener in self.listeners.values():
                 listener.value = None
+
+    def adds_alone(self, adapter_name: str) -> bool:
+        """One that stands behind its module reads what other adapters have added to that."""
+        return self.reads[adapter_name] != "output"
 
     def activate(self, adapter_name: str, hidden: torch.Tensor) -> torch.Tensor:
         """The activation between the two matrices."""

@@ -130,5 +130,6 @@ ABOUT = LoraFusionAbout(
 }""",
     merges=True,
     headline=("adapters", "mode", "magnitude", "share"),
+    instead={"binarized": "its coefficients and magnitudes are few: `--to lora` writes one LoRA, which can be packed"},
     page="docs/lora_fusion.md",
 )

@@ -134,7 +134,8 @@ def refuse_unequal_shapes(given: Given, modules: list[str]) -> None:
 def read(name: str, model: nn.Module) -> GivenLora:
     """One LoRA: an adapter on the model, if it has one of that name, else a directory or a repository on the Hub."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
-    if any(name in layer.lora_A or name in layer.lora_embedding_A for _, layer in layers):
+    found = any(name in layer.lora_A or name in layer.lora_embedding_A for _, layer in layers)
+    if found:
         config: Any = getattr(model, "peft_config", {}).get(name)
         tensors = dict(tensors_of(layers, name))
     else:
@@ -150,6 +151,11 @@ def read(name: str, model: nn.Module) -> GivenLora:
                 f"`adapters` names {name!r}, which is no LoRA on this model, no directory, and was not found on the Hub "
                 f"({type(error).__name__})."
             ) from error
+    if found and not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"`adapters` names {name!r}, a LoRA on this model, and the new adapter has the same name: give it another, "
+            f'`get_peft_model(model, config, adapter_name="fusion")`.'
+        )
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         method = getattr(getattr(config, "peft_type", None), "value", None)
         raise TypeError(

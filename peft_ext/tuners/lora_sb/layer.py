@@ -62,7 +62,8 @@ class LoraSBLinear(ExtLayer):
 
     def update_layer(self, adapter_name: str, config: LoraSBConfig, *, name: str) -> None:
         """With the factors that a calibration has found for the module `name`, or those of its weight."""
-        if config.init_weights is True or config.awaits_weights:
+        will_load = config.inference_mode or config.awaits_weights
+        if config.init_weights is True or will_load:
             found = config.support or {}
             shapes = {
                 DOWN: (config.r, self.in_features),
