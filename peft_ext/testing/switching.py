@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -194,3 +196,25 @@ class SwitchingTests(ConformanceTests):
         model, batch = self.adapted(name), inputs(name, batch=3)
         alone = [logits(model, {key: value[i : i + 1] for key, value in batch.items()}) for i in range(3)]
         close(logits(model, batch), torch.cat(alone), what="A batch and its samples one by one")
+
+    @on_any_few
+    def test_threads_do_not_see_each_other(self, name: str) -> None:
+        """A server's pool runs one model in eval mode: what a forward needs is not kept where another one finds it."""
+        model, batches = self.adapted(name), [inputs(name, seed=seed) for seed in range(3)]
+        with torch.no_grad():
+            expected = [logits(model, batch) for batch in batches]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(len(batches)) as pool:
+                outputs = list(pool.map(lambda i: _in_inference(model, batches[i]), [*range(len(batches))] * 10))
+        finally:
+            sys.setswitchinterval(interval)
+        for i, output in enumerate(outputs):
+            close(output, expected[i % len(batches)], what="A forward beside those of other threads")
+
+
+@torch.no_grad()
+def _in_inference(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The gradient mode is a thread's own."""
+    return logits(model, batch)
