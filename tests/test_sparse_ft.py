@@ -1281,6 +1281,27 @@ def test_several_active_adapters_are_their_weighted_sum(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x)["logits"], both)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {}),
+        ({"layers_to_transform": [0]}, {"layers_to_transform": [1]}),
+        ({"exclude_modules": ["q_proj"]}, {"exclude_modules": ["down_proj"]}),
+        ({"target_modules": r".*\.q_proj"}, {"target_modules": r".*\.(q|v)_proj"}),
+    ],
+)
+def test_adapters_add_up_wherever_they_are(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """On equal places, with which nothing is new to the config, and on different modules."""
+    model = get_peft_model(tiny("llama"), SparseFTConfig(selection="random", **first))
+    model.add_adapter("other", SparseFTConfig(selection="random", **second))
+    random_values(model, "default", "other")
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model, inputs("llama"))
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model, inputs("llama")), both)
+
+
 def test_a_sum_carries_over_what_is_trained_besides(tmp_path: Path) -> None:
     """A head and trained tokens of one adapter; of several only if they are equal."""
     model = classifier("random", modules_to_save=["head"])
