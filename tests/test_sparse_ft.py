@@ -1224,6 +1224,7 @@ def test_lt_sft_in_rounds_and_resumed(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda model, config: model.requires_grad_(False), "'fc1' is frozen"),
+        (lambda model, config: model.bfloat16(), r"'fc1' is in torch.bfloat16.*`dtype=torch.float32`"),
         (lambda model, config: setattr(config, "selection", "random"), "needs a config with `selection='lt-sft'`"),
         (lambda model, config: setattr(config, "num_tunable_weights", 10**6), "does not fit"),
     ],

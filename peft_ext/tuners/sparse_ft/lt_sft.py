@@ -30,7 +30,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from ...core import count_parameters, matched_targets, require_model
+from ...core import HALF, count_parameters, matched_targets, require_model
 from ...core.schedule import listen_to_steps
 from .config import SparseFTConfig, require_selection
 from .deltas import best_of_all, deltas
@@ -185,7 +185,7 @@ def lt_sft(
             from their folders, the others start from their last checkpoint, if there is one.
 
     Raises:
-        ValueError: The config is not for LT-SFT, or the target weights are frozen or quantised.
+        ValueError: The config is not for LT-SFT, or the target weights are frozen, quantised or in half precision.
         TypeError: The model has an adapter already.
     """
     config, dense = _checked(model, config, n_iterations, train_biases)
@@ -359,6 +359,12 @@ def _dense_targets(model: nn.Module, config: SparseFTConfig, train_biases: bool)
                     f"LT-SFT trains all target weights in its dense phase, and {name!r} is frozen. Call "
                     "`model.requires_grad_(True)` first, or use a selection that needs no dense phase, such as "
                     "'spiel-ag'."
+                )
+            if parameter.dtype in HALF:
+                raise ValueError(
+                    f"LT-SFT looks how far its dense phase moves each target weight, and {name!r} is in "
+                    f"{parameter.dtype}, where small updates are lost. Load the base model with "
+                    "`dtype=torch.float32`; the trained adapter goes on a half-precision base, too."
                 )
             dense[name if key == "weight" else f"{name}.bias"] = parameter
     if not dense:
