@@ -244,6 +244,29 @@ def test_sft_trainer(tmp_path: Path, adapted: bool) -> None:
     assert adapted == ("lm_head.weight" not in watch.moved[0])
 
 
+@pytest.mark.parametrize("always", [("embeddings", "norm", "head"), ()])
+@pytest.mark.parametrize("reference_first", [True, False])
+def test_a_reference_without_the_adapter_under_checkpointing(reference_first: bool, always: tuple[str, ...]) -> None:
+    """As DPO has it: PEFT makes the whole adapter trainable again, before blocks are computed anew in the backward."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model: Any = get_peft_model(model_of("llama"), config).train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    sampling = peft_ext.layer_sampling(model, blocks=1, every=2, always=always)
+    batch = inputs("llama")
+    for step in range(4):
+        before = snapshot(model.get_base_model())
+        losses = [] if reference_first else [model(**batch).loss]
+        with torch.no_grad(), model.disable_adapter():
+            losses.append(-model(**batch).loss)
+        losses += [model(**batch).loss] if reference_first else []
+        sum(losses).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert moved(model.get_base_model(), before) == set(sampling.parameters_at(step))
+
+
 def test_half_fine_tuning_draws_half_of_each_kind_in_each_block() -> None:
     model = model_of("llama")
     sampling = peft_ext.layer_sampling(model, unit="matrix", share=0.5, every=1)

@@ -47,10 +47,12 @@ class Candidates:
     Attributes:
         units: By block and, for matrices, by category within the block; one category holds all of a whole block.
         outside: Those outside of all blocks, by `OUTSIDE`.
+        holders: The modules inside of blocks, and these, each with the parameters inside of it.
     """
 
     units: list[dict[str, list[Unit]]]
     outside: dict[str, list[Slot]]
+    holders: list[tuple[nn.Module, list[Slot]]]
 
     @property
     def slots(self) -> list[Slot]:
@@ -75,6 +77,7 @@ def find_candidates(model: nn.Module, by_matrix: bool) -> Candidates:
     blocks = {block.name: index for index, block in enumerate(description.blocks)}
     units: list[dict[str, dict[str, Unit]]] = [defaultdict(dict) for _ in blocks]
     outside: dict[str, list[Slot]] = {place: [] for place in OUTSIDE}
+    holders: dict[str, list[Slot]] = defaultdict(list)
     names = [name for name, _ in unadapted_modules(base)]
     is_before_blocks = True
     for slot in _trainable_slots(base):
@@ -83,6 +86,9 @@ def find_candidates(model: nn.Module, by_matrix: bool) -> Candidates:
             outside[_place(slot.name, description, is_before_blocks)].append(slot)
             continue
         is_before_blocks = False
+        parts = slot.name.split(".")
+        for end in range(block.count(".") + 1, len(parts)):
+            holders[".".join(parts[:end])].append(slot)
         owner = _last_containing(names, slot.name) if by_matrix else block
         assert owner is not None  # the block is one of the modules
         categories = [_CATEGORIES[role] for role in description.role_of(owner) if role in _CATEGORIES]
@@ -94,7 +100,7 @@ def find_candidates(model: nn.Module, by_matrix: bool) -> Candidates:
             f"No parameter in the blocks of this {type(model).__name__} requires a gradient: layer sampling chooses "
             "among trainable parameters. For full fine-tuning call `model.requires_grad_(True)` before."
         )
-    return Candidates(found, outside)
+    return Candidates(found, outside, [(base.get_submodule(name), slots) for name, slots in holders.items()])
 
 
 def tied_across(candidates: Candidates, model: nn.Module, always: Sequence[str]) -> list[str]:
