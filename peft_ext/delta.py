@@ -248,8 +248,14 @@ class SparseDelta(ExactLeaf):
 
     # Steps
 
+    def _is_trained(self) -> bool:
+        """Whether a step may move the values, and not those of another adapter only, whose optimizer has these, too."""
+        return self.weight.requires_grad or self.weight.grad is not None
+
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Refuses to train what cannot be trained, then lets the tracker look at the gradient."""
+        if not self._is_trained():
+            return
         if self.is_unloaded():
             raise ValueError(_NO_SUPPORT)
         if self.tracker is None:
@@ -265,7 +271,7 @@ class SparseDelta(ExactLeaf):
 
     def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
         """Lets the tracker count the step, and move the support if it is time."""
-        if self.tracker is not None:
+        if self.tracker is not None and self._is_trained():
             self.tracker.after_step(self, optimizer, group, taken)
 
     def foreign_step(self, optimizer: Optimizer) -> None:

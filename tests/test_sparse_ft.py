@@ -888,6 +888,36 @@ def test_two_adapters_train_apart() -> None:
     assert leaves["other"].tracker.reselections == [(5, leaves["other"].tracker.reselections[0][1])]
 
 
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma", "growing"])
+def test_an_inactive_adapter_takes_no_part_in_the_training_of_another(selection: str) -> None:
+    """Not even where the optimizer holds it, and the schedule lacks what it would need to be trained."""
+    model, leaf = one(selection, total_steps=None)
+    model.add_adapter("other", SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], selection="random"))
+    model.set_adapter("other")
+    leaf.weight.data = leaf.weight.data.bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_steps(model, optimizer, range(3))
+    assert leaf not in optimizer.state and leaf.tracker.step == 0
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma", "growing"])
+def test_an_adapter_that_was_loaded_beside_another_moves_once_it_is_trained(selection: str, tmp_path: Path) -> None:
+    model, leaf = one(selection)
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(6))
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(One(), SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], selection="random"))
+    other.load_adapter(str(tmp_path), "loaded")
+    other.set_adapter("loaded")
+    ((_, loaded),) = deltas(other, "loaded")
+    before = loaded.indices().clone()
+    assert torch.equal(before, leaf.indices())
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+    run_steps(other, optimizer, range(30, 60))
+    assert not torch.equal(loaded.indices(), before)
+
+
 def test_copies_go_their_own_way_and_nothing_is_kept_alive() -> None:
     from peft_ext.core import schedule
 

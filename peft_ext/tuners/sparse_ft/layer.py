@@ -43,7 +43,7 @@ class SparseFTLayer(DeltaLayer):
             leaf = SparseDelta(indices, size, placeholder)
             if config.selection == "lt-sft":
                 leaf.exempt_from_decay()  # as published; a decay would pull the values to the base
-            if config.selection in TRACKERS and not config.inference_mode:
+            if config.selection in TRACKERS:  # also if it is not trained yet: `set_adapter` may have it trained
                 leaf.track(TRACKERS[config.selection](config, self.op, said, key))
             elif placeholder and not config.inference_mode:
                 listen_to_steps(leaf)
