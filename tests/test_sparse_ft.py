@@ -1464,6 +1464,23 @@ def test_a_graft_takes_heads_and_tokens_along(tokens: Any) -> None:
     assert (logits(tuned, batch) - logits(base, batch)).abs().max() > 0.1
 
 
+def test_a_graft_says_what_it_leaves_out_and_leaves_the_config_as_it_is() -> None:
+    base = tiny("bert")
+    config = SparseFTConfig(selection="given", modules_to_save=["classifier"], trainable_token_indices=[4])
+    for number, name in enumerate(("query", "value")):
+        tuned = copy.deepcopy(base)
+        with torch.no_grad():
+            for layer in tuned.bert.encoder.layer[number:]:
+                layer.attention.self.get_submodule(name).weight[0] += 0.5
+            tuned.classifier.bias += 1
+            tuned.bert.embeddings.word_embeddings.weight[4:6] += 1
+            tuned.bert.embeddings.LayerNorm.bias += 1
+        with pytest.warns(UserWarning, match=r"2 tensors.*word_embeddings.weight, .*LayerNorm.bias.*`target_modules`"):
+            model = peft_ext.graft(copy.deepcopy(base), tuned, config)
+        assert len(dict(deltas(model, "default"))) == len(base.bert.encoder.layer) - number
+        assert config.target_modules is None and config.support is None
+
+
 def lt_sft_file(path: Path, base: nn.Module, tuned: nn.Module, head: str) -> None:
     """Writes what the published code writes: column-major flat places, as steps, with numpy numbers among them."""
     import numpy
