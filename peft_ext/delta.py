@@ -329,9 +329,16 @@ class DeltaLayer(ExtLayer):
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module with W + S for the weight, S being the sum over the adapters."""
         if self.op is None:
-            with onloaded(self.get_base_layer()):
+            base = self.get_base_layer()
+            if inside := self.active_inside():
+                raise ValueError(
+                    f"Sparse deltas on a {type(base).__name__} are written into its parameters, and so cannot act after "
+                    f"{inside[0]!r}, an adapter of another method on the same module. Add the sparse adapter first, or "
+                    "list the module in its `exclude_modules`."
+                )
+            with onloaded(base):
                 parameters = self._effective(adapters)
-            output: torch.Tensor = call_with(self.base_layer, parameters, args, kwargs)
+            output: torch.Tensor = call_with(base, parameters, args, kwargs)
             return output
         if kwargs or len(args) != 1:
             raise TypeError(f"A sparse adapter on {type(self.base_layer).__name__} takes one positional argument.")
@@ -381,7 +388,7 @@ class DeltaLayer(ExtLayer):
 
     def _effective(self, adapters: list[str]) -> dict[str, torch.Tensor]:
         """The parameters of a norm, which are so small that they are simply written out."""
-        base = self.base_layer
+        base = self.get_base_layer()
         parameters = {}
         for key, container in (("weight", self.deltas), ("bias", self.bias_deltas)):
             if not any(name in container for name in adapters):
