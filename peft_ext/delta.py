@@ -418,8 +418,8 @@ class DeltaLayer(ExtLayer):
             if adapter_name in container:
                 leaf: Any = container[adapter_name]
                 current = getattr(base, key).data
-                total = current.to(torch.promote_types(current.dtype, torch.float32), copy=True).view(-1)
-                total.index_add_(0, leaf.indices(), leaf().to(total.dtype))
+                flat = current.reshape(-1).to(torch.promote_types(current.dtype, torch.float32))
+                total = flat.index_add(0, leaf.indices(), leaf().to(flat.dtype))
                 merged[key] = total.view(current.shape)
         return merged
 

@@ -1779,6 +1779,33 @@ def test_fixed_supports(selection: str) -> None:
         assert torch.equal(merged.fc2.weight == 0, base.fc2.weight == 0)
 
 
+@pytest.mark.parametrize("selection", ["largest", "smallest"])
+def test_a_bias_is_chosen_by_its_own_values(selection: str) -> None:
+    base = One()
+    config = SparseFTConfig(selection=selection, target_modules=["fc"], num_weights_per_module={"fc": 2, "fc.bias": 3})
+    model = get_peft_model(base, config)
+    order = base.fc.bias.detach().abs().argsort(descending=selection == "largest")
+    assert dict(deltas(model, "default"))["fc.bias"].indices().tolist() == sorted(order[:3].tolist())
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma", "below", "growing"])
+def test_the_support_of_a_bias_does_not_move(selection: str) -> None:
+    counts = {"fc": 2, "fc.bias": 3}
+    config = SparseFTConfig(**taken(selection, threshold=0.2), target_modules=["fc"], num_weights_per_module=counts)
+    with pytest.raises(ValueError, match=r"'fc.bias'.*a fixed selection such as 'random'"):
+        get_peft_model(One(), config)
+
+
+def test_a_weight_in_any_memory_layout_is_merged() -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last),
+        SparseFTConfig(selection="random", num_tunable_weights=20, target_modules=["0"], init_weights=False),
+    )
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
 def test_budget_is_spread_without_loss() -> None:
     sizes = {"a": 7, "b": 100, "c": 33}
     for budget in range(1, 140):

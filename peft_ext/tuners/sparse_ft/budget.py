@@ -8,8 +8,11 @@ from torch import nn
 from ...core import count_parameters, is_quantised, stable_generator
 from ...delta import layer_operation
 from ...sparse import drawn_keys
-from .config import GIVEN, SPIEL, UNBUDGETED, WHERE_FROM, SparseFTConfig
+from .config import GIVEN, GRADUAL, SPIEL, UNBUDGETED, WHERE_FROM, SparseFTConfig
 from .deltas import best_of_all
+
+
+MOVING = (*SPIEL, *GRADUAL)
 
 
 def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
@@ -98,6 +101,12 @@ def _count(config: SparseFTConfig, base_layer: nn.Module) -> int:
 def _check_fit(config: SparseFTConfig, sizes: dict[str, int]) -> None:
     assert config.num_weights_per_module is not None
     for name, count in config.num_weights_per_module.items():
+        is_bias = name.endswith(".bias") and name.removesuffix(".bias") in sizes
+        if count and is_bias and config.selection in MOVING and not config.inference_mode:
+            raise ValueError(
+                f"`num_weights_per_module` names {name!r}, and selection={config.selection!r} moves supports of weights "
+                "only: leave biases out, or take a fixed selection such as 'random', 'largest' or 'smallest'."
+            )
         if name not in sizes:
             raise ValueError(
                 f"The support names {name!r}, which is not among the target modules"
