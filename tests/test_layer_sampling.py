@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import peft_ext
+from peft_ext.training.units import find_candidates
 
 
 BLOCKS = 4
@@ -435,6 +436,13 @@ def test_a_switch_between_forward_and_step_leaves_the_other_adapter_frozen(close
     optimizer.zero_grad()
     model(**inputs("llama")).loss.backward()
     assert all(p.requires_grad for name, p in model.named_parameters() if ".default." in name) == closes
+
+
+def test_embeddings_of_a_second_stack_are_embeddings() -> None:
+    outside = find_candidates(tiny("bart"), by_matrix=False).outside
+    names = {place: {slot.name for slot in slots} for place, slots in outside.items()}
+    assert {f"model.{stack}.embed_positions.weight" for stack in ("encoder", "decoder")} < names["embeddings"]
+    assert not any("embed_positions" in name for name in names["head"])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ import torch
 from models import MLP, inputs, logits, tiny
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_integrations import arguments, classification_data
 from torch import nn
+from transformers import Trainer
 
 import peft_ext
 from peft_ext import SparseFTConfig
@@ -1250,6 +1252,19 @@ def test_lt_sft_in_rounds_and_resumed(tmp_path: Path) -> None:
             assert support_of(ours) == support_of(theirs)
 
 
+@pytest.mark.parametrize("heads", [["classifier"], ["classifier.dense", "classifier.out_proj"]])
+def test_lt_sft_trains_heads_in_the_dense_phase(heads: list[str], tmp_path: Path) -> None:
+    base, trained = tiny("roberta"), []
+
+    def make_trainer(model: nn.Module) -> Trainer:
+        trained.append({name for name, p in model.named_parameters() if p.requires_grad and "classifier" in name})
+        return Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=classification_data())
+
+    config = SparseFTConfig(selection="lt-sft", num_tunable_weights=20, modules_to_save=heads)
+    peft_ext.lt_sft(base, config, make_trainer)
+    assert trained[0] == {f"classifier.{name}.{kind}" for name in ("dense", "out_proj") for kind in ("weight", "bias")}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -1257,6 +1272,7 @@ def test_lt_sft_in_rounds_and_resumed(tmp_path: Path) -> None:
         (lambda model, config: model.bfloat16(), r"'fc1' is in torch.bfloat16.*`dtype=torch.float32`"),
         (lambda model, config: setattr(config, "selection", "random"), "needs a config with `selection='lt-sft'`"),
         (lambda model, config: setattr(config, "num_tunable_weights", 10**6), "does not fit"),
+        (lambda model, config: setattr(config, "num_tunable_weights", None), "set `density` or `num_tunable_weights`"),
     ],
 )
 def test_lt_sft_refuses(change: Any, message: str) -> None:
@@ -1658,6 +1674,9 @@ def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
         ({"density": 0.1, "selection": "spiel-ag", "total_steps": 0}, "`total_steps` must be a positive integer"),
         ({"density": 0.1, "save_dtype": "int8"}, "`save_dtype` must be one of"),
         ({"num_weights_per_module": {"fc": -1}}, "must map module names to numbers"),
+        ({"num_weights_per_module": {}}, "must map module names to numbers"),
+        ({"num_tunable_weights": True}, "`num_tunable_weights` must be a positive integer, got True"),
+        ({"density": True}, r"`density` must be in \(0, 1\], got True"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], message: str) -> None:
@@ -1715,6 +1734,11 @@ def test_a_support_that_does_not_fit(support: dict[str, torch.Tensor], message: 
     with pytest.raises(ValueError, match=message):
         config = SparseFTConfig(selection="given", target_modules=["fc1"]).use_support(support)
         get_peft_model(MLP(), config)
+
+
+def test_a_support_that_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match=r"support of 'fc' must be a tensor of indices, got a list"):
+        SparseFTConfig(selection="given").use_support({"fc": [1, 2]})  # type: ignore[dict-item]
 
 
 def test_a_support_from_a_file(tmp_path: Path) -> None:

@@ -65,17 +65,25 @@ def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, n
 
 
 def budget_of(config: SparseFTConfig, model: nn.Module, total: int) -> int:
-    budget = config.num_tunable_weights
-    field = "num_tunable_weights"
-    if budget is None:
-        assert config.density is not None
-        budget, field = int(config.density * count_parameters(model)), "density"
+    budget, field = asked_for(config, count_parameters(model))
     if budget > total:
         raise ValueError(
             f"`{field}` asks for {budget} tuned weights, the target modules have {total}: lower it, or target more "
             "modules."
         )
     return budget
+
+
+def asked_for(config: SparseFTConfig, parameters: int) -> tuple[int, str]:
+    """How many weights of a model with so many parameters are to be tuned, and which field says so."""
+    if config.num_tunable_weights is not None:
+        return config.num_tunable_weights, "num_tunable_weights"
+    if config.density is not None:
+        return int(config.density * parameters), "density"
+    raise ValueError(
+        f"`selection={config.selection!r}` splits a budget by what it finds, and the config has none, only "
+        "`num_weights_per_module`: set `density` or `num_tunable_weights` instead."
+    )
 
 
 def proportional(budget: int, sizes: dict[str, int]) -> dict[str, int]:

@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ...core import HALF, count_parameters, matched_targets, require_model
 from ...core.schedule import listen_to_steps
+from .budget import asked_for
 from .config import SparseFTConfig, require_selection
 from .deltas import best_of_all, deltas
 from .model import SparseFTModel
@@ -239,9 +240,7 @@ def _dense_phase(
     """Trains all target weights, and returns the indices outside the support that are then farthest from `first`."""
     heads = _modules_to_save(config)
     chosen = {id(parameter) for parameter in dense.values()}
-    on_head = {
-        key for key, p in model.named_parameters() if id(p) not in chosen and heads.intersection(key.split("."))
-    }
+    on_head = {key for key, p in model.named_parameters() if id(p) not in chosen and _is_inside(key, heads)}
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in chosen or key in on_head)
     trainer = trainings.trainer(model, phase)
@@ -307,10 +306,7 @@ def _checked(
 
 
 def _checked_budget(config: SparseFTConfig, total: int, dense: dict[str, nn.Parameter], n_iterations: int) -> int:
-    budget = config.num_tunable_weights
-    if budget is None:
-        assert config.density is not None
-        budget = int(config.density * total)
+    budget, _ = asked_for(config, total)
     available = sum(parameter.numel() for parameter in dense.values())
     if not 0 < budget <= available:
         raise ValueError(
@@ -336,6 +332,16 @@ def _modules_to_save(config: SparseFTConfig) -> set[str]:
     elif config.task_type == "QUESTION_ANS":
         names |= {"qa_outputs"}
     return names
+
+
+def _is_inside(parameter: str, modules: set[str]) -> bool:
+    """Whether a parameter is in one of the modules to save, which PEFT finds by the end of their names."""
+    owner = parameter.rpartition(".")[0]
+    while owner:
+        if any(owner.endswith(name) for name in modules):
+            return True
+        owner = owner.rpartition(".")[0]
+    return False
 
 
 def _dense_targets(model: nn.Module, config: SparseFTConfig, train_biases: bool) -> dict[str, nn.Parameter]:
