@@ -127,8 +127,10 @@ def test_an_inner_adapter_is_written_as_a_lora_of_the_base(method: str, tmp_path
 
 def test_sparse_deltas_on_a_norm_stand_inside() -> None:
     def config(method: str) -> Any:
-        fields = {"target_modules": ["model.norm"], "init_weights": False}
-        return SSFConfig(**fields) if method == "ssf" else SparseFTConfig(num_tunable_weights=9, selection="random", **fields)
+        fields: dict[str, Any] = {"target_modules": ["model.norm"], "init_weights": False}
+        if method == "sparse":
+            return SparseFTConfig(num_tunable_weights=9, selection="random", **fields)
+        return SSFConfig(**fields)
 
     for first, second in (("sparse", "ssf"), ("ssf", "sparse")):
         model = PeftMixedModel(llama(), config(first), adapter_name=first)
@@ -138,7 +140,7 @@ def test_sparse_deltas_on_a_norm_stand_inside() -> None:
             before = output(model.double().eval())
             torch.testing.assert_close(output(model.merge_and_unload()), before)
         else:
-            with pytest.raises(ValueError, match="cannot act after 'ssf'.*Add the sparse adapter first"):
+            with pytest.raises(ValueError, match=r"cannot act after 'ssf'.*Add the sparse adapter first"):
                 output(model)
             model.set_adapter(["sparse"])
             assert output(model).isfinite().all()

@@ -175,15 +175,15 @@ def call_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: A
             vars(twin)["_parameters"] = {**module._parameters, **parameters}
         return type(module).forward(twin, *args, **kwargs)
     twin = copy.copy(module)  # other threads, which call or read the module meanwhile, must find it as it is
-    own = vars(twin)
-    own["_parameters"] = {**module._parameters, **parameters}
-    for key, value in own.items():
+    attributes: dict[str, Any] = vars(twin)
+    attributes["_parameters"] = {**module._parameters, **parameters}
+    for key, value in attributes.items():
         if key in parameters:
-            own[key] = parameters[key]
+            attributes[key] = parameters[key]
         elif isinstance(value, MethodType) and value.__self__ is module:  # somebody has replaced `forward`
-            own[key] = MethodType(value.__func__, twin)
+            attributes[key] = MethodType(value.__func__, twin)
         elif isinstance(value, partial) and value.args and value.args[0] is module:  # accelerate has
-            own[key] = partial(value.func, twin, *value.args[1:], **value.keywords)
+            attributes[key] = partial(value.func, twin, *value.args[1:], **value.keywords)
     return twin(*args, **kwargs)
 
 

@@ -89,7 +89,7 @@ def _uncalled(cls: type[nn.Module]) -> dict[str, str]:
             if id(node) not in questions:
                 read |= set(_own_weight(node))
     never = dict.fromkeys(sorted(read - called), "reads its weight and never calls it")
-    never |= dict.fromkeys(sorted(operands & called), "computes with its weight on another path than where it calls it")
+    never |= dict.fromkeys(sorted(operands & called), "computes with its weight on a path where it does not call it")
     return never | dict.fromkeys(sorted(passed & called), "hands its weight to a fused kernel on its fast path")
 
 
@@ -136,9 +136,9 @@ def _about_weights(method: ast.FunctionDef) -> Iterator[ast.AST]:
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr in _ABOUT_WEIGHT:
             yield node.value
-        elif isinstance(node, ast.Compare):  # Gemma 4 looks up which token an embedding is of
-            yield node
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _QUESTIONS:
+            continue
+        is_question = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _QUESTIONS
+        if is_question or isinstance(node, ast.Compare):  # Gemma 4 looks up which token an embedding is of
             yield node
 
 

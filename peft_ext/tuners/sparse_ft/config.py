@@ -216,7 +216,9 @@ class SparseFTConfig(CalibratedConfig):
             and per_module
             and all(type(count) is int and count >= 0 for count in per_module.values())
         ):
-            raise ValueError(f"`num_weights_per_module` must map module names to numbers of weights, got {per_module!r}.")
+            raise ValueError(
+                f"`num_weights_per_module` must map module names to numbers of weights, got {per_module!r}."
+            )
 
     @property
     def steps(self) -> int | None:

@@ -44,7 +44,8 @@ class SparseFTLayer(DeltaLayer):
             leaf = SparseDelta(indices, size, placeholder)
             if config.selection == "lt-sft":
                 leaf.exempt_from_decay()  # as published; a decay would pull the values to the base
-            if config.selection in TRACKERS and of_weight:  # also if it is not trained yet: `set_adapter` may have it trained
+            # also of an adapter that is loaded for inference: `set_adapter` makes it trainable
+            if config.selection in TRACKERS and of_weight:
                 leaf.track(TRACKERS[config.selection](config, self.op, said, key))
             elif placeholder and not config.inference_mode:
                 listen_to_steps(leaf)
