@@ -46,6 +46,8 @@ def _moved(batch: Any, device: torch.device) -> Any:
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
+        return type(batch)(*(_moved(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(_moved(value, device) for value in batch)
     return batch

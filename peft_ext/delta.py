@@ -248,8 +248,14 @@ class SparseDelta(ExactLeaf):
 
     # Steps
 
+    def _is_trained(self) -> bool:
+        """Whether a step may move the values, and not those of another adapter only, whose optimizer has these, too."""
+        return self.weight.requires_grad or self.weight.grad is not None
+
     def before_step(self, optimizer: Optimizer, group: dict[str, Any], closure: bool) -> None:
         """Refuses to train what cannot be trained, then lets the tracker look at the gradient."""
+        if not self._is_trained():
+            return
         if self.is_unloaded():
             raise ValueError(_NO_SUPPORT)
         if self.tracker is None:
@@ -265,7 +271,7 @@ class SparseDelta(ExactLeaf):
 
     def after_step(self, optimizer: Optimizer, group: dict[str, Any], taken: bool) -> None:
         """Lets the tracker count the step, and move the support if it is time."""
-        if self.tracker is not None:
+        if self.tracker is not None and self._is_trained():
             self.tracker.after_step(self, optimizer, group, taken)
 
     def foreign_step(self, optimizer: Optimizer) -> None:
@@ -323,9 +329,16 @@ class DeltaLayer(ExtLayer):
     def adapted_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module with W + S for the weight, S being the sum over the adapters."""
         if self.op is None:
-            with onloaded(self.get_base_layer()):
+            base = self.get_base_layer()
+            if inside := self.active_inside():
+                raise ValueError(
+                    f"Sparse deltas on a {type(base).__name__} are written into its parameters, and so cannot act after "
+                    f"{inside[0]!r}, an adapter of another method on the same module. Add the sparse adapter first, or "
+                    "list the module in its `exclude_modules`."
+                )
+            with onloaded(base):
                 parameters = self._effective(adapters)
-            output: torch.Tensor = call_with(self.base_layer, parameters, args, kwargs)
+            output: torch.Tensor = call_with(base, parameters, args, kwargs)
             return output
         if kwargs or len(args) != 1:
             raise TypeError(f"A sparse adapter on {type(self.base_layer).__name__} takes one positional argument.")
@@ -375,7 +388,7 @@ class DeltaLayer(ExtLayer):
 
     def _effective(self, adapters: list[str]) -> dict[str, torch.Tensor]:
         """The parameters of a norm, which are so small that they are simply written out."""
-        base = self.base_layer
+        base = self.get_base_layer()
         parameters = {}
         for key, container in (("weight", self.deltas), ("bias", self.bias_deltas)):
             if not any(name in container for name in adapters):
@@ -405,8 +418,8 @@ class DeltaLayer(ExtLayer):
             if adapter_name in container:
                 leaf: Any = container[adapter_name]
                 current = getattr(base, key).data
-                total = current.to(torch.promote_types(current.dtype, torch.float32), copy=True).view(-1)
-                total.index_add_(0, leaf.indices(), leaf().to(total.dtype))
+                flat = current.reshape(-1).to(torch.promote_types(current.dtype, torch.float32))
+                total = flat.index_add(0, leaf.indices(), leaf().to(flat.dtype))
                 merged[key] = total.view(current.shape)
         return merged
 

@@ -43,7 +43,7 @@ UNCALLED: dict[str, tuple[Any, Any, set[str]]] = {
     "jamba": (
         tf.JambaForCausalLM,
         lambda: tf.JambaConfig(**TEXT, num_experts=2, attn_layer_period=2, attn_layer_offset=1),
-        {"mamba.conv1d"},
+        {"mamba.conv1d", "mamba.dt_proj"},
     ),
     "mamba": (
         tf.MambaForCausalLM,
@@ -64,6 +64,11 @@ UNCALLED: dict[str, tuple[Any, Any, set[str]]] = {
             linear_value_head_dim=8,
         ),
         {"linear_attn.conv1d"},
+    ),
+    "recurrent_gemma": (
+        tf.RecurrentGemmaForCausalLM,
+        lambda: tf.RecurrentGemmaConfig(**TEXT, lru_width=16),
+        {"temporal_block.conv_1d"},
     ),
     "t5": (
         tf.T5Model,

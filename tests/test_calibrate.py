@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -455,3 +456,18 @@ def test_a_damaged_or_missing_calibration_is_refused(name: str, tmp_path: Path) 
     with pytest.raises(ValueError, match="calibrate"):  # where nothing else can come, at the first forward
         model = get_peft_model(tiny("llama"), type(config).from_pretrained(tmp_path)).train()
         model(**inputs("llama")).loss.backward()
+
+
+def test_named_tuples_as_batches() -> None:
+    Batch = namedtuple("Batch", "input_ids labels")
+    data = [Batch(batch["input_ids"], batch["labels"]) for batch in batches(1)]
+    config = SparseFTConfig(selection="sensitivity", density=0.01)
+    found = peft_ext.calibrate(bert(), config, data, lambda model, batch: model(**batch._asdict()).loss)
+    assert found.support
+
+
+def test_numbers_by_module_are_no_budget_for_a_calibration() -> None:
+    name = "bert.encoder.layer.0.intermediate.dense"
+    config = SparseFTConfig(selection="sensitivity", num_weights_per_module={name: 4})
+    with pytest.raises(ValueError, match="set `density` or `num_tunable_weights` instead"):
+        peft_ext.calibrate(bert(), config, batches())

@@ -197,6 +197,11 @@ def a_merge_overwrites_the_one_before(patch: Patch) -> None:
     patch(ToyLayer, "merged_tensors", merged_tensors)
 
 
+@fault("test_merging_in_another_order_is_exact_or_refused")
+def a_scale_is_said_to_add(patch: Patch) -> None:
+    patch(ToyLayer, "adds", True)
+
+
 @fault("test_merge_and_unmerge", match="tensors changed|only in one")
 def a_merge_is_not_undone(patch: Patch) -> None:
     patch(ToyLayer, "unmerge", lambda self: self.merged_adapters.clear())

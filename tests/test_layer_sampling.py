@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import peft_ext
+from peft_ext.training.units import find_candidates
 
 
 BLOCKS = 4
@@ -244,6 +245,29 @@ def test_sft_trainer(tmp_path: Path, adapted: bool) -> None:
     assert adapted == ("lm_head.weight" not in watch.moved[0])
 
 
+@pytest.mark.parametrize("always", [("embeddings", "norm", "head"), ()])
+@pytest.mark.parametrize("reference_first", [True, False])
+def test_a_reference_without_the_adapter_under_checkpointing(reference_first: bool, always: tuple[str, ...]) -> None:
+    """As DPO has it: PEFT makes the whole adapter trainable again, before blocks are computed anew in the backward."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model: Any = get_peft_model(model_of("llama"), config).train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    sampling = peft_ext.layer_sampling(model, blocks=1, every=2, always=always)
+    batch = inputs("llama")
+    for step in range(4):
+        before = snapshot(model.get_base_model())
+        losses = [] if reference_first else [model(**batch).loss]
+        with torch.no_grad(), model.disable_adapter():
+            losses.append(-model(**batch).loss)
+        losses += [model(**batch).loss] if reference_first else []
+        sum(losses).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert moved(model.get_base_model(), before) == set(sampling.parameters_at(step))
+
+
 def test_half_fine_tuning_draws_half_of_each_kind_in_each_block() -> None:
     model = model_of("llama")
     sampling = peft_ext.layer_sampling(model, unit="matrix", share=0.5, every=1)
@@ -412,6 +436,13 @@ def test_a_switch_between_forward_and_step_leaves_the_other_adapter_frozen(close
     optimizer.zero_grad()
     model(**inputs("llama")).loss.backward()
     assert all(p.requires_grad for name, p in model.named_parameters() if ".default." in name) == closes
+
+
+def test_embeddings_of_a_second_stack_are_embeddings() -> None:
+    outside = find_candidates(tiny("bart"), by_matrix=False).outside
+    names = {place: {slot.name for slot in slots} for place, slots in outside.items()}
+    assert {f"model.{stack}.embed_positions.weight" for stack in ("encoder", "decoder")} < names["embeddings"]
+    assert not any("embed_positions" in name for name in names["head"])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from peft_ext import (
     S2FTConfig,
     SNELLConfig,
     SparseFTConfig,
+    SSFConfig,
     WeGeFTConfig,
 )
 
@@ -134,6 +135,27 @@ def test_an_inner_adapter_is_written_as_a_lora_of_the_base(method: str, tmp_path
     model.set_adapter(["inside"])
     peft_ext.save_as_lora(model, tmp_path, "inside")
     torch.testing.assert_close(output(PeftModel.from_pretrained(llama(), tmp_path).double()), output(model))
+
+
+def test_sparse_deltas_on_a_norm_stand_inside() -> None:
+    def config(method: str) -> Any:
+        fields: dict[str, Any] = {"target_modules": ["model.norm"], "init_weights": False}
+        if method == "sparse":
+            return SparseFTConfig(num_tunable_weights=9, selection="random", **fields)
+        return SSFConfig(**fields)
+
+    for first, second in (("sparse", "ssf"), ("ssf", "sparse")):
+        model = PeftMixedModel(llama(), config(first), adapter_name=first)
+        model.add_adapter(second, config(second))
+        model.set_adapter([first, second])
+        if first == "sparse":
+            before = output(model.double().eval())
+            torch.testing.assert_close(output(model.merge_and_unload()), before)
+        else:
+            with pytest.raises(ValueError, match=r"cannot act after 'ssf'.*Add the sparse adapter first"):
+                output(model)
+            model.set_adapter(["sparse"])
+            assert output(model).isfinite().all()
 
 
 def test_an_inner_snell_is_written_as_sparse_deltas(tmp_path: Path) -> None:

@@ -235,6 +235,16 @@ def test_autocast(kind: str) -> None:
     assert values.grad is not None and values.grad.dtype == torch.float32
 
 
+def test_an_input_without_rows() -> None:
+    """An expert that no token was sent to, on a half-precision base."""
+    module = nn.Linear(6, 8).bfloat16().requires_grad_(False)
+    x = torch.zeros(0, 6, dtype=torch.bfloat16, requires_grad=True)
+    values, indices = torch.ones(1, requires_grad=True), torch.tensor([3])
+    output = sparse_apply(module, operation_of(module), x, values, indices)
+    output.sum().backward()
+    assert output.shape == (0, 8) and x.grad.shape == (0, 6) and values.grad.tolist() == [0.0]
+
+
 def test_places_of_several_adapters_add_up() -> None:
     module, x, op, values, indices = prepared("linear")
     indices = torch.cat([indices, indices[3:9]])

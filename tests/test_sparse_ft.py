@@ -18,7 +18,9 @@ import torch
 from models import MLP, inputs, logits, tiny
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_integrations import arguments, classification_data
 from torch import nn
+from transformers import Trainer
 
 import peft_ext
 from peft_ext import SparseFTConfig
@@ -888,6 +890,36 @@ def test_two_adapters_train_apart() -> None:
     assert leaves["other"].tracker.reselections == [(5, leaves["other"].tracker.reselections[0][1])]
 
 
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma", "growing"])
+def test_an_inactive_adapter_takes_no_part_in_the_training_of_another(selection: str) -> None:
+    """Not even where the optimizer holds it, and the schedule lacks what it would need to be trained."""
+    model, leaf = one(selection, total_steps=None)
+    model.add_adapter("other", SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], selection="random"))
+    model.set_adapter("other")
+    leaf.weight.data = leaf.weight.data.bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_steps(model, optimizer, range(3))
+    assert leaf not in optimizer.state and leaf.tracker.step == 0
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma", "growing"])
+def test_an_adapter_that_was_loaded_beside_another_moves_once_it_is_trained(selection: str, tmp_path: Path) -> None:
+    model, leaf = one(selection)
+    run_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(6))
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(One(), SparseFTConfig(num_tunable_weights=K, target_modules=["fc"], selection="random"))
+    other.load_adapter(str(tmp_path), "loaded")
+    other.set_adapter("loaded")
+    ((_, loaded),) = deltas(other, "loaded")
+    before = loaded.indices().clone()
+    assert torch.equal(before, leaf.indices())
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+    run_steps(other, optimizer, range(30, 60))
+    assert not torch.equal(loaded.indices(), before)
+
+
 def test_copies_go_their_own_way_and_nothing_is_kept_alive() -> None:
     from peft_ext.core import schedule
 
@@ -1220,12 +1252,27 @@ def test_lt_sft_in_rounds_and_resumed(tmp_path: Path) -> None:
             assert support_of(ours) == support_of(theirs)
 
 
+@pytest.mark.parametrize("heads", [["classifier"], ["classifier.dense", "classifier.out_proj"]])
+def test_lt_sft_trains_heads_in_the_dense_phase(heads: list[str], tmp_path: Path) -> None:
+    base, trained = tiny("roberta"), []
+
+    def make_trainer(model: nn.Module) -> Trainer:
+        trained.append({name for name, p in model.named_parameters() if p.requires_grad and "classifier" in name})
+        return Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=classification_data())
+
+    config = SparseFTConfig(selection="lt-sft", num_tunable_weights=20, modules_to_save=heads)
+    peft_ext.lt_sft(base, config, make_trainer)
+    assert trained[0] == {f"classifier.{name}.{kind}" for name in ("dense", "out_proj") for kind in ("weight", "bias")}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda model, config: model.requires_grad_(False), "'fc1' is frozen"),
+        (lambda model, config: model.bfloat16(), r"'fc1' is in torch.bfloat16.*`dtype=torch.float32`"),
         (lambda model, config: setattr(config, "selection", "random"), "needs a config with `selection='lt-sft'`"),
         (lambda model, config: setattr(config, "num_tunable_weights", 10**6), "does not fit"),
+        (lambda model, config: setattr(config, "num_tunable_weights", None), "set `density` or `num_tunable_weights`"),
     ],
 )
 def test_lt_sft_refuses(change: Any, message: str) -> None:
@@ -1279,6 +1326,27 @@ def test_several_active_adapters_are_their_weighted_sum(tmp_path: Path) -> None:
     torch.manual_seed(1)
     loaded = PeftModel.from_pretrained(Classifier(), tmp_path / "sum")
     torch.testing.assert_close(loaded(x)["logits"], both)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {}),
+        ({"layers_to_transform": [0]}, {"layers_to_transform": [1]}),
+        ({"exclude_modules": ["q_proj"]}, {"exclude_modules": ["down_proj"]}),
+        ({"target_modules": r".*\.q_proj"}, {"target_modules": r".*\.(q|v)_proj"}),
+    ],
+)
+def test_adapters_add_up_wherever_they_are(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """On equal places, with which nothing is new to the config, and on different modules."""
+    model = get_peft_model(tiny("llama"), SparseFTConfig(selection="random", **first))
+    model.add_adapter("other", SparseFTConfig(selection="random", **second))
+    random_values(model, "default", "other")
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model, inputs("llama"))
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model, inputs("llama")), both)
 
 
 def test_a_sum_carries_over_what_is_trained_besides(tmp_path: Path) -> None:
@@ -1410,6 +1478,23 @@ def test_a_graft_takes_heads_and_tokens_along(tokens: Any) -> None:
     model = peft_ext.graft(copy.deepcopy(base), tuned, SparseFTConfig(selection="given", **fields))
     torch.testing.assert_close(logits(model.eval(), batch), logits(tuned, batch), atol=1e-5, rtol=0)
     assert (logits(tuned, batch) - logits(base, batch)).abs().max() > 0.1
+
+
+def test_a_graft_says_what_it_leaves_out_and_leaves_the_config_as_it_is() -> None:
+    base = tiny("bert")
+    config = SparseFTConfig(selection="given", modules_to_save=["classifier"], trainable_token_indices=[4])
+    for number, name in enumerate(("query", "value")):
+        tuned = copy.deepcopy(base)
+        with torch.no_grad():
+            for layer in tuned.bert.encoder.layer[number:]:
+                layer.attention.self.get_submodule(name).weight[0] += 0.5
+            tuned.classifier.bias += 1
+            tuned.bert.embeddings.word_embeddings.weight[4:6] += 1
+            tuned.bert.embeddings.LayerNorm.bias += 1
+        with pytest.warns(UserWarning, match=r"2 tensors.*word_embeddings.weight, .*LayerNorm.bias.*`target_modules`"):
+            model = peft_ext.graft(copy.deepcopy(base), tuned, config)
+        assert len(dict(deltas(model, "default"))) == len(base.bert.encoder.layer) - number
+        assert config.target_modules is None and config.support is None
 
 
 def lt_sft_file(path: Path, base: nn.Module, tuned: nn.Module, head: str) -> None:
@@ -1589,6 +1674,9 @@ def test_a_module_that_one_process_does_not_use(tmp_path: Path) -> None:
         ({"density": 0.1, "selection": "spiel-ag", "total_steps": 0}, "`total_steps` must be a positive integer"),
         ({"density": 0.1, "save_dtype": "int8"}, "`save_dtype` must be one of"),
         ({"num_weights_per_module": {"fc": -1}}, "must map module names to numbers"),
+        ({"num_weights_per_module": {}}, "must map module names to numbers"),
+        ({"num_tunable_weights": True}, "`num_tunable_weights` must be a positive integer, got True"),
+        ({"density": True}, r"`density` must be in \(0, 1\], got True"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], message: str) -> None:
@@ -1646,6 +1734,11 @@ def test_a_support_that_does_not_fit(support: dict[str, torch.Tensor], message: 
     with pytest.raises(ValueError, match=message):
         config = SparseFTConfig(selection="given", target_modules=["fc1"]).use_support(support)
         get_peft_model(MLP(), config)
+
+
+def test_a_support_that_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match=r"support of 'fc' must be a tensor of indices, got a list"):
+        SparseFTConfig(selection="given").use_support({"fc": [1, 2]})  # type: ignore[dict-item]
 
 
 def test_a_support_from_a_file(tmp_path: Path) -> None:
@@ -1708,6 +1801,33 @@ def test_fixed_supports(selection: str) -> None:
         random_values(model, "default")
         merged = model.merge_and_unload()
         assert torch.equal(merged.fc2.weight == 0, base.fc2.weight == 0)
+
+
+@pytest.mark.parametrize("selection", ["largest", "smallest"])
+def test_a_bias_is_chosen_by_its_own_values(selection: str) -> None:
+    base = One()
+    config = SparseFTConfig(selection=selection, target_modules=["fc"], num_weights_per_module={"fc": 2, "fc.bias": 3})
+    model = get_peft_model(base, config)
+    order = base.fc.bias.detach().abs().argsort(descending=selection == "largest")
+    assert dict(deltas(model, "default"))["fc.bias"].indices().tolist() == sorted(order[:3].tolist())
+
+
+@pytest.mark.parametrize("selection", ["spiel-ag", "spiel-ma", "below", "growing"])
+def test_the_support_of_a_bias_does_not_move(selection: str) -> None:
+    counts = {"fc": 2, "fc.bias": 3}
+    config = SparseFTConfig(**taken(selection, threshold=0.2), target_modules=["fc"], num_weights_per_module=counts)
+    with pytest.raises(ValueError, match=r"'fc.bias'.*a fixed selection such as 'random'"):
+        get_peft_model(One(), config)
+
+
+def test_a_weight_in_any_memory_layout_is_merged() -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last),
+        SparseFTConfig(selection="random", num_tunable_weights=20, target_modules=["0"], init_weights=False),
+    )
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
 def test_budget_is_spread_without_loss() -> None:

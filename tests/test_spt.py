@@ -312,11 +312,18 @@ def test_norms_and_biases_are_trained() -> None:
         ({"budget": 10, "dropout": 1.0}, r"`dropout` must be in \[0, 1\)"),
         ({"budget": 10, "matrix_threshold": 0.5}, "`matrix_threshold` must be at least 1"),
         ({"budget": 10, "use_rslora": True}, "set `lora_alpha` too"),
+        ({"budget": 10, "lora_alpha": 0.0}, "`lora_alpha` must not be zero"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SPTConfig(**fields)
+
+
+@pytest.mark.parametrize(("field", "value"), [("target_parameters", 5), ("structured", ["lora"])])
+def test_config_refuses_other_types(field: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{field}` must be a"):
+        SPTConfig(**{field: value})
 
 
 def test_candidates_leave_out_heads_and_embeddings() -> None:

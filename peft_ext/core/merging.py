@@ -21,6 +21,7 @@ def check_merges(model: nn.Module, safe_merge: bool, adapter_names: list[str] | 
                     refuse_partial_merge(module, adapter_names)
                 if not isinstance(module, ExtLayer):
                     continue
+                refuse_other_order(module, module.active_adapters if adapter_names is None else adapter_names)
                 with onload_layer(module):
                     for adapter in module.present(module.active_adapters if adapter_names is None else adapter_names):
                         if adapter not in module.merged_adapters:
@@ -49,11 +50,29 @@ def refuse_partial_merge(layer: BaseTunerLayer, adapter_names: list[str]) -> Non
             layer.check_inner_merge(merging)
         for name, other in product(names, acting):
             if other not in merging and not (adds_alone(layer, name) and adds_alone(inner, other)):
-                raise ValueError(
-                    f"Cannot merge adapter {name!r} without {other!r}, which acts before it on the same module: merge "
-                    f"both, `merge_adapter([{other!r}, {name!r}])`, or deactivate one of them."
-                )
+                raise _is_merged_first(name, other)
         inner = inner.base_layer  # type: ignore[attr-defined]
+
+
+def refuse_other_order(layer: ExtLayer, adapter_names: list[str]) -> None:
+    """Refuses to merge active adapters of one layer in another order than they act in, unless none depends on the others.
+
+    Raises:
+        ValueError: The output would change.
+    """
+    order = layer.present(layer.active_adapters)
+    merged = list(dict.fromkeys([*layer.merged_adapters, *layer.present(adapter_names)]))
+    for place, name in enumerate(merged):
+        for other in order[: order.index(name)] if name in order else ():
+            if other not in merged[:place] and not (layer.adds_alone(name) and layer.adds_alone(other)):
+                raise _is_merged_first(name, other)
+
+
+def _is_merged_first(name: str, other: str) -> ValueError:
+    return ValueError(
+        f"Cannot merge adapter {name!r} without {other!r}, which acts before it on the same module: merge both, "
+        f"`merge_adapter([{other!r}, {name!r}])`, or deactivate one of them."
+    )
 
 
 def adds_alone(layer: BaseTunerLayer, adapter_name: str) -> bool:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -158,8 +160,7 @@ def flattened_modules(optimizer: Optimizer) -> set[nn.Module]:
 def call_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
     """The module called with these tensors for its parameters.
 
-    FSDP1 puts gathered parameters beside the module's own as plain attributes, which `functional_call` leaves as they
-    are. Under ZeRO-3, and of an offloaded module, no hook of the module runs.
+    FSDP1 puts gathered parameters beside the module's own as plain attributes. Under ZeRO-3, and of an offloaded module, no hook of the module runs.
     """
     if torch.compiler.is_compiling():
         return functional_call(module, dict(parameters), args, kwargs)
@@ -173,13 +174,17 @@ def call_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: A
         with onloaded(module):
             vars(twin)["_parameters"] = {**module._parameters, **parameters}
         return type(module).forward(twin, *args, **kwargs)
-    attributes = vars(module)
-    gathered = {key: attributes[key] for key in parameters if key in attributes}
-    attributes |= {key: parameters[key] for key in gathered}
-    try:
-        return functional_call(module, dict(parameters), args, kwargs)
-    finally:
-        attributes |= gathered
+    twin = copy.copy(module)  # other threads, which call or read the module meanwhile, must find it as it is
+    attributes: dict[str, Any] = vars(twin)
+    attributes["_parameters"] = {**module._parameters, **parameters}
+    for key, value in attributes.items():
+        if key in parameters:
+            attributes[key] = parameters[key]
+        elif isinstance(value, MethodType) and value.__self__ is module:  # somebody has replaced `forward`
+            attributes[key] = MethodType(value.__func__, twin)
+        elif isinstance(value, partial) and value.args and value.args[0] is module:  # accelerate has
+            attributes[key] = partial(value.func, twin, *value.args[1:], **value.keywords)
+    return twin(*args, **kwargs)
 
 
 def world_size() -> int:

@@ -21,6 +21,7 @@ from torch import nn
 _OTHER_METHODS = re.compile(r"__init__|.*(init|reset|resize|tie|embeddings).*")
 # what is asked of a weight without computing with it
 _ABOUT_WEIGHT = {"dtype", "device", "shape", "size", "ndim", "numel", "dim", "data", "requires_grad", "is_meta"}
+_TURNED = {"T", "mT", "H", "mH"}
 _QUESTIONS = {"isinstance", "hasattr", "getattr", "type", "id"}
 
 
@@ -71,6 +72,7 @@ def _uncalled(cls: type[nn.Module]) -> dict[str, str]:
     methods = _methods_of_a_model(cls)
     read: set[str] = set()
     passed: set[str] = set()
+    operands: set[str] = set()
     called: set[str] = set()
     for name, method in methods.items():
         if _OTHER_METHODS.fullmatch(name):
@@ -81,9 +83,13 @@ def _uncalled(cls: type[nn.Module]) -> dict[str, str]:
                 called |= set(_own_attribute(node.func))
                 arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
                 passed |= {child for value in arguments if id(value) not in questions for child in _own_weight(value)}
+            if isinstance(node, ast.BinOp):
+                sides = [_bare(side) for side in (node.left, node.right)]
+                operands |= {child for side in sides if id(side) not in questions for child in _own_weight(side)}
             if id(node) not in questions:
                 read |= set(_own_weight(node))
     never = dict.fromkeys(sorted(read - called), "reads its weight and never calls it")
+    never |= dict.fromkeys(sorted(operands & called), "computes with its weight on a path where it does not call it")
     return never | dict.fromkeys(sorted(passed & called), "hands its weight to a fused kernel on its fast path")
 
 
@@ -118,12 +124,21 @@ def _own_weight(node: ast.AST) -> Iterator[str]:
         yield from _own_attribute(node.value)
 
 
+def _bare(node: ast.expr) -> ast.expr:
+    """A tensor without what only chooses of it, `W[:, 0]`, or turns it, `W.T`."""
+    while isinstance(node, ast.Subscript) or (isinstance(node, ast.Attribute) and node.attr in _TURNED):
+        node = node.value
+    return node
+
+
 def _about_weights(method: ast.FunctionDef) -> Iterator[ast.AST]:
     """The parts of a method that ask a weight for its dtype, shape and the like."""
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr in _ABOUT_WEIGHT:
             yield node.value
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _QUESTIONS:
+            continue
+        is_question = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _QUESTIONS
+        if is_question or isinstance(node, ast.Compare):  # Gemma 4 looks up which token an embedding is of
             yield node
 
 

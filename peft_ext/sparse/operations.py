@@ -149,7 +149,8 @@ class LinearOperation(Operation):
         if x.device.type != "cpu" or self.transposed:
             return super().sparse_product(x, values, indices)
         rows = _at_least_fp32(x.reshape(-1, x.shape[-1]))
-        return (_summed_csr(indices, values.to(rows.dtype), self.shape) @ rows.T).T.reshape(*x.shape[:-1], -1)
+        product = (_summed_csr(indices, values.to(rows.dtype), self.shape) @ rows.T).T
+        return product.reshape(*x.shape[:-1], self.shape[0])
 
     def sparse_grad_input(
         self, x: torch.Tensor, grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor
@@ -161,7 +162,7 @@ class LinearOperation(Operation):
         flipped = indices % width * height + indices // width
         flipped, order = flipped.sort()
         delta = _summed_csr(flipped, values.to(rows.dtype)[order], (width, height))
-        return (delta @ rows.T).T.reshape(*grad.shape[:-1], -1).to(x.dtype)
+        return (delta @ rows.T).T.reshape(*grad.shape[:-1], width).to(x.dtype)
 
 
 def _distinct(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

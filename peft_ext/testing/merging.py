@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,26 @@ class MergingTests(ConformanceTests):
         with pytest.raises(ValueError, match="Cannot delete adapter"):
             one_by_one.delete_adapter("second")
         close(logits(model.merge_and_unload(adapter_names=["default", "second"]), batch), expected)
+
+    @on(lambda method: method.few if method.merges else ())
+    def test_merging_in_another_order_is_exact_or_refused(self, name: str) -> None:
+        """What was merged acts before what is merged after it, whatever the order of the active adapters."""
+        model, batch = self.adapted(name), inputs(name)
+        model.add_adapter("second", self.config_for(name))
+        self.randomize(model, "second", seed=1)
+        model.base_model.set_adapter(["default", "second"])
+        expected = logits(model, batch)
+        for merges in ([["second", "default"]], [["second"], ["default"]]):
+            merged = copy.deepcopy(model)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # of further adapters
+                    for names in merges:
+                        merged.merge_adapter(names)
+            except ValueError as error:
+                assert "'second' without 'default', which acts before it" in str(error)
+                same(logits(merged, batch), expected)
+            close(logits(merged, batch), expected)
 
     @mergeable
     def test_safe_merge_finds_nan_and_changes_nothing(self, name: str) -> None:

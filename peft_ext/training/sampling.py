@@ -12,11 +12,13 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
 from peft import PeftModel
 from torch import is_grad_enabled, nn
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from ..core import listen_to_steps, owners_of, stop_listening
@@ -125,11 +127,12 @@ class LayerSampling:
         self._optimizer: Callable[[], Optimizer | None] = lambda: None
         self._owners: list[weakref.ref[Optimizer]] = []
         self._step, self._interval = 0, -1
-        self._frozen: list[Slot] = []
+        self._frozen: set[Slot] = set()
         self._was_run = False  # a training forward waits for a step
-        for slot in self._unused:
-            slot.parameter.requires_grad_(False)
-        self._handle = model.register_forward_pre_hook(_Hook(self))
+        _freeze(self._unused)
+        self._handles = [model.register_forward_pre_hook(_Hook(self._before_forward))]
+        for module, slots in candidates.holders:
+            self._handles.append(module.register_forward_pre_hook(_Hook(partial(self._before_module, slots))))
         listen_to_steps(self)
 
     @property
@@ -154,7 +157,8 @@ class LayerSampling:
 
     def close(self) -> None:
         """Ends the sampling: from now on all parameters that took part are trained."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         stop_listening(self)
         self._thaw()
         for slot in self._unused if self._is_trained_on() else []:
@@ -195,20 +199,26 @@ class LayerSampling:
                 )
 
     def _before_forward(self) -> None:
-        self._was_run = True
+        _freeze(self._unused)  # PEFT thaws all of an adapter at the end of `disable_adapter`
         if (group := self._group()) is None:
             self._find()
             if (group := self._group()) is None:
+                self._was_run = True
                 return  # no optimizer is built yet, and when it is, it must find all parameters trainable
         self._check_trainable()
+        self._was_run = True
         interval = group.get(STEP, 0) // self._every
         left_out = self._left_out(interval)
         if interval != self._interval:
             self._drop(left_out)
             self._interval = interval
-        self._frozen += [slot for slot in left_out if slot.parameter.requires_grad]
-        for slot in left_out:
-            slot.parameter.requires_grad_(False)
+        self._frozen |= {slot for slot in left_out if slot.parameter.requires_grad}
+        _freeze(left_out)
+
+    def _before_module(self, slots: list[Slot]) -> None:
+        """Freezes again what PEFT has thawed since the forward, for a block that is computed anew in the backward."""
+        if self._frozen and not is_compiling():
+            _freeze(slot for slot in slots if slot in self._frozen)
 
     def _trained(self, interval: int) -> list[Slot]:
         return self._always + [slot for unit in self._draw(interval) for slot in unit.slots]
@@ -228,19 +238,18 @@ class LayerSampling:
     def _thaw(self) -> None:
         for slot in self._frozen if self._is_trained_on() else []:
             slot.parameter.requires_grad_(True)
-        self._frozen = []
+        self._frozen = set()
 
     def _is_trained_on(self) -> bool:
         """Whether what is drawn is trainable still, and not of an adapter that is active no more."""
-        frozen = set(self._frozen)
-        return any(slot.parameter.requires_grad for slot in self._slots if slot not in frozen)
+        return any(slot.parameter.requires_grad for slot in self._slots if slot not in self._frozen)
 
     def _check_trainable(self) -> None:
         """Raises if others require gradients than when the sampling began: they would be trained without a draw."""
         model: Any = self._model()
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        known, frozen = {id(slot.parameter) for slot in self._slots}, set(self._frozen)
-        lost = [slot.name for slot in self._slots if not slot.parameter.requires_grad and slot not in frozen]
+        known = {id(slot.parameter) for slot in self._slots}
+        lost = [slot.name for slot in self._slots if not slot.parameter.requires_grad and slot not in self._frozen]
         more = [name for name, p in base.named_parameters() if p.requires_grad and id(p) not in known]
         if lost or more:
             found = f"{lost[0]} is frozen" if lost else f"{more[0]} is trainable, too"
@@ -289,17 +298,22 @@ class LayerSampling:
 
 
 class _Hook:
-    """What the model calls before a forward. A copied or pickled model calls nothing: it is not sampled."""
+    """What a module calls before a training forward. Those of a copied or pickled model call nothing: it is not sampled."""
 
-    def __init__(self, sampling: LayerSampling | None = None) -> None:
-        self.sampling = sampling
+    def __init__(self, call: Callable[[], None] | None = None) -> None:
+        self.call = call
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.sampling is not None and module.training and is_grad_enabled():
-            self.sampling._before_forward()
+        if self.call is not None and module.training and is_grad_enabled():
+            self.call()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, ()
+
+
+def _freeze(slots: Iterable[Slot]) -> None:
+    for slot in slots:
+        slot.parameter.requires_grad_(False)
 
 
 def _blocks(candidates: Candidates, number: int, seed: int) -> Callable[[int], list[Unit]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from peft import PeftModel
 from torch import nn
@@ -47,10 +48,12 @@ class Candidates:
     Attributes:
         units: By block and, for matrices, by category within the block; one category holds all of a whole block.
         outside: Those outside of all blocks, by `OUTSIDE`.
+        holders: The modules inside of blocks, and these, each with the parameters inside of it.
     """
 
     units: list[dict[str, list[Unit]]]
     outside: dict[str, list[Slot]]
+    holders: list[tuple[nn.Module, list[Slot]]]
 
     @property
     def slots(self) -> list[Slot]:
@@ -75,14 +78,20 @@ def find_candidates(model: nn.Module, by_matrix: bool) -> Candidates:
     blocks = {block.name: index for index, block in enumerate(description.blocks)}
     units: list[dict[str, dict[str, Unit]]] = [defaultdict(dict) for _ in blocks]
     outside: dict[str, list[Slot]] = {place: [] for place in OUTSIDE}
+    holders: dict[str, list[Slot]] = defaultdict(list)
     names = [name for name, _ in unadapted_modules(base)]
-    is_before_blocks = True
-    for slot in _trainable_slots(base):
-        block = _last_containing(blocks, slot.name)
+    slots = [(slot, _last_containing(blocks, slot.name)) for slot in _trainable_slots(base)]
+    before: str | None = None  # the last block so far
+    for number, (slot, block) in enumerate(slots):
         if block is None:
+            after = next((other for _, other in slots[number:] if other is not None), None)
+            is_before_blocks = _in_common(slot.name, after) > _in_common(slot.name, before)
             outside[_place(slot.name, description, is_before_blocks)].append(slot)
             continue
-        is_before_blocks = False
+        before = block
+        parts = slot.name.split(".")
+        for end in range(block.count(".") + 1, len(parts)):
+            holders[".".join(parts[:end])].append(slot)
         owner = _last_containing(names, slot.name) if by_matrix else block
         assert owner is not None  # the block is one of the modules
         categories = [_CATEGORIES[role] for role in description.role_of(owner) if role in _CATEGORIES]
@@ -94,7 +103,7 @@ def find_candidates(model: nn.Module, by_matrix: bool) -> Candidates:
             f"No parameter in the blocks of this {type(model).__name__} requires a gradient: layer sampling chooses "
             "among trainable parameters. For full fine-tuning call `model.requires_grad_(True)` before."
         )
-    return Candidates(found, outside)
+    return Candidates(found, outside, [(base.get_submodule(name), slots) for name, slots in holders.items()])
 
 
 def tied_across(candidates: Candidates, model: nn.Module, always: Sequence[str]) -> list[str]:
@@ -122,6 +131,12 @@ def _place(name: str, description: Description, is_before_blocks: bool) -> str:
     if module in description.norms:
         return "norm"
     return "embeddings" if is_before_blocks or module in description.embeddings else "head"
+
+
+def _in_common(name: str, block: str | None) -> int:
+    """How many parts two names have in common at the start: those of one stack have more. -1 if there is no block."""
+    parts = [] if block is None else zip(name.split("."), block.split("."), strict=False)
+    return -1 if block is None else len(list(takewhile(lambda pair: pair[0] == pair[1], parts)))
 
 
 def _last_containing(modules: Iterable[str] | Mapping[str, int], name: str) -> str | None:

@@ -8,8 +8,11 @@ from torch import nn
 from ...core import count_parameters, is_quantised, stable_generator
 from ...delta import layer_operation
 from ...sparse import drawn_keys
-from .config import GIVEN, SPIEL, UNBUDGETED, WHERE_FROM, SparseFTConfig
+from .config import GIVEN, GRADUAL, SPIEL, UNBUDGETED, WHERE_FROM, SparseFTConfig
 from .deltas import best_of_all
+
+
+MOVING = (*SPIEL, *GRADUAL)
 
 
 def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
@@ -62,17 +65,25 @@ def settle_budget(config: SparseFTConfig, model: nn.Module, targets: dict[str, n
 
 
 def budget_of(config: SparseFTConfig, model: nn.Module, total: int) -> int:
-    budget = config.num_tunable_weights
-    field = "num_tunable_weights"
-    if budget is None:
-        assert config.density is not None
-        budget, field = int(config.density * count_parameters(model)), "density"
+    budget, field = asked_for(config, count_parameters(model))
     if budget > total:
         raise ValueError(
             f"`{field}` asks for {budget} tuned weights, the target modules have {total}: lower it, or target more "
             "modules."
         )
     return budget
+
+
+def asked_for(config: SparseFTConfig, parameters: int) -> tuple[int, str]:
+    """How many weights of a model with so many parameters are to be tuned, and which field says so."""
+    if config.num_tunable_weights is not None:
+        return config.num_tunable_weights, "num_tunable_weights"
+    if config.density is not None:
+        return int(config.density * parameters), "density"
+    raise ValueError(
+        f"`selection={config.selection!r}` splits a budget by what it finds, and the config has none, only "
+        "`num_weights_per_module`: set `density` or `num_tunable_weights` instead."
+    )
 
 
 def proportional(budget: int, sizes: dict[str, int]) -> dict[str, int]:
@@ -98,6 +109,12 @@ def _count(config: SparseFTConfig, base_layer: nn.Module) -> int:
 def _check_fit(config: SparseFTConfig, sizes: dict[str, int]) -> None:
     assert config.num_weights_per_module is not None
     for name, count in config.num_weights_per_module.items():
+        is_bias = name.endswith(".bias") and name.removesuffix(".bias") in sizes
+        if count and is_bias and config.selection in MOVING and not config.inference_mode:
+            raise ValueError(
+                f"`num_weights_per_module` names {name!r}, and selection={config.selection!r} moves supports of weights "
+                "only: leave biases out, or take a fixed selection such as 'random', 'largest' or 'smallest'."
+            )
         if name not in sizes:
             raise ValueError(
                 f"The support names {name!r}, which is not among the target modules"

@@ -34,7 +34,8 @@ class SparseFTCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Adds `reselections`, how many there were, and `replaced`, the share of the support that the last one moved."""
-        leaves = [leaf for leaf in _deltas(kwargs.get("model")) if leaf.tracker is not None]
+        found_leaves = _deltas(kwargs.get("model"))
+        leaves = [leaf for leaf in found_leaves if leaf.tracker is not None and leaf.weight.requires_grad]
         if not leaves:
             return
         steps = {step for leaf in leaves for step, _ in leaf.tracker.reselections}

@@ -6,9 +6,11 @@ Deltas add up, so a task's and a language's adapter are composed by having both 
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,13 +52,15 @@ def graft(base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], 
         tuned: The tuned model, or its state dict.
         config: With `selection="given"`. Its budget, if it has one, keeps the largest differences of all targets
             together; without, all that are not zero are kept, so that nothing is lost on the targets. What the adapter
-            has besides (`modules_to_save`, `trainable_token_indices`) is taken from the tuned model as it is.
+            has besides (`modules_to_save`, `trainable_token_indices`) is taken from the tuned model as it is. A warning
+            says what differs elsewhere, and is left out.
 
     Raises:
         ValueError: The tuned weights do not fit the base model, or nothing differs.
     """
     require_model(base_model, "base_model")
     require_selection(config, "graft", "given")
+    config = copy.deepcopy(config)
     state = tuned.state_dict() if isinstance(tuned, nn.Module) else tuned
     differences: dict[str, torch.Tensor] = {}
     for name, parameter in _parameters(base_model, config).items():
@@ -72,14 +76,48 @@ def graft(base_model: nn.Module, tuned: nn.Module | Mapping[str, torch.Tensor], 
         support = {name: d.nonzero().squeeze(1) for name, d in differences.items() if d.any()}
     if not support:
         raise ValueError("The two checkpoints do not differ on the target modules.")
+    tensors = dict(base_model.named_parameters()) | dict(base_model.named_buffers())
     adapted = _with_adapter(base_model, config, {name: (i, differences[name][i]) for name, i in support.items()})
-    _take_besides(adapted, config, state)
+    taken = {name if name.endswith(".bias") else f"{name}.weight": None for name in differences}
+    _warn_of_the_rest(tensors, state, taken | _take_besides(adapted, config, state))
     return adapted
 
 
-def _take_besides(adapted: PeftModel, config: SparseFTConfig, state: Mapping[str, torch.Tensor]) -> None:
-    """Copies what is trained in full, heads and embeddings of tokens, from the tuned model's tensors."""
+def _warn_of_the_rest(
+    tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], taken: Mapping[str, list[int] | None]
+) -> None:
+    """Warns if checkpoints differ where nothing was taken; of an embedding it may be some rows that were."""
+    left = []
+    for name, tensor in tensors.items():
+        rows = taken.get(name, [])
+        if name not in state or rows is None:
+            continue
+        other = state[name].detach().to(tensor.device)
+        if other.shape == tensor.shape:
+            changed = other != tensor.detach()
+            if rows:
+                changed[rows] = False
+        if other.shape != tensor.shape or changed.any():
+            left.append(name)
+    if left:
+        warnings.warn(
+            f"{len(left)} tensors outside of the targets differ between the two checkpoints and are not in the "
+            f"adapter: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}. What is grafted is the tuned model "
+            "without them. Name their modules in `target_modules`, or in `modules_to_save`.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _take_besides(
+    adapted: PeftModel, config: SparseFTConfig, state: Mapping[str, torch.Tensor]
+) -> dict[str, list[int] | None]:
+    """Copies what is trained in full, heads and embeddings of tokens, from the tuned model's tensors.
+
+    Returns their names, for embeddings with the rows that were taken.
+    """
     taken: dict[str, torch.Tensor] = {}
+    rows: dict[str, list[int] | None] = {}
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     for key in own:
         if f".{SparseFTModel.prefix}" in key:
@@ -89,9 +127,11 @@ def _take_besides(adapted: PeftModel, config: SparseFTConfig, state: Mapping[str
         source = name if embedding == name else f"{embedding}.weight"
         if source not in state:
             raise ValueError(f"The tuned checkpoint has no {source!r}, which the adapter trains in full.")
-        taken[key] = state[source] if embedding == name else state[source][_tokens_of(config, embedding)]
+        rows[source] = None if embedding == name else _tokens_of(config, embedding)
+        taken[key] = state[source] if embedding == name else state[source][rows[source]]
     if taken:
         set_peft_model_state_dict(adapted, own | taken)
+    return rows
 
 
 def _tokens_of(config: SparseFTConfig, embedding: str) -> list[int]:
@@ -190,7 +230,7 @@ def import_lt_sft(
         layer_operation(modules[name])
         if len(indices):
             tensors[name if kind == "weight" else key] = (indices, values)
-    config = config or SparseFTConfig(selection="given")
+    config = copy.deepcopy(config) or SparseFTConfig(selection="given")
     if config.target_modules is None:
         config.target_modules = {name.removesuffix(".bias") for name in tensors}
     adapted = _with_adapter(base_model, config, tensors)

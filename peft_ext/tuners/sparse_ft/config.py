@@ -82,8 +82,8 @@ class SparseFTConfig(CalibratedConfig):
         seed: Of the random supports, and of what is drawn; the same in all processes.
         save_dtype: Type of the values on disk: `"float32"`, which is exact, `"bfloat16"` or `"float16"`. It holds for
             the checkpoints of a training too.
-        num_weights_per_module: Tuned weights of every target, by module name (`"<module>.bias"` for a bias). Filled in
-            by itself, so that an adapter loads whatever the rest of the model is; given by hand, it replaces the budget.
+        num_weights_per_module: Tuned weights of every target, by module name (`"<module>.bias"` for a bias, with a
+            fixed `selection`). Filled in by itself, so that an adapter loads whatever the rest of the model is; given by hand, it replaces the budget.
 
     Raises:
         ValueError: A field is out of its range, or both budget fields are set; the message names the field.
@@ -204,17 +204,21 @@ class SparseFTConfig(CalibratedConfig):
         needs_budget = self.selection not in ("given", *UNBUDGETED)
         if not given and needs_budget and self.num_weights_per_module is None:
             self.density = DEFAULT_DENSITY
-        if self.density is not None and not 0 < self.density <= 1:
+        if self.density is not None and (isinstance(self.density, bool) or not 0 < self.density <= 1):
             raise ValueError(f"`density` must be in (0, 1], got {self.density!r}.")
         if self.num_tunable_weights is not None and (
-            not isinstance(self.num_tunable_weights, int) or self.num_tunable_weights < 1
+            type(self.num_tunable_weights) is not int or self.num_tunable_weights < 1
         ):
             raise ValueError(f"`num_tunable_weights` must be a positive integer, got {self.num_tunable_weights!r}.")
         per_module = self.num_weights_per_module
         if per_module is not None and not (
-            isinstance(per_module, dict) and all(type(count) is int and count >= 0 for count in per_module.values())
+            isinstance(per_module, dict)
+            and per_module
+            and all(type(count) is int and count >= 0 for count in per_module.values())
         ):
-            raise ValueError("`num_weights_per_module` must map module names to numbers of weights.")
+            raise ValueError(
+                f"`num_weights_per_module` must map module names to numbers of weights, got {per_module!r}."
+            )
 
     @property
     def steps(self) -> int | None:
@@ -229,6 +233,7 @@ class SparseFTConfig(CalibratedConfig):
                 or the path of a safetensors file with the same content (see `save_support`).
 
         Raises:
+            TypeError: The indices of a module are no tensor.
             ValueError: The indices are not distinct non-negative integers. Whether they fit the model is checked when
                 the adapter is put on it.
         """
@@ -236,6 +241,11 @@ class SparseFTConfig(CalibratedConfig):
             support = load_file(os.fspath(support))
         checked = {}
         for name, indices in support.items():
+            if not isinstance(indices, torch.Tensor):
+                raise TypeError(
+                    f"The support of {name!r} must be a tensor of indices, got a {type(indices).__name__}: "
+                    "`torch.tensor([...])`."
+                )
             if indices.is_floating_point() or indices.ndim != 1:
                 raise ValueError(f"The support of {name!r} must be a vector of integers, got {tuple(indices.shape)}.")
             checked[name] = indices.long().sort().values

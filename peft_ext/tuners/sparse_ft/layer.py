@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core import stable_generator
+from ...core import onloaded, stable_generator
 from ...core.schedule import listen_to_steps
 from ...delta import DeltaLayer, SparseDelta
 from ...sparse import random_indices, top_indices
@@ -38,12 +38,14 @@ class SparseFTLayer(DeltaLayer):
         for container, key in ((self.sparse_ft_delta, name), (self.sparse_ft_bias, f"{name}.bias")):
             if not per_module.get(key, 0):
                 continue
-            size = self._size(of_weight=key == name)
-            indices, placeholder = self._initial_indices(config, key, per_module[key], size)
+            of_weight = key == name
+            size = self._size(of_weight)
+            indices, placeholder = self._initial_indices(config, key, per_module[key], size, of_weight)
             leaf = SparseDelta(indices, size, placeholder)
             if config.selection == "lt-sft":
                 leaf.exempt_from_decay()  # as published; a decay would pull the values to the base
-            if config.selection in TRACKERS and not config.inference_mode:
+            # also of an adapter that is loaded for inference: `set_adapter` makes it trainable
+            if config.selection in TRACKERS and of_weight:
                 leaf.track(TRACKERS[config.selection](config, self.op, said, key))
             elif placeholder and not config.inference_mode:
                 listen_to_steps(leaf)
@@ -58,7 +60,9 @@ class SparseFTLayer(DeltaLayer):
                 tracker.enter(self)
         return super().adapted_forward(adapters, *args, **kwargs)
 
-    def _initial_indices(self, config: SparseFTConfig, key: str, k: int, n: int) -> tuple[torch.Tensor, bool]:
+    def _initial_indices(
+        self, config: SparseFTConfig, key: str, k: int, n: int, of_weight: bool
+    ) -> tuple[torch.Tensor, bool]:
         """k indices among n, and whether they only hold the shape until a saved adapter is loaded."""
         if config.support is not None:
             return config.support[key], False
@@ -66,7 +70,7 @@ class SparseFTLayer(DeltaLayer):
             return torch.arange(k), True
         if config.selection in ("random", "growing", *SPIEL):
             return random_indices(k, n, stable_generator(config.seed, key)), False
-        weight = self.get_base_weight().detach().reshape(-1)
+        weight = (self.get_base_weight() if of_weight else self._base_bias()).detach().reshape(-1)
         if config.selection in UNBUDGETED:
             is_in = weight != 0 if config.threshold is None else weight.float().abs() < config.threshold
             indices = is_in.nonzero().squeeze(1)
@@ -74,6 +78,11 @@ class SparseFTLayer(DeltaLayer):
             return (indices, False) if len(indices) == k else (torch.arange(k), True)
         smallest = config.selection == "smallest"
         return top_indices(lambda start, stop: weight[start:stop].abs(), n, k, smallest), False
+
+    def _base_bias(self) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        with onloaded(base):
+            return base.bias
 
 
 class SparseFTLinear(SparseFTLayer):

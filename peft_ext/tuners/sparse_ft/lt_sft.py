@@ -30,8 +30,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from ...core import count_parameters, matched_targets, require_model
+from ...core import HALF, count_parameters, matched_targets, require_model
 from ...core.schedule import listen_to_steps
+from .budget import asked_for
 from .config import SparseFTConfig, require_selection
 from .deltas import best_of_all, deltas
 from .model import SparseFTModel
@@ -185,7 +186,7 @@ def lt_sft(
             from their folders, the others start from their last checkpoint, if there is one.
 
     Raises:
-        ValueError: The config is not for LT-SFT, or the target weights are frozen or quantised.
+        ValueError: The config is not for LT-SFT, or the target weights are frozen, quantised or in half precision.
         TypeError: The model has an adapter already.
     """
     config, dense = _checked(model, config, n_iterations, train_biases)
@@ -239,9 +240,7 @@ def _dense_phase(
     """Trains all target weights, and returns the indices outside the support that are then farthest from `first`."""
     heads = _modules_to_save(config)
     chosen = {id(parameter) for parameter in dense.values()}
-    on_head = {
-        key for key, p in model.named_parameters() if id(p) not in chosen and heads.intersection(key.split("."))
-    }
+    on_head = {key for key, p in model.named_parameters() if id(p) not in chosen and _is_inside(key, heads)}
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in chosen or key in on_head)
     trainer = trainings.trainer(model, phase)
@@ -307,10 +306,7 @@ def _checked(
 
 
 def _checked_budget(config: SparseFTConfig, total: int, dense: dict[str, nn.Parameter], n_iterations: int) -> int:
-    budget = config.num_tunable_weights
-    if budget is None:
-        assert config.density is not None
-        budget = int(config.density * total)
+    budget, _ = asked_for(config, total)
     available = sum(parameter.numel() for parameter in dense.values())
     if not 0 < budget <= available:
         raise ValueError(
@@ -338,6 +334,16 @@ def _modules_to_save(config: SparseFTConfig) -> set[str]:
     return names
 
 
+def _is_inside(parameter: str, modules: set[str]) -> bool:
+    """Whether a parameter is in one of the modules to save, which PEFT finds by the end of their names."""
+    owner = parameter.rpartition(".")[0]
+    while owner:
+        if any(owner.endswith(name) for name in modules):
+            return True
+        owner = owner.rpartition(".")[0]
+    return False
+
+
 def _dense_targets(model: nn.Module, config: SparseFTConfig, train_biases: bool) -> dict[str, nn.Parameter]:
     """The parameters that phase one trains, by the names that supports have."""
     model_config: Any = getattr(model, "config", None)
@@ -359,6 +365,12 @@ def _dense_targets(model: nn.Module, config: SparseFTConfig, train_biases: bool)
                     f"LT-SFT trains all target weights in its dense phase, and {name!r} is frozen. Call "
                     "`model.requires_grad_(True)` first, or use a selection that needs no dense phase, such as "
                     "'spiel-ag'."
+                )
+            if parameter.dtype in HALF:
+                raise ValueError(
+                    f"LT-SFT looks how far its dense phase moves each target weight, and {name!r} is in "
+                    f"{parameter.dtype}, where small updates are lost. Load the base model with "
+                    "`dtype=torch.float32`; the trained adapter goes on a half-precision base, too."
                 )
             dense[name if key == "weight" else f"{name}.bias"] = parameter
     if not dense:

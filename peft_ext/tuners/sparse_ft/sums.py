@@ -33,35 +33,28 @@ def add_weighted_adapter(
         own = [(part[module], weight) for part, weight in zip(parts, weights, strict=True) if module in part]
         combined[module] = combine([delta for delta, _ in own], [weight for _, weight in own], combination_type)
     carry = carry_over(tuner.model, tuner.peft_config, adapters)
-    configs: list[Any] = [tuner.peft_config[name] for name in adapters]
-    config = copy.deepcopy(configs[0])
-    for other in configs[1:]:
-        config.target_modules = _either(config.target_modules, other.target_modules)
-    config = as_given(config).use_support({module: indices for module, (indices, _) in combined.items()})
+    config = _of_the_sum(copy.deepcopy(tuner.peft_config[adapters[0]]), combined)
     tuner.peft_config[adapter_name] = config
-    tuner.inject_adapter(tuner.model, adapter_name)
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except Exception:
+        del tuner.peft_config[adapter_name]
+        raise
     set_values(tuner.model, adapter_name, combined)
     new: Any = tuner.peft_config[adapter_name]
     carry(adapter_name, new)
     tuner.set_requires_grad(adapter_name, requires_grad=False)
 
 
-def _either(first: Any, second: Any) -> Any:
-    if isinstance(first, str) or isinstance(second, str):
-        if first != second:
-            raise ValueError(
-                "The adapters' `target_modules` are different regular expressions, which have no union: load them "
-                "with lists of names."
-            )
-        return first
-    return set(first) | set(second)
-
-
-def as_given(config: SparseFTConfig) -> SparseFTConfig:
+def _of_the_sum(config: Any, combined: Mapping[str, Support]) -> SparseFTConfig:
+    """The config of one of the adapters, made that of their sum: on the modules that have a support, and no others."""
+    config.filled_in = None  # what is said here is asked for, also where it equals what was filled in
+    config.target_modules = {name.removesuffix(".bias") for name in combined}
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.selection, config.density, config.num_tunable_weights = "given", None, None
     config.support, config.num_weights_per_module = None, None
     config.threshold, config.reselect_at = None, None
-    return config
+    return config.use_support({name: indices for name, (indices, _) in combined.items()})
 
 
 def combine(parts: Sequence[Support], weights: Sequence[float], combination_type: str = "linear") -> Support:

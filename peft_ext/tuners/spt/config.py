@@ -102,11 +102,13 @@ class SPTConfig(CalibratedConfig):
             raise ValueError(f"`budget` must be positive, got {self.budget!r}.")
         if isinstance(self.budget, float) and self.budget >= 1 and not self.budget.is_integer():
             raise ValueError(f"`budget` must be a whole number, or a fraction below 1, got {self.budget!r}.")
+        if not (self.structured is None or isinstance(self.structured, str)):
+            raise TypeError(f"`structured` must be a string or None, got {self.structured!r}.")
         if self.structured is not None and self.structured not in STRUCTURES:
             raise ValueError(f"`structured` must be one of {', '.join(STRUCTURES)} or None, got {self.structured!r}.")
         names = self.target_parameters
         if names is not None:
-            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            if not (isinstance(names, (list, tuple, set)) and all(isinstance(name, str) for name in names)):
                 raise TypeError(f"`target_parameters` must be a list of names, got {names!r}.")
             self.target_parameters = sorted(set(names))
         if self.target_parameters and self.structured == "adapter":
@@ -129,6 +131,8 @@ class SPTConfig(CalibratedConfig):
             if not (name == "vector_threshold" and value is None) and not value >= 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
         check_spread(self.spread)
+        if self.lora_alpha == 0:
+            raise ValueError("`lora_alpha` must not be zero, with which nothing would be trained: leave it out for 1.")
         if self.use_rslora and self.lora_alpha is None:
             raise ValueError("`use_rslora` changes what `lora_alpha` is divided by: set `lora_alpha` too.")
         self._check_allocation()
