@@ -456,6 +456,21 @@ def test_an_averaged_model_has_the_decision_or_says_what_is_wrong(average: str, 
         torch.testing.assert_close(logits(pruned, inputs("bert")), logits(copied, inputs("bert")), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("way", ["train anew", "stay in eval mode"])
+def test_a_hand_written_average_has_the_decision(way: str) -> None:
+    """It copies buffers by way of `data`, which leaves no trace at the tensor."""
+    model = get_peft_model(tiny("bert"), config())
+    average = copy.deepcopy(model).eval()
+    logits(average, inputs("bert"))
+    train(model, 20)
+    model.eval()
+    for own, other in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        own.data.copy_(other)
+    if way == "train anew":
+        average.train().eval()
+    torch.testing.assert_close(logits(average, inputs("bert")), logits(model, inputs("bert")))
+
+
 def test_a_closure_and_a_penalty() -> None:
     made = gate(torch.zeros(8), penalty=1.0)
     with pytest.raises(ValueError, match=r"SGD\.step was given a closure"):
@@ -608,6 +623,25 @@ def test_a_published_adapter_holds_its_decision(tmp_path: Path) -> None:
         units = gates_of(model, "default")[name]
         zero = ~units.kept.bool().repeat_interleave(units.group.width)
         assert not merged.get_submodule(name).weight[:, zero].any()
+
+
+@pytest.mark.parametrize("way", ["load_adapter", "from_pretrained"])
+def test_transformers_loads_the_decision(way: str, tmp_path: Path) -> None:
+    """Its loader puts other tensors in the place of the buffers, and runs no hooks."""
+    base = tiny("bert")
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = get_peft_model(base, config())
+    train(model, 20)
+    expected = logits(model.eval(), inputs("bert"))
+    model.save_pretrained(tmp_path)
+    if way == "load_adapter":
+        loaded: Any = tiny("bert").eval()
+        loaded.load_adapter(str(tmp_path))
+    else:
+        loaded = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded.eval(), inputs("bert")), expected)
+    assert all(torch.equal(units, kept_units(loaded)[name]) for name, units in kept_units(model).items())
 
 
 def test_fix_masks_decides_early() -> None:
