@@ -703,6 +703,58 @@ def test_distillation_adds_the_divergence_from_the_dense_model() -> None:
         model.train()(input_ids=batch["input_ids"])
 
 
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter", "mixed"])
+def test_distillation_without_a_task_type(way: str) -> None:
+    """As for images: PEFT then calls the base model and not the tuner."""
+
+    def made(weight: float) -> Any:
+        base, wanted = tiny("bert"), config(task_type=None, initial_logit=0.0, warmup_ratio=0.0, distillation=weight)
+        torch.manual_seed(0)
+        if way == "add_adapter":
+            base.add_adapter(wanted)
+            return base.train()
+        return (get_peft_model if way == "get_peft_model" else peft_ext.PeftMixedModel)(base, wanted).train()
+
+    model, plain = made(0.7), made(0.0)
+    batch = inputs("bert")
+    assert model(**batch).loss > plain(**batch).loss
+    if way != "add_adapter":
+        with model.disable_adapter(), plain.disable_adapter():
+            assert model(**batch).loss == plain(**batch).loss
+        copied = copy.deepcopy(model)
+        assert copied(**batch).loss == model(**batch).loss
+        assert not copied.unload()._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "bert"])
+def test_distillation_counts_gradient_accumulation_as_the_loss_does(name: str) -> None:
+    """Trainer passes the labels of a whole step. Llama and ViT divide by their number, BERT's classifier does not."""
+    batch, task = inputs(name), {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}.get(name)
+    if name == "llama":
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][0, :3] = -100
+
+    def made(**more: Any) -> PeftModel:
+        torch.manual_seed(0)
+        base = tiny(name)
+        for weight in (p for p in base.parameters() if p.ndim > 1):
+            nn.init.normal_(weight, std=0.2)
+        settings = {"warmup_ratio": 0.0, "initial_logit": 0.0, "distillation_teacher": "frozen", "task_type": task}
+        return get_peft_model(base, config(**settings, **more)).train()
+
+    def added(**more: Any) -> torch.Tensor:
+        return made(distillation=0.7)(**batch, **more).loss - made()(**batch, **more).loss
+
+    labels = batch["labels"][:, 1:] if name == "llama" else batch["labels"]
+    count = int((labels != -100).sum())
+    share = 1.0 if name == "bert" else 0.25
+    assert added() > 1e-3
+    torch.testing.assert_close(added(num_items_in_batch=torch.tensor(4 * count)), share * added())
+    if name == "llama":  # a micro-batch without labels
+        batch["labels"][:] = -100
+        assert added(num_items_in_batch=torch.tensor(count)) == 0
+
+
 def test_distillation_of_a_sequence_to_sequence_model_shifts_nothing() -> None:
     settings = {"task_type": "SEQ_2_SEQ_LM", "warmup_ratio": 0.0, "prune": ["ffn"]}
     batch = inputs("t5")
