@@ -488,11 +488,11 @@ def test_start_from_another_adapter(deep: bool, tmp_path: Path) -> None:
         options = {"kv_tokens": 2, "deep": deep, **fields}
         with pytest.raises(ValueError, match=match):
             get_peft_model(tiny("vit"), VPTConfig(init_weights=str(tmp_path), **options))
+    wider = tiny("vit", hidden_size=32)
     with pytest.raises(ValueError, match=r"has the shape .* this model needs"):
-        get_peft_model(
-            tiny("vit", hidden_size=32),
-            VPTConfig(num_tokens=5, deep=deep, kv_tokens=2, init_weights=str(tmp_path)),
-        )
+        get_peft_model(wider, VPTConfig(num_tokens=5, deep=deep, kv_tokens=2, init_weights=str(tmp_path)))
+    assert not layers_of(wider) and all(parameter.requires_grad for parameter in wider.parameters())
+    assert not any("forward" in vars(module) for module in wider.modules())
     lora = get_peft_model(tiny("vit"), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="an adapter of the method LORA, not VPT"):

@@ -89,10 +89,14 @@ class VPTLayer(ExtLayer):
         return self.names.q == self.names.k
 
     def attach(self) -> None:
-        """Takes the place of the attention's config, and of the block's forward."""
+        """Takes the place of the attention's config and, for an adapter whose prompts travel, of the block's forward."""
         block, attention = self.block, self.attention
-        block.add_module(CHILD, self)
-        attention.config = PromptedConfig(attention.config, self)
+        if getattr(block, CHILD, None) is not self:
+            block.add_module(CHILD, self)
+            attention.config = PromptedConfig(attention.config, self)
+        own = vars(block).get("forward")
+        if not (all(config.deep for config in self.configs.values()) or isinstance(own, _Lengthened)):
+            block.forward = _Lengthened(self, own)
 
     def leave(self, model: nn.Module) -> None:
         self.attention.config = self.attention.config.stock
@@ -131,9 +135,6 @@ class VPTLayer(ExtLayer):
                 else:
                     leaves[adapter_name] = Rows(self.heads, config.kv_tokens, self.head_size)
         self.reset_parameters(adapter_name)
-        own = vars(self.block).get("forward")
-        if not config.deep and not isinstance(own, _Lengthened):
-            self.block.forward = _Lengthened(self, own)
         self.finish_update(adapter_name, config)
 
     def reset_parameters(self, adapter_name: str) -> None:
