@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+import zoo
 from models import inputs, logits, loss, tiny
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -259,6 +260,25 @@ def test_latency_is_measured_once_and_kept(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(model.unload(), str(tmp_path))
     assert again.peft_config["default"].unit_costs == costs
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_latency_of_fused_projections(name: str) -> None:
+    settings = config(cost="latency", batch_size=2, sequence_length=16, target_sparsity=0.5, task_type="CAUSAL_LM")
+    base = zoo.build("gpt_neox") if name == "gpt_neox" else tiny(name)
+    costs = get_peft_model(base, settings).peft_config["default"].unit_costs
+    assert costs is not None and min(costs.values()) > 0
+
+
+def test_uniform_towers_of_other_widths() -> None:
+    """As in the cut, each tower is uniform by itself."""
+    base = tiny("clip", text_config={"intermediate_size": 40}, vision_config={"intermediate_size": 24})
+    model = get_peft_model(base, config(task_type=None, uniform=True, prune=["ffn"], target_sparsity=0.25))
+    peft_ext.fix_masks(model)
+    left = {name: len(units) for name, units in kept_units(model).items()}
+    for tower in ("text", "vision"):
+        assert len({count for name, count in left.items() if tower in name}) == 1
+    assert len({group.tower for group in find_groups(base).values()}) == 2
 
 
 # The phases

@@ -31,7 +31,6 @@ from ..cards import CardInfo, hub_ids, update_card
 from ..core import methods
 from ..groups import Group, find_groups
 from . import modeling_pruned
-from .cut import config_type
 from .loading import auto_classes, class_for, class_of, read_config
 from .modeling_pruned import (
     ATTRIBUTES,
@@ -236,7 +235,7 @@ def per_layer_sizes(model: nn.Module, plain: nn.Module) -> dict[int, dict[str, i
     sizes: dict[int, dict[str, int]] = defaultdict(dict)
     before = groups_of(plain)
     for name, group in groups_of(model).items():
-        if config_type(plain, name) != type(text).__name__:
+        if before[name].tower != type(text).__name__:
             continue
         numbers = re.findall(r"\.(\d+)\.", name)
         if len(numbers) != 1:

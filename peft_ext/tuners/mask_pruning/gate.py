@@ -423,7 +423,7 @@ def _steps(logits: Sequence[torch.Tensor], groups: Sequence[Group], config: Mask
         first = group.units % size
         chunks = [order[:first]] if first else []
         chunks += order[first:].split(size)
-        chain = chains.setdefault(group.kind if config.uniform else index, [[] for _ in chunks])
+        chain = chains.setdefault((group.kind, group.tower) if config.uniform else index, [[] for _ in chunks])
         if len(chain) != len(chunks):
             raise ValueError(
                 f"`uniform=True` needs layers of one size; {group.name!r} has {group.units} units, the others differ."
