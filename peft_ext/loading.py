@@ -77,7 +77,7 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
         base = str(config.base_model_name_or_path)
         hub: dict[str, Any] = both if config.revision is None else {**both, "revision": config.revision}
         is_cut = is_pruned(config, hub)
-        model_cls = None if is_cut else base_class(config, path)
+        model_cls: Any = None if is_cut else base_class(config, path)
         if not {"num_labels", "id2label", "config"} & kwargs.keys():
             weights = adapter_file(path, where, both)
             labels = None if weights is None else labels_of(weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -118,7 +118,7 @@ def divergence(
             new, old, labels = new[..., :-1, :], old[..., :-1, :], labels[..., 1:]
         if labels.shape == new.shape[:-1]:
             new, old = new[labels != -100], old[labels != -100]
-        if _divides_by_given_count(type(model)):
+        if _divides_by_given_count(type(model).forward):
             count = inputs.get("num_items_in_batch")
     new, old = (F.log_softmax(x.reshape(-1, x.shape[-1]), -1) for x in (new, old))
     if count is None:
@@ -129,13 +129,13 @@ def divergence(
 
 
 @cache
-def _divides_by_given_count(model_class: type[nn.Module]) -> bool:
+def _divides_by_given_count(forward: Callable[..., Any]) -> bool:
     """Whether a model's loss is divided by the `num_items_in_batch` that Trainer passes to most models.
 
     It is where `forward` hands its keyword arguments on to transformers' loss function; others take no notice.
     """
     try:
-        source = inspect.getsource(inspect.unwrap(model_class.forward))
+        source = inspect.getsource(inspect.unwrap(forward))
     except (OSError, TypeError):  # there is no source
         return False
     return re.search(r"self\.loss_function\(.*?\*\*", source, re.DOTALL) is not None
