@@ -197,10 +197,17 @@ class _Saved:
     def base_class(self, info: CardInfo) -> str | None:
         """Name of the transformers class of the model, or `None` if it is of another library."""
         mapping = self.config.get("auto_mapping") or {}
-        if info.base_class or str(mapping.get("parent_library")).startswith("transformers."):
+        of_transformers = str(mapping.get("parent_library")).startswith("transformers.")
+        if info.base_class or of_transformers or self.base_is_pruned:
             return info.base_class or mapping["base_model_class"]
         merged = _read_json(self.directory / "config.json").get("architectures") or [None]
         return AUTO_CLASSES.get(str(self.config.get("task_type")), merged[0])
+
+    @property
+    def base_is_pruned(self) -> bool:
+        """Whether the adapter was trained on a model of `modeling_pruned.py`, ours or the copy beside its weights."""
+        library = (self.config.get("auto_mapping") or {}).get("parent_library")
+        return str(library).rpartition(".")[2] == "modeling_pruned"
 
     def load_options(self, base_class: str) -> str:
         """Keyword arguments without which the base model would not fit the adapter."""
@@ -272,10 +279,13 @@ def _usage(saved: _Saved, info: CardInfo, method: Method) -> str:
         first = (
             f"import {method.import_name}  # tells PEFT what {about.name} is; has to come before the adapter is loaded"
         )
+        load = f"{base_class}.from_pretrained"
+        if saved.base_is_pruned:
+            code, load = ["import peft_ext"] if method.import_name != "peft_ext" else [], "peft_ext.load_pruned"
         code = [first, "from peft import PeftModel", *code, ""]
         options = saved.load_options(base_class or "")
         own = (saved.config.get("auto_mapping") or {}).get("base_model_class", "model")
-        loaded = f'{base_class}.from_pretrained("{base or "path/to/base"}"{options})'
+        loaded = f'{load}("{base or "path/to/base"}"{options})'
         code.append(f"base = {loaded}" if base_class else f"base = ...  # the {own} that the adapter was trained on")
         subfolder = f', subfolder="{saved.subfolder}"' if saved.subfolder else ""
         code.append(f'model = PeftModel.from_pretrained(base, "{info.repo_id or "path/to/adapter"}"{subfolder})')

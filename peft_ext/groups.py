@@ -72,6 +72,7 @@ class Group:
         attention: The module that keeps the number of heads, of `"heads"`.
         head_dim: Channels of a head, of `"heads"`; a unit has `width / head_dim` heads.
         parameters: What each unit has of them.
+        tower: The class of the config that the consumer is built from: a model of two towers has two.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Group:
     attention: str | None
     head_dim: int
     parameters: int
+    tower: str = ""
 
 
 ENTRY = '{"kind": "ffn", "rows": ["mlp.fc1"], "columns": "mlp.fc2"}'  # what a user may declare, in messages
@@ -266,7 +268,17 @@ def _group(rule: Rule, block: str, modules: Mapping[str, nn.Module]) -> Group:
     for table in tables:
         owner, _, key = table.rpartition(".")
         per_unit += getattr(modules[owner], key).shape[0]
-    return Group(consumer, rule.kind, units, columns // units, tuple(rows), tables, attention, head_dim, per_unit)
+    width, tower = columns // units, _config_type(modules, consumer)
+    return Group(consumer, rule.kind, units, width, tuple(rows), tables, attention, head_dim, per_unit, tower)
+
+
+def _config_type(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The class of the config that a module is built from, empty if there is none."""
+    while name:
+        name = name.rpartition(".")[0]
+        if (config := getattr(modules.get(name), "config", None)) is not None:
+            return type(config).__name__
+    return ""
 
 
 def _head_dim(attention: Any) -> int:

@@ -14,10 +14,11 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .core import ADAPTER_CONFIG, methods, require_model
 from .core.mixed import ORDER
+from .export.loading import load_pruned, read_config
 from .packed_files import PACKED, is_packed, unpacked
 from .version import __version__
 
@@ -73,17 +74,18 @@ def load(adapter: str | os.PathLike[str], base_model: nn.Module | None = None, *
         with unpacked(packed) as folder:
             return load(folder, base_model, **own, **both, **kwargs)
     if base_model is None:
-        model_cls = base_class(config, path)
         base = str(config.base_model_name_or_path)
-        revision = {} if config.revision is None else {"revision": config.revision}
+        hub: dict[str, Any] = both if config.revision is None else {**both, "revision": config.revision}
+        is_cut = is_pruned(config, hub)
+        model_cls: Any = None if is_cut else base_class(config, path)
         if not {"num_labels", "id2label", "config"} & kwargs.keys():
             weights = adapter_file(path, where, both)
             labels = None if weights is None else labels_of(weights)
-            stock = model_cls.config_class.from_pretrained(base, **revision, **both)
+            stock = read_config(base, **hub) if is_cut else model_cls.config_class.from_pretrained(base, **hub)
             if labels is not None and labels != getattr(stock, "num_labels", labels):
                 # the base's own head is of another size, and the adapter's is put in its place
                 kwargs |= {"num_labels": labels, "ignore_mismatched_sizes": True}
-        base_model = model_cls.from_pretrained(base, **revision, **kwargs, **both)
+        base_model = load_pruned(base, **kwargs, **hub) if is_cut else model_cls.from_pretrained(base, **kwargs, **hub)
     elif kwargs:
         raise ValueError(
             f"{', '.join(sorted(kwargs))}: no options of an adapter, and `base_model` is loaded already. An adapter has "
@@ -120,6 +122,14 @@ def _beside(model: PeftModel, path: str, options: dict[str, Any]) -> PeftModel:
     with unpacked(packed) as folder:
         model.load_adapter(folder, name, **options)
     return model
+
+
+def is_pruned(config: PeftConfig, hub: dict[str, Any]) -> bool:
+    """Whether an adapter was trained on a model that `save_pruned` wrote: then the class is said by that one's config."""
+    if config.base_model_name_or_path:
+        with suppress(OSError):  # the loading of the base says it
+            return "pruned" in PreTrainedConfig.get_config_dict(config.base_model_name_or_path, **hub)[0]
+    return False
 
 
 def base_class(config: PeftConfig, path: str) -> Any:

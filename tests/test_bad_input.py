@@ -20,6 +20,7 @@ from torch import nn
 import peft_ext
 from peft_ext import MaskLoraConfig, PeftMixedModel, SparseFTConfig, SSFConfig, VQTConfig
 from peft_ext.core import layer as core_layer
+from peft_ext.core import methods
 from peft_ext.core import targets as core_targets
 from peft_ext.tuners.ssf import SSFLayer
 
@@ -81,6 +82,16 @@ def test_targets_that_are_not_there(config: dict[str, Any], patterns: list[str])
     with refused(second, *patterns):
         second.add_adapter("second", SSFConfig(**config))
     assert list(second.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("method", ["SSF", "SPARSE_FT", "MASK_PRUNING", "PASTA", "VQT", "UNIPT", "VPT"])
+def test_no_layers(method: str) -> None:
+    config = methods()[method].config(task_type="SEQ_CLS", layers_to_transform=[])
+    model, mixed = tiny("bert"), PeftMixedModel(tiny("bert"), LoraConfig(target_modules=["query"]), "first")
+    with refused(model, "`layers_to_transform` is (empty|\\[\\])|`target_modules` (is empty|names no module)"):
+        get_peft_model(model, config)
+    with refused(mixed, "`layers_to_transform` is (empty|\\[\\])|`target_modules` (is empty|names no module)"):
+        mixed.add_adapter("second", config)
 
 
 @pytest.mark.parametrize(

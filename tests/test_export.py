@@ -220,9 +220,9 @@ def test_the_layers_own_config_follows_the_models() -> None:
 # from masks
 
 
-def masked(name: str, decide: bool = True, **fields: Any) -> Any:
+def masked(name: str, decide: bool = True, base: nn.Module | None = None, **fields: Any) -> Any:
     """A model with a random LoRA and random masks, as after training."""
-    base = model_of(name)
+    base = base or model_of(name)
     kinds = ["ffn"] if name in FFN_ONLY else ["ffn", "heads"]
     defaults = {"r": 2, "total_steps": 10, "target_sparsity": 0.3, "prune": kinds}
     with warnings.catch_warnings():
@@ -970,6 +970,36 @@ def test_pushing_to_the_hub(hub: tuple[HubServer, ProcessPoolExecutor]) -> None:
 
 
 # bad input
+
+
+@pytest.mark.parametrize("keep_lora", [False, True])
+@pytest.mark.parametrize("kind", ["plain module", "subclass"])
+def test_a_model_of_no_class_of_transformers_is_cut_and_not_saved(kind: str, keep_lora: bool, tmp_path: Path) -> None:
+    class Mine(tf.BertForSequenceClassification):
+        pass
+
+    base: Any = tiny("bert")
+    base.__class__ = Mine
+    fields: dict[str, Any] = {}
+    if kind == "plain module":
+        base = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        groups = [{"kind": "ffn", "rows": ["0"], "columns": "2"}]
+        fields = {"target_modules": ["0", "2"], "prune": ["ffn"], "groups": groups, "target_sparsity": 0.25}
+    batch, before = torch.randn(2, 8), sum(p.numel() for p in base.parameters())
+
+    @torch.no_grad()
+    def run(model: nn.Module) -> torch.Tensor:
+        return model(batch) if kind == "plain module" else outputs("bert", model)
+
+    model = masked("bert", base=base, **fields)
+    expected = run(model)
+    smaller: Any = prune_and_unload(model, keep_lora=keep_lora)
+    torch.testing.assert_close(run(smaller.eval()), expected, atol=1e-5, rtol=1e-4)
+    if keep_lora:
+        smaller = smaller.unload()
+    assert type(smaller) is type(base) and sum(p.numel() for p in smaller.parameters()) < before
+    with pytest.raises(ValueError, match="is no class of transformers"):
+        save_pruned(smaller, tmp_path)
 
 
 def test_masks_that_are_not_decided() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from models import inputs, logits, tiny
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import peft_ext
-from peft_ext import SPTConfig, SSFConfig, VQTConfig
+from peft_ext import MaskLoraConfig, SPTConfig, SSFConfig, VQTConfig
+from peft_ext.tuners.mask_pruning import gates_of
 
 
 def saved(tmp_path: Path, config: PeftConfig, labels: int = 5) -> tuple[Path, torch.Tensor]:
@@ -33,6 +34,33 @@ def test_the_base_model_has_as_many_labels_as_the_adapter(config: PeftConfig, tm
     torch.testing.assert_close(logits(model, inputs("bert")), expected)
     low = peft_ext.load(path, low_cpu_mem_usage=True)
     torch.testing.assert_close(logits(low, inputs("bert")), expected)
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora"])
+@pytest.mark.parametrize("labels", [3, 5])
+def test_the_base_may_be_a_pruned_model(method: str, labels: int, tmp_path: Path) -> None:
+    masked = get_peft_model(tiny("bert"), MaskLoraConfig(task_type="SEQ_CLS", total_steps=4, target_sparsity=0.3))
+    with torch.no_grad():
+        for number, gate in enumerate(gates_of(masked, "default").values()):
+            gate.weight.add_(torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(number)))
+    peft_ext.fix_masks(masked)
+    peft_ext.save_pruned(peft_ext.prune_and_unload(masked), tmp_path / "base")
+    base = peft_ext.load_pruned(tmp_path / "base", num_labels=labels, ignore_mismatched_sizes=True)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    config = SSFConfig(task_type="SEQ_CLS", init_weights=False) if method == "ssf" else lora
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model, inputs("bert"))
+    torch.testing.assert_close(logits(peft_ext.load(tmp_path / "adapter").eval(), inputs("bert")), expected)
+    if method == "ssf":  # PEFT itself writes the card of LoRA
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        code = card.split("```python")[1].split("```")[0]
+        assert "peft_ext.load_pruned(" in code
+        code = code.replace("path/to/base", f"{tmp_path}/base").replace("path/to/adapter", f"{tmp_path}/adapter")
+        names: dict[str, Any] = {}
+        exec(code, names)  # noqa: S102
+        actual = logits(names["model"].eval(), inputs("bert"))
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)  # merged
 
 
 def test_options_go_where_they_belong(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+import zoo
 from models import inputs, logits, loss, tiny
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -261,6 +262,25 @@ def test_latency_is_measured_once_and_kept(tmp_path: Path) -> None:
     assert again.peft_config["default"].unit_costs == costs
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_latency_of_fused_projections(name: str) -> None:
+    settings = config(cost="latency", batch_size=2, sequence_length=16, target_sparsity=0.5, task_type="CAUSAL_LM")
+    base = zoo.build("gpt_neox") if name == "gpt_neox" else tiny(name)
+    costs = get_peft_model(base, settings).peft_config["default"].unit_costs
+    assert costs is not None and min(costs.values()) > 0
+
+
+def test_uniform_towers_of_other_widths() -> None:
+    """As in the cut, each tower is uniform by itself."""
+    base = tiny("clip", text_config={"intermediate_size": 40}, vision_config={"intermediate_size": 24})
+    model = get_peft_model(base, config(task_type=None, uniform=True, prune=["ffn"], target_sparsity=0.25))
+    peft_ext.fix_masks(model)
+    left = {name: len(units) for name, units in kept_units(model).items()}
+    for tower in ("text", "vision"):
+        assert len({count for name, count in left.items() if tower in name}) == 1
+    assert len({group.tower for group in find_groups(base).values()}) == 2
+
+
 # The phases
 
 
@@ -456,6 +476,21 @@ def test_an_averaged_model_has_the_decision_or_says_what_is_wrong(average: str, 
         torch.testing.assert_close(logits(pruned, inputs("bert")), logits(copied, inputs("bert")), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("way", ["train anew", "stay in eval mode"])
+def test_a_hand_written_average_has_the_decision(way: str) -> None:
+    """It copies buffers by way of `data`, which leaves no trace at the tensor."""
+    model = get_peft_model(tiny("bert"), config())
+    average = copy.deepcopy(model).eval()
+    logits(average, inputs("bert"))
+    train(model, 20)
+    model.eval()
+    for own, other in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        own.data.copy_(other)
+    if way == "train anew":
+        average.train().eval()
+    torch.testing.assert_close(logits(average, inputs("bert")), logits(model, inputs("bert")))
+
+
 def test_a_closure_and_a_penalty() -> None:
     made = gate(torch.zeros(8), penalty=1.0)
     with pytest.raises(ValueError, match=r"SGD\.step was given a closure"):
@@ -610,6 +645,25 @@ def test_a_published_adapter_holds_its_decision(tmp_path: Path) -> None:
         assert not merged.get_submodule(name).weight[:, zero].any()
 
 
+@pytest.mark.parametrize("way", ["load_adapter", "from_pretrained"])
+def test_transformers_loads_the_decision(way: str, tmp_path: Path) -> None:
+    """Its loader puts other tensors in the place of the buffers, and runs no hooks."""
+    base = tiny("bert")
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = get_peft_model(base, config())
+    train(model, 20)
+    expected = logits(model.eval(), inputs("bert"))
+    model.save_pretrained(tmp_path)
+    if way == "load_adapter":
+        loaded: Any = tiny("bert").eval()
+        loaded.load_adapter(str(tmp_path))
+    else:
+        loaded = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded.eval(), inputs("bert")), expected)
+    assert all(torch.equal(units, kept_units(loaded)[name]) for name, units in kept_units(model).items())
+
+
 def test_fix_masks_decides_early() -> None:
     model = get_peft_model(tiny("bert"), config())
     train(model, 5)
@@ -667,6 +721,58 @@ def test_distillation_adds_the_divergence_from_the_dense_model() -> None:
     torch.testing.assert_close(model.eval()(**batch).loss, plain.eval()(**batch).loss)
     with pytest.raises(ValueError, match="pass `labels`"):
         model.train()(input_ids=batch["input_ids"])
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter", "mixed"])
+def test_distillation_without_a_task_type(way: str) -> None:
+    """As for images: PEFT then calls the base model and not the tuner."""
+
+    def made(weight: float) -> Any:
+        base, wanted = tiny("bert"), config(task_type=None, initial_logit=0.0, warmup_ratio=0.0, distillation=weight)
+        torch.manual_seed(0)
+        if way == "add_adapter":
+            base.add_adapter(wanted)
+            return base.train()
+        return (get_peft_model if way == "get_peft_model" else peft_ext.PeftMixedModel)(base, wanted).train()
+
+    model, plain = made(0.7), made(0.0)
+    batch = inputs("bert")
+    assert model(**batch).loss > plain(**batch).loss
+    if way != "add_adapter":
+        with model.disable_adapter(), plain.disable_adapter():
+            assert model(**batch).loss == plain(**batch).loss
+        copied = copy.deepcopy(model)
+        assert copied(**batch).loss == model(**batch).loss
+        assert not copied.unload()._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "bert"])
+def test_distillation_counts_gradient_accumulation_as_the_loss_does(name: str) -> None:
+    """Trainer passes the labels of a whole step. Llama and ViT divide by their number, BERT's classifier does not."""
+    batch, task = inputs(name), {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}.get(name)
+    if name == "llama":
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][0, :3] = -100
+
+    def made(**more: Any) -> PeftModel:
+        torch.manual_seed(0)
+        base = tiny(name)
+        for weight in (p for p in base.parameters() if p.ndim > 1):
+            nn.init.normal_(weight, std=0.2)
+        settings = {"warmup_ratio": 0.0, "initial_logit": 0.0, "distillation_teacher": "frozen", "task_type": task}
+        return get_peft_model(base, config(**settings, **more)).train()
+
+    def added(**more: Any) -> torch.Tensor:
+        return made(distillation=0.7)(**batch, **more).loss - made()(**batch, **more).loss
+
+    labels = batch["labels"][:, 1:] if name == "llama" else batch["labels"]
+    count = int((labels != -100).sum())
+    share = 1.0 if name == "bert" else 0.25
+    assert added() > 1e-3
+    torch.testing.assert_close(added(num_items_in_batch=torch.tensor(4 * count)), share * added())
+    if name == "llama":  # a micro-batch without labels
+        batch["labels"][:] = -100
+        assert added(num_items_in_batch=torch.tensor(count)) == 0
 
 
 def test_distillation_of_a_sequence_to_sequence_model_shifts_nothing() -> None:

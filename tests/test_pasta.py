@@ -287,6 +287,20 @@ def test_more_special_tokens_than_vectors() -> None:
         adapted("bert")(**pairs())
 
 
+@pytest.mark.capability("several adapters in one batch", "pasta")
+def test_only_the_samples_of_an_adapter_have_to_fit_it() -> None:
+    model = get_peft_model(tiny("bert"), PASTAConfig(special_tokens=[1, 2], num_vectors=2))
+    model.add_adapter("pairs", PASTAConfig(special_tokens=[1, 2], num_vectors=3))
+    ids = torch.tensor([[1, 5, 6, 7, 8, 2], [1, 5, 2, 7, 8, 2], [1, 5, 6, 7, 8, 2]])
+    names = ["default", "pairs", "__base__"]
+    mixed = logits(model.eval(), {"input_ids": ids, "adapter_names": names})
+    for i, name in enumerate(names):
+        alone = logits(model, {"input_ids": ids[i : i + 1], "adapter_names": [name]})
+        torch.testing.assert_close(mixed[i : i + 1], alone)
+    with pytest.raises(ValueError, match="A sample has 3 special tokens"):
+        model(input_ids=ids, adapter_names=["default", "default", "pairs"])
+
+
 def test_embeddings_without_ids() -> None:
     model = adapted("bert", num_vectors=3)
     embeddings = torch.zeros(1, 3, 16, dtype=torch.float64)

@@ -938,6 +938,9 @@ def test_cache_gives_the_same_loss_and_gradients(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, samples = vqt(name), Samples(name)
+    for module in layer_of(model).backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
     loader = DataLoader(samples, 3)
     cache = FrozenPassCache.write(model, loader, tmp_path / "cache")
     assert "MiB a sample" in capsys.readouterr().out and len(cache) == 8
@@ -952,7 +955,7 @@ def test_cache_gives_the_same_loss_and_gradients(
     for block in blocks.values():
         block.register_forward_pre_hook(lambda m, args: runs.append(args[0].shape[1]))
     with FrozenPassCache(tmp_path / "cache").use(model):
-        output = model(**batch)
+        output = model.train()(**batch)  # as Trainer does: the backbone is not to be in training mode nonetheless
         output.loss.backward()
     assert runs == [3] * len(blocks)  # on the queries alone
     torch.testing.assert_close(output.logits, expected.logits)
@@ -1031,6 +1034,49 @@ def test_cache_refuses(tmp_path: Path) -> None:
         FrozenPassCache.write(joint, DataLoader(samples, 4), tmp_path / "joint")
     with pytest.raises(ValueError, match=r"left.*float16"):
         FrozenPassCache.write(fresh, DataLoader(samples, 4), tmp_path / "big", num_samples=10**12)
+
+
+@pytest.mark.parametrize("field", ["lora_alpha", "use_rslora"])
+def test_cache_knows_what_frozen_adapters_are_besides_tensors(field: str, tmp_path: Path) -> None:
+    def made(**fields: Any) -> Any:
+        torch.manual_seed(0)
+        model = peft_ext.PeftMixedModel(tiny("vit"), LoraConfig(**{**vars_of_lora(), **fields}), adapter_name="lora")
+        model.add_adapter("vqt", VQTConfig(num_queries=2, dropout=0.0))
+        model.set_adapter(["lora", "vqt"])
+        model.set_requires_grad("lora", False)
+        return model.eval()
+
+    batch = batch_of("vit")
+    cache = FrozenPassCache.write(made(), [batch], tmp_path)
+    with cache.use(made()):
+        pass
+    with pytest.raises(ValueError, match="another backbone"), cache.use(made(**{field: 64})):
+        pass
+
+
+def test_cache_is_read_for_its_own_layers_alone(tmp_path: Path) -> None:
+    model, batch = vqt("vit", layers_to_transform=[0]), batch_of("vit")
+    model.add_adapter("same", VQTConfig(num_queries=1, layers_to_transform=0))
+    model.add_adapter("other", VQTConfig(num_queries=2, layers_to_transform=[1]))
+    model.set_adapter("same")
+    expected = logits(model, batch)
+    model.set_adapter("default")
+    with FrozenPassCache.write(model, [batch], tmp_path).use(model):
+        model.set_adapter("same")
+        torch.testing.assert_close(logits(model, batch), expected)
+        model.set_adapter("other")
+        with pytest.raises(ValueError, match=r"of the layers \[0\]; the adapter 'other' reads \[1\]"):
+            model(**batch)
+
+
+def test_cache_stays_in_use_when_the_model_moves(tmp_path: Path) -> None:
+    model, batch = vqt("vit"), batch_of("vit")
+    with FrozenPassCache.write(model, [batch], tmp_path).use(model):
+        expected = logits(model, batch)
+        model._apply(torch.clone)  # what a move to another device does
+        torch.testing.assert_close(logits(model, batch), expected)
+        with pytest.raises(ValueError, match="has changed"):
+            model.double()(**batch)
 
 
 # Precision

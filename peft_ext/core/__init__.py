@@ -33,7 +33,15 @@ from .listening import Listener, listener_between
 from .lora import scale_at
 from .mixed import PeftMixedModel
 from .model import ExtModel, tuner_of
-from .modes import adapted_in_groups, evaluating, is_hooked, needs_plain_operations, without_adapters
+from .modes import (
+    acting_adapters,
+    adapted_in_groups,
+    evaluating,
+    is_hooked,
+    needs_plain_operations,
+    sorted_text,
+    without_adapters,
+)
 from .names import group_key, layer_and_type
 from .offloading import empty_like_of, onloaded
 from .packages import load_plugins
@@ -106,6 +114,7 @@ __all__ = [
     "Vector",
     "Writer",
     "about_of",
+    "acting_adapters",
     "adapted_in_groups",
     "after_saving",
     "all_linears",
@@ -148,6 +157,7 @@ __all__ = [
     "require_model",
     "scale_at",
     "set_bias_flags",
+    "sorted_text",
     "spread",
     "stable_generator",
     "stop_listening",

@@ -37,7 +37,7 @@ from .listening import move_listeners
 from .merging import announce_unloading, check_merges
 from .model import tuner_of
 from .stored import without_inner
-from .targets import named_all_linear, refuse_ambiguous_names, refuse_unknown_tokens
+from .targets import named_all_linear, refuse_ambiguous_names, refuse_no_layers, refuse_unknown_tokens
 from .upkeep import prepare, restore
 
 
@@ -69,6 +69,7 @@ class _MixedModel(MixedModel):
         layer_class = tuner_of(peft_config).tuner_layer_cls if isinstance(peft_config, ExtConfig) else None
         refuse_ambiguous_names(self.peft_config, model, layer_class)
         if isinstance(peft_config, ExtConfig):
+            refuse_no_layers(peft_config)
             refuse_unknown_tokens(peft_config, model)
             tuner_of(peft_config).check_targets(peft_config, model)
 

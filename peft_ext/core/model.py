@@ -41,6 +41,7 @@ from .targets import (
     matched_targets,
     named_all_linear,
     refuse_ambiguous_names,
+    refuse_no_layers,
     refuse_unknown_targets,
     refuse_unknown_tokens,
     unadapted_modules,
@@ -220,6 +221,7 @@ class ExtModel(MethodHooks, BaseTuner):
         return {name: weight_of(module) for name, module in cls.resolved_targets(config, model).items()}
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        refuse_no_layers(peft_config)
         refuse_unknown_tokens(peft_config, model)
         refuse_ambiguous_names(self.peft_config, model, self.tuner_layer_cls)
         self.check_targets(peft_config, model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +27,49 @@ def is_hooked(module: nn.Module) -> bool:
     """Whether something is to happen when `module` is called, so that its product cannot be made without the call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or hasattr(module, "_hf_hook")
+
+
+def acting_adapters(model: nn.Module) -> list[tuple[str, bool, list[str], str]]:
+    """Which adapters act where, and what their layers know of them besides tensors, as LoRA's scaling.
+
+    Returns:
+        For each adapted module its name, whether its adapters are switched off, which are active, and what is known.
+    """
+    return [
+        (name, bool(module.disable_adapters), list(module.active_adapters), _known_of(module))
+        for name, module in model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+
+
+def _known_of(layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -> str:
+    """What plain values `layer` holds of its active adapters, the same text in all processes."""
+    active = layer.active_adapters
+    known = {
+        key: {name: value[name] for name in active if name in value and _is_plain(value[name])}
+        for key, value in vars(layer).items()
+        if isinstance(value, dict)
+    }
+    return sorted_text({key: values for key, values in known.items() if values})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(part) for part in value.values())
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def sorted_text(value: Any) -> str:
+    """The same for equal values in all processes, as the order of sets is not."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(sorted(f'{key}:{sorted_text(part)}' for key, part in value.items()))}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{','.join(sorted(map(sorted_text, value)))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(sorted_text, value))}]"
+    return repr(value)
 
 
 @contextmanager

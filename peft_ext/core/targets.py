@@ -238,6 +238,15 @@ def _refuse_tokens_of_a_biased_head(model: PreTrainedModel) -> None:
             )
 
 
+def refuse_no_layers(config: ExtConfig) -> None:
+    """Raises `ValueError` if a new adapter is to have no layer; methods would take that for none, or for all."""
+    is_new = not (config.inference_mode or config.awaits_weights)
+    if is_new and config.layers_to_transform is not None and config.layers_to_transform in ([], (), set()):
+        raise ValueError(
+            "`layers_to_transform` is empty, so nothing would be adapted: name layers, or leave it out to take all."
+        )
+
+
 def refuse_unknown_tokens(config: ExtConfig, model: nn.Module) -> None:
     """Raises `ValueError` if the model has no embedding of tokens, or none of one in `trainable_token_indices`."""
     indices = config.trainable_token_indices

@@ -55,7 +55,7 @@ def cut(
     """
     _check(model, groups, kept, round_to)
     counts = {name: len(kept.get(name, range(group.units))) for name, group in groups.items()}
-    towers = {name: (group.kind, config_type(model, name)) for name, group in groups.items()}
+    towers = {name: (group.kind, group.tower) for name, group in groups.items()}
     sizes = _sizes(groups, counts, towers, round_to, uniform)
     stay = {}
     for name, group in groups.items():
@@ -147,15 +147,6 @@ def _sizes(
             share = _rounded(share, multiples[names[0]], base)
             sizes |= {name: math.ceil(share * groups[name].units / base) for name in names}
     return sizes
-
-
-def config_type(model: nn.Module, name: str) -> str:
-    """The class of the config that the module is built from: a model of two towers has two."""
-    while name:
-        name = name.rpartition(".")[0]
-        if (config := getattr(model.get_submodule(name), "config", None)) is not None:
-            return type(config).__name__
-    return ""
 
 
 def _rounded(count: int, multiple: int, most: int) -> int:

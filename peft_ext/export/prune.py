@@ -34,6 +34,7 @@ def prune_and_unload(
     Returns:
         The smaller model, LoRA merged into its weights; with `keep_lora` a `PeftModel` with a LoRA adapter of the same
         name on it. Parameters are frozen as `merge_and_unload` leaves them; `model.requires_grad_()` makes them train.
+        `save_pruned` writes it if its class is one of transformers, and not one that is derived from it.
 
     Raises:
         TypeError: It is no PeftModel.

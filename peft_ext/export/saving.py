@@ -31,7 +31,6 @@ from ..cards import CardInfo, hub_ids, update_card
 from ..core import methods
 from ..groups import Group, find_groups
 from . import modeling_pruned
-from .cut import config_type
 from .loading import auto_classes, class_for, class_of, read_config
 from .modeling_pruned import (
     ATTRIBUTES,
@@ -68,12 +67,12 @@ def settle(model: PreTrainedModel) -> None:
     """Lets a model that was cut describe itself, so that `save_pretrained` writes what loads again.
 
     Either its config changes and fits the stock class; or the config gets `pruned`, and the model becomes one of the
-    class of that name in `modeling_pruned.py`. Of a model that was not cut nothing changes.
-
-    Raises:
-        ValueError: It is of no class of transformers.
+    class of that name in `modeling_pruned.py`. Of a model that was not cut, or is of no class of transformers, nothing
+    changes.
     """
-    stock = stock_class(model)
+    stock = known_class(model)
+    if stock is None:
+        return
     config: Any = model.config
     forget_sizes(config)
     fields = {key: value for key, value in config.to_dict().items() if key not in _OURS}
@@ -96,11 +95,16 @@ def settle(model: PreTrainedModel) -> None:
     model.__class__ = class_for(config, stock)
 
 
-def stock_class(model: nn.Module) -> type[PreTrainedModel]:
-    """The class of transformers that a model is of, or extends as a pruned one."""
+def known_class(model: nn.Module) -> type[PreTrainedModel] | None:
+    """The class of transformers that a model is of, or extends as a pruned one; `None` if there is none."""
     known = [cls for cls in type(model).__mro__ if getattr(transformers, cls.__name__, None) is cls]
-    if known and known[0].__name__ == type(model).__name__:
-        return known[0]
+    return known[0] if known and known[0].__name__ == type(model).__name__ else None
+
+
+def stock_class(model: nn.Module) -> type[PreTrainedModel]:
+    """The same, or a `ValueError`."""
+    if (stock := known_class(model)) is not None:
+        return stock
     raise ValueError(
         f"{type(model).__name__} is no class of transformers, which alone can be saved with channels cut out."
     )
@@ -231,7 +235,7 @@ def per_layer_sizes(model: nn.Module, plain: nn.Module) -> dict[int, dict[str, i
     sizes: dict[int, dict[str, int]] = defaultdict(dict)
     before = groups_of(plain)
     for name, group in groups_of(model).items():
-        if config_type(plain, name) != type(text).__name__:
+        if before[name].tower != type(text).__name__:
             continue
         numbers = re.findall(r"\.(\d+)\.", name)
         if len(numbers) != 1:
@@ -288,6 +292,7 @@ def save_pruned(
             "base and adapter apart: `save_pruned(copy.deepcopy(model).unload(), base_path)` and "
             "`model.save_pretrained(adapter_path)`."
         )
+    stock_class(model)
     settle(model)
     directory = Path(path)
     if isinstance(model, Pruned) and (directory / CODE).is_file():

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..core import empty_like_of
+from ..core import acting_adapters, empty_like_of
 from .kept import Kept
 from .layer import ReaderLayer, reader_of
 
@@ -58,6 +57,7 @@ class FrozenPassCache:
         self._tokens = table.column("tokens").to_pylist()
         self._rows = {key: row for row, key in enumerate(table.column("key").to_pylist())}
         self._state: tuple[Any, ...] | None = None
+        self._layers: list[int] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -144,7 +144,7 @@ class FrozenPassCache:
 
     @contextmanager
     def use(self, model: nn.Module, adapter_name: str | None = None) -> Iterator[FrozenPassCache]:
-        """Inside, the model reads the samples of this cache from it.
+        """Inside, the model reads the samples of this cache from it, with any adapter that reads the same layers.
 
         Raises:
             ValueError: The cache was made with another backbone, or for other layers.
@@ -154,9 +154,10 @@ class FrozenPassCache:
         if fingerprint(layer, adapter) != self.meta["fingerprint"]:
             raise ValueError(
                 f"The frozen pass in {str(self.directory)!r} holds {self.meta['keeps']}, made with another backbone or for "
-                "another adapter (weights, active adapters, layers, precision, what is read); write one for this model with `FrozenPassCache.write`."
+                "another adapter (weights, active adapters and their scaling, layers, precision, what is read), or with "
+                "adapters in the backbone by an earlier version; write one for this model with `FrozenPassCache.write`."
             )
-        self._state = _state(layer)
+        self._state, self._layers = _state(layer), list(layer.blocks(adapter))
         layer.cache = self
         try:
             yield self
@@ -170,10 +171,17 @@ class FrozenPassCache:
 
         `None`, in evaluation, if a sample is not in the cache.
         """
-        if _state(layer) != self._state:
+        if (layers := list(layer.blocks(adapter))) != self._layers:
             raise ValueError(
-                "The backbone has changed while its cached pass was in use; leave `cache.use(...)` first."
+                f"The frozen pass in {str(self.directory)!r} is in use, which is of the layers {self._layers}; the adapter "
+                f"{adapter!r} reads {layers}: leave `cache.use(...)` first."
             )
+        if (state := _state(layer)) != self._state:
+            if fingerprint(layer, adapter) != self.meta["fingerprint"]:
+                raise ValueError(
+                    "The backbone has changed while its cached pass was in use; leave `cache.use(...)` first."
+                )
+            self._state = state  # it is the same elsewhere: Trainer moves a model to its device
         rows = [self._rows.get(key) for key in sample_keys(args, kwargs)]
         missing = sum(row is None for row in rows)
         if missing and layer.training:
@@ -255,26 +263,19 @@ def sample_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[bytes]
 def fingerprint(layer: ReaderLayer, adapter: str) -> str:
     """A hash of all that the frozen pass depends on besides the sample."""
     whole = blake2b(digest_size=16)
-    whole.update(repr((layer.keeps, layer.family, list(layer.blocks(adapter)), _adapters(layer.backbone))).encode())
+    whole.update(
+        repr((layer.keeps, layer.family, list(layer.blocks(adapter)), acting_adapters(layer.backbone))).encode()
+    )
     for name, tensor in sorted(layer.backbone.state_dict().items()):
         whole.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return whole.hexdigest()
 
 
-def _adapters(backbone: nn.Module) -> list[tuple[str, bool, list[str]]]:
-    """Which adapters act in the backbone."""
-    return [
-        (name, module.disable_adapters, list(module.active_adapters))
-        for name, module in backbone.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
-
-
 def _state(layer: ReaderLayer) -> tuple[Any, ...]:
     """Something cheap that changes when the backbone does."""
     versions = tuple((parameter.data_ptr(), parameter._version) for parameter in layer.backbone.parameters())
-    return versions, tuple((name, off, tuple(on)) for name, off, on in _adapters(layer.backbone))
+    return versions, acting_adapters(layer.backbone)
 
 
 def _refuse_trained_backbone(layer: ReaderLayer) -> None:

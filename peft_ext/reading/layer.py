@@ -3,7 +3,7 @@
 Who calls whom, in one forward: `_begin`, a pre-forward hook on the model, opens a `Reading`. That puts `_run_backbone`,
 which each reader writes, in the place of the backbone's `forward`, a hook before the head that takes what the stock head
 reads, and one after it that puts the logits of `_logits` in the place of its output, so that the loss is the model's
-own. `_end`, a hook after the model's forward, takes everything away again.
+own. `_end`, a hook after the model's forward, takes everything away again. Forwards of other threads wait meanwhile.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +65,25 @@ class ShownHead:
     problem_types: dict[str, str | None] = field(default_factory=dict)
 
 
+class Turn:
+    """Held by the one thread whose forward runs now, since hooks and forwards of the model change during one.
+
+    A thread that holds it may take it again. A copy of the model has one of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
+
+
 class ReaderLayer(ExtLayer):
     """The one layer of a method that reads a frozen backbone into a head of its own; a child of the model.
 
@@ -95,6 +115,7 @@ class ReaderLayer(ExtLayer):
             run_without_compiler(model)
         config: Any = model.config
         self._shown: ShownHead = others[0]._shown if others else ShownHead((config.id2label, config.label2id))
+        self._turn: Turn = others[0]._turn if others else Turn()
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
@@ -176,17 +197,20 @@ class ReaderLayer(ExtLayer):
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._close()  # a forward that was interrupted from the keyboard has left its own behind
-        adapter = None if self._is_paused else self.reading_adapter()
-        if adapter is None:
-            return
-        stack = ExitStack()
-        reading = self._reading = self.reading_class(adapter, stack)
-        backbone = self.backbone
-        stack.enter_context(replaced_forward(backbone, partial(self._run_backbone, reading, backbone.forward)))
-        head = model.get_submodule(self.family.head)
-        stack.callback(self._before_head().register_forward_pre_hook(partial(self._take_class_token, reading)).remove)
-        stack.callback(head.register_forward_hook(partial(self._answer, reading)).remove)
+        with ExitStack() as stack:
+            stack.enter_context(self._turn)
+            self._close()  # a forward that was interrupted from the keyboard has left its own behind
+            adapter = None if self._is_paused else self.reading_adapter()
+            if adapter is None:
+                return
+            reading = self.reading_class(adapter, stack)
+            backbone, head = self.backbone, model.get_submodule(self.family.head)
+            stack.enter_context(replaced_forward(backbone, partial(self._run_backbone, reading, backbone.forward)))
+            take = partial(self._take_class_token, reading)
+            stack.callback(self._before_head().register_forward_pre_hook(take).remove)
+            stack.callback(head.register_forward_hook(partial(self._answer, reading)).remove)
+            reading.stack = stack.pop_all()  # `_end` closes it
+            self._reading = reading
 
     def _before_head(self) -> nn.Module:
         return self.model.get_submodule(self.family.class_token or self.family.head)
@@ -202,7 +226,8 @@ class ReaderLayer(ExtLayer):
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        reading = self._close()
+        with self._turn:  # so that what is closed is this thread's own
+            reading = self._close()
         return None if output is None or reading is None else self._finish(reading, kwargs, output)
 
     def _close(self) -> Any:
@@ -232,30 +257,31 @@ class ReaderLayer(ExtLayer):
         Returns:
             What the stock head reads, `(B, F)`, and the arguments that the backbone was called with.
         """
-        reading = Reading(adapter, ExitStack())
-        calls: list[BackboneCall] = []
+        with self._turn:
+            reading = Reading(adapter, ExitStack())
+            calls: list[BackboneCall] = []
 
-        def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((args, kwargs))
+            def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                calls.append((args, kwargs))
 
-        handles = [
-            self.backbone.register_forward_pre_hook(note_call, with_kwargs=True),
-            self._before_head().register_forward_pre_hook(partial(self._take_class_token, reading)),
-        ]
-        if self.backbone.training:
-            self.backbone.eval()
-        self._is_paused = True
-        try:
-            with torch.no_grad(), capture:
-                device = empty_like_of(self.backbone).device
-                moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-                self.model(**moved)
-        finally:
-            self._is_paused = False
-            for handle in handles:
-                handle.remove()
-        assert reading.class_token is not None
-        return reading.class_token, calls[-1]
+            handles = [
+                self.backbone.register_forward_pre_hook(note_call, with_kwargs=True),
+                self._before_head().register_forward_pre_hook(partial(self._take_class_token, reading)),
+            ]
+            if self.backbone.training:
+                self.backbone.eval()
+            self._is_paused = True
+            try:
+                with torch.no_grad(), capture:
+                    device = empty_like_of(self.backbone).device
+                    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+                    self.model(**moved)
+            finally:
+                self._is_paused = False
+                for handle in handles:
+                    handle.remove()
+            assert reading.class_token is not None
+            return reading.class_token, calls[-1]
 
     # Making and removing adapters
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..core import acting_adapters, sorted_text
 from .heads import Head
 
 
@@ -69,7 +70,7 @@ class FeatureCache:
 def _fingerprint(model: nn.Module, head: Head) -> str:
     """A hash of all that the features depend on besides the batch."""
     whole = blake2b(digest_size=16)
-    whole.update(repr((type(model).__name__, head.name, sorted(_acting(model)), _configs(model))).encode())
+    whole.update(repr((type(model).__name__, head.name, acting_adapters(model), _configs(model))).encode())
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         whole.update(config.to_json_string().encode())
@@ -80,39 +81,12 @@ def _fingerprint(model: nn.Module, head: Head) -> str:
     return whole.hexdigest()
 
 
-def _acting(model: nn.Module) -> Iterator[tuple[str, bool, str, str]]:
-    """Which adapters act where, and what their layers know besides tensors, as LoRA's scaling."""
-    for name, module in model.named_modules():
-        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters"):
-            known = {key: value for key, value in vars(module).items() if _is_plain(value)}
-            yield name, bool(module.disable_adapters), repr(module.active_adapters), _sorted_text(known)
-
-
 def _configs(model: nn.Module) -> str:
     """Those of all adapters; without what says how one was saved or is trained."""
     configs: Any = getattr(model, "peft_config", None)
     unread = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"}
     found = {name: config.to_dict() for name, config in configs.items()} if isinstance(configs, Mapping) else {}
-    return _sorted_text({name: {k: v for k, v in fields.items() if k not in unread} for name, fields in found.items()})
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(part) for part in value.values())
-    if isinstance(value, (list, tuple, set)):
-        return all(_is_plain(part) for part in value)
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _sorted_text(value: Any) -> str:
-    """The same for equal values in all processes, as the order of sets is not."""
-    if isinstance(value, Mapping):
-        return f"{{{','.join(sorted(f'{key}:{_sorted_text(part)}' for key, part in value.items()))}}}"
-    if isinstance(value, (set, frozenset)):
-        return f"{{{','.join(sorted(map(_sorted_text, value)))}}}"
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_sorted_text, value))}]"
-    return repr(value)
+    return sorted_text({name: {k: v for k, v in fields.items() if k not in unread} for name, fields in found.items()})
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

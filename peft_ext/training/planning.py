@@ -38,7 +38,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..calibrate import calibrate
-from ..core import methods
+from ..core import head_modules, methods
 from .toys import Costs, Sizes, costs_of, side_of, sizes_of
 
 
@@ -172,7 +172,8 @@ def recommend(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of toys: fresh heads, small ranks
-                costs = costs_of(adapt, build, config, sizes, kind, dtype)
+                known = parameters if name == FULL else None
+                costs = costs_of(adapt, build, config, sizes, kind, dtype, known)
         except (ValueError, TypeError) as error:
             left_out[title] = " ".join(str(error).split())
             continue
@@ -297,16 +298,23 @@ def _methods(kind: str, chosen: Iterable[str] | None) -> dict[str, Method]:
     names = list(registered) if chosen is None else list(chosen)
     if unknown := [name for name in names if name not in registered]:
         raise ValueError(f"There are no methods {unknown}; there are {', '.join(registered)}.")
-    lora = partial(LoraConfig, r=8, target_modules="all-linear")
     found: dict[str, Method] = {
         FULL: (FULL, True, lambda model, batches: model.requires_grad_(True)),
-        "LORA": (LOW_RANK, True, partial(_adapted, config_class=lora, task=TASKS[kind])),
+        "LORA": (LOW_RANK, True, partial(_low_rank, task=TASKS[kind])),
     }
     for name in names:
         method = registered[name]
         adapt = partial(_adapted, config_class=method.config, task=TASKS[kind])
         found[name] = (method.about.name, method.about.merges_with(vars(method.config())), adapt)
     return found
+
+
+def _low_rank(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], task: str) -> nn.Module:
+    """LoRA r=8 on all Linears but those of a head that PEFT trains in full, which it takes by the end of their name."""
+    trained = [name for name in head_modules(model) if "." not in name and name.endswith(("classifier", "score"))]
+    return get_peft_model(
+        model, LoraConfig(task_type=task, r=8, target_modules="all-linear", exclude_modules=trained or None)
+    )
 
 
 def _adapted(
@@ -339,8 +347,6 @@ def _advice(
     limit: int | None,
 ) -> Advice:
     trainable, trainable_bytes = costs.trainable, costs.trainable_bytes
-    if name == FULL:  # known exactly
-        trainable, trainable_bytes = parameters, parameters * dtype.itemsize
     inputs = sizes.layers * sizes.batch * sizes.tokens * sizes.width * dtype.itemsize
     measured = _measured().get(name, {})
     row = Advice(

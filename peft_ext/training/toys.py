@@ -40,6 +40,7 @@ class Sizes:
     Attributes:
         batch, tokens: Of the batch.
         layers, width, inner: Blocks, hidden size and size of the feed-forward part.
+        own_layers: Blocks with weights of their own.
         heads, head_dim, kv_heads: Of the attention.
         vocabulary: Of a text model, else 0.
     """
@@ -47,6 +48,7 @@ class Sizes:
     batch: int
     tokens: int
     layers: int
+    own_layers: int
     width: int
     inner: int
     heads: int
@@ -84,7 +86,7 @@ class Sizes:
         _, width, inner, queries, keys, heads = self._layer
         squares = [width * queries, width * keys, width * inner]
         return [
-            *(self.layers * size for size in (1, width, inner, queries, keys, heads, *squares)),
+            *(self.own_layers * size for size in (1, width, inner, queries, keys, heads, *squares)),
             width * width,  # a pooler
             width * self.vocabulary,
             self.vocabulary,
@@ -111,6 +113,7 @@ def sizes_of(config: Any, batch: int, tokens: int) -> Sizes:
         batch=batch,
         tokens=tokens,
         layers=layers,
+        own_layers=min(layers, int(getattr(config, "num_hidden_groups", layers))),  # ALBERT's
         width=width,
         inner=int(getattr(config, "intermediate_size", None) or 4 * width),
         heads=heads,
@@ -258,7 +261,13 @@ Adapt = Callable[[PreTrainedModel, list[dict[str, torch.Tensor]]], nn.Module]
 
 
 def costs_of(
-    adapt: Adapt, build: Callable[[Any], PreTrainedModel], config: Any, sizes: Sizes, kind: str, dtype: torch.dtype
+    adapt: Adapt,
+    build: Callable[[Any], PreTrainedModel],
+    config: Any,
+    sizes: Sizes,
+    kind: str,
+    dtype: torch.dtype,
+    trainable: int | None = None,
 ) -> Costs:
     """The costs of what `adapt` makes of a model, at `sizes`, by way of toys.
 
@@ -269,6 +278,7 @@ def costs_of(
         sizes: Those to tell the costs at.
         kind: `"image"`, `"text"` or `"causal"`.
         dtype: Of the model's weights.
+        trainable: The number of trainable parameters, of that precision, if it is known.
 
     Raises:
         ValueError, TypeError: What `adapt` raises on all toys. ValueError: A toy cannot be run, or the costs do not follow
@@ -300,19 +310,24 @@ def costs_of(
             rows.append(row)
     counts_at = [row.parameters() for row in rows]
     kept_at, kept = [row.activations() for row in rows], [f[2] for f in found]
-    trainable_bytes, count_error = _told(counts_at, [f[1] for f in found], sizes.parameters())
+    if trainable is None:
+        trainable = _told(counts_at, [f[0] for f in found], sizes.parameters())[0]
+        trainable_bytes, count_error = _told(counts_at, [f[1] for f in found], sizes.parameters())
+    else:
+        trainable_bytes, count_error = trainable * dtype.itemsize, 0
     activations, error = _told(kept_at, kept, sizes.activations())
     # weights, a gradient and two moments for each trainable parameter
-    if error + 4 * count_error > ROUGH * (activations + 4 * trainable_bytes):
+    share = (error + 4 * count_error) / max(1, activations + 4 * trainable_bytes)
+    if share > ROUGH:
         raise ValueError(
-            "what it keeps depends on the data, or on its choice of modules, more than on the model's sizes: told from "
-            f"{len(found)} toys it would have a standard error of {error / max(1, activations):.0%}."
+            "what it needs depends on the data, or on its choice of modules, more than on the model's sizes: told from "
+            f"{len(found)} toys it would have a standard error of {share:.0%}."
         )
     return Costs(
-        trainable=_told(counts_at, [f[0] for f in found], sizes.parameters())[0],
+        trainable=trainable,
         trainable_bytes=trainable_bytes,
         activations=activations,
-        activations_of_one_layer=_told(kept_at, kept, replace(sizes, layers=1).activations())[0],
+        activations_of_one_layer=_told(kept_at, kept, replace(sizes, layers=1, own_layers=1).activations())[0],
         error=error,
     )
 

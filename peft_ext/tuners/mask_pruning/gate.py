@@ -54,7 +54,7 @@ class MaskGate(ExactLeaf):
         self.schedule: MaskSchedule | None = None
         self.index = 0  # among the gates of the schedule
         self._is_fixed: bool | None = None  # not looked up yet
-        self._seen: int | None = None  # the version of `kept` then
+        self._seen: tuple[torch.Tensor, int] | None = None  # `kept` and its version then
         exempt_from_weight_decay(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -92,19 +92,24 @@ class MaskGate(ExactLeaf):
         return self._is_fixed
 
     def train(self, mode: bool = True) -> MaskGate:
-        """Also looks whether the masks are decided, so that a compiled forward finds it known."""
+        """Also looks whether the masks are decided: writing to `kept.data` leaves no trace at the tensor."""
         super().train(mode)
+        self._is_fixed = None
         _ = self.is_fixed
         return self
 
+    def _is_replaced(self) -> bool:
+        """Whether `kept` is another tensor than the one looked at, as transformers' loader makes it."""
+        return self._seen is None or self._seen[0] is not self.kept
+
     def _is_current(self) -> bool:
         """Whether `kept` is what it was when it was looked at: a copy of a model is often written to in place."""
-        return not self.kept.is_inference() and self._seen == self.kept._version
+        return self._seen is not None and not self._is_replaced() and self._seen[1] == self.kept._version
 
     def _look(self) -> bool:
         found = set(self.kept.tolist())
         if found <= {0, 1} or found == {UNDECIDED}:
-            self._seen = None if self.kept.is_inference() else self.kept._version
+            self._seen = None if self.kept.is_inference() else (self.kept, self.kept._version)
             return UNDECIDED not in found
         raise ValueError(
             f"The mask of {self.group.name!r} holds {min(found - {0, 1, UNDECIDED}, default=UNDECIDED):.4g}, where a "
@@ -123,13 +128,14 @@ class MaskGate(ExactLeaf):
         self._is_fixed = None
 
     def hard(self) -> torch.Tensor:
-        """The mask of evaluation, `(units,)` of zeros and ones in fp32; NaN where the logits are."""
-        if self.is_fixed:
-            return self.kept.float()
-        return self._rounded(self.logits())
+        """The mask of evaluation, `(units,)` of zeros and ones in fp32; NaN where the logits are and count."""
+        return self._decided(self.logits())
 
-    def _rounded(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.where(logits.isnan(), logits, (logits > 0).float())  # a gradient of zero, and NaN stays
+    def _decided(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is decided, or the logits rounded; which of both is seen in `kept` itself, however it was written."""
+        _ = self.is_fixed  # refuses what can be no decision
+        rounded = torch.where(logits.isnan(), logits, (logits > 0).float())  # a gradient of zero, and NaN stays
+        return torch.where(self.kept == UNDECIDED, rounded, self.kept.float())
 
     def forward(self) -> torch.Tensor | None:
         """The mask `(units,)`, in fp32; `None` where nothing is masked."""
@@ -137,8 +143,7 @@ class MaskGate(ExactLeaf):
             return None
         if self.training:
             return self._training_mask()
-        # while a leaf runs, its weight is whole; logits that are not decided have a gradient, if only of zero
-        return self.hard() if self.is_fixed else self._rounded(self.weight.float() * self.rate)
+        return self._decided(self.weight.float() * self.rate)  # while a leaf runs, its weight is whole
 
     @torch.compiler.disable  # noise and temperature are others in each step, and would have all compiled again
     def _training_mask(self) -> torch.Tensor | None:
@@ -146,7 +151,7 @@ class MaskGate(ExactLeaf):
         if schedule is not None and torch.is_grad_enabled():
             schedule.note_use()
         # what is known is enough here: distributed training writes buffers in every forward, the same as they were
-        is_fixed = self.is_fixed if self._is_fixed is None else self._is_fixed
+        is_fixed = self.is_fixed if self._is_fixed is None or self._is_replaced() else self._is_fixed
         if is_fixed or schedule is None or not schedule.is_learning:
             mask = self.kept.float() if is_fixed else None
             if torch.distributed.is_initialized() and self.weight.requires_grad:
@@ -418,7 +423,7 @@ def _steps(logits: Sequence[torch.Tensor], groups: Sequence[Group], config: Mask
         first = group.units % size
         chunks = [order[:first]] if first else []
         chunks += order[first:].split(size)
-        chain = chains.setdefault(group.kind if config.uniform else index, [[] for _ in chunks])
+        chain = chains.setdefault((group.kind, group.tower) if config.uniform else index, [[] for _ in chunks])
         if len(chain) != len(chunks):
             raise ValueError(
                 f"`uniform=True` needs layers of one size; {group.name!r} has {group.units} units, the others differ."

@@ -52,7 +52,8 @@ def _seconds(
     def run() -> None:
         made = [F.linear(x, weight) for x, weight in zip(inputs, makers, strict=True)]
         if group.kind == "heads":
-            query, key, value = (x.view(batch, length, -1, group.head_dim).transpose(1, 2) for x in made[:3])
+            parts = made if len(made) > 1 else made[0].chunk(3, -1)  # or one product for all three
+            query, key, value = (x.reshape(batch, length, -1, group.head_dim).transpose(1, 2) for x in parts[:3])
             mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
             F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), consumer)
         else:

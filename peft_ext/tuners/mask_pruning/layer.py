@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ...core import Dropouts, ExtLayer, adapted_in_groups, linear_features
 from ...groups import Group
 from .config import MaskLoraConfig
+from .distillation import Distillation
 from .gate import MaskGate
 
 
@@ -62,6 +63,9 @@ class MaskLoraLayer(ExtLayer):
         if group is not None:
             self.mask_pruning_gate[adapter_name] = MaskGate(group, config.mask_lr_ratio, logits)
         self.finish_update(adapter_name, config)
+
+    def leave(self, model: nn.Module) -> None:
+        Distillation.leave(model)
 
     def present(self, adapters: Any) -> list[str]:
         """Those of `adapters` that this layer has."""

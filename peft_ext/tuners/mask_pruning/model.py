@@ -32,14 +32,12 @@ from ...core import (
     stable_generator,
     warn_of_experts,
     weight_of,
-    without_adapters,
 )
-from ...core.advice import trains_fresh_head
 from ...groups import Group, find_groups
 from ...scores import Scores
 from ...sparse import drawn_keys
 from .config import MaskLoraConfig
-from .distillation import divergence, without_masks
+from .distillation import Distillation
 from .gate import MaskGate, MaskSchedule, check_reachable
 from .latency import measured_costs
 from .layer import MaskLoraLayer, MaskLoraLinear
@@ -51,7 +49,6 @@ class MaskLoraModel(ExtModel):
     prefix = "mask_pruning_"
     tuner_layer_cls = MaskLoraLayer
     scores_kind = "magnitude"
-    _has_fresh_head: bool | None = None  # not looked up yet
     cuts = True
     misfit_advice = (
         "It was made for another base model, or for one that was pruned since. To go on training, use the saved "
@@ -130,6 +127,8 @@ class MaskLoraModel(ExtModel):
             gate.train(model.training)  # an adapter that is put on a model in eval mode draws nothing at random
         if gates and not config.inference_mode:
             MaskSchedule(config, list(gates.values()))
+            if config.distillation:
+                Distillation.watch(model)
 
     @classmethod
     def stored_tensors(
@@ -227,33 +226,6 @@ class MaskLoraModel(ExtModel):
             fan_in_fan_out=transposed,
         )
         return lora, tensors
-
-    # Distillation
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own; with `distillation`, its loss also has the divergence from a teacher without masks."""
-        output = super().forward(*args, **kwargs)
-        config = self.peft_config[self.active_adapters[0]] if self.active_adapters else None
-        weight = getattr(config, "distillation", 0.0)
-        if not (weight and self.training and torch.is_grad_enabled()):
-            return output
-        if getattr(output, "loss", None) is None or getattr(output, "logits", None) is None:
-            raise ValueError(
-                "`distillation` is added to the `loss` that the model returns beside its `logits`: pass `labels` to it. "
-                "TRL's SFTTrainer computes its loss itself; use `Trainer` there, or `distillation=0`."
-            )
-        assert isinstance(config, MaskLoraConfig)
-        learns_from_itself = config.distillation_teacher == "self"
-        if config.distillation_teacher is None:
-            if self._has_fresh_head is None:
-                self._has_fresh_head = trains_fresh_head(self.model)
-            learns_from_itself = self._has_fresh_head
-        with torch.no_grad(), (without_masks if learns_from_itself else without_adapters)(self.model):
-            dense = super().forward(*args, **kwargs)
-        output.loss = output.loss + weight * divergence(
-            self.model, output.logits, dense.logits, config.distillation_temperature, kwargs
-        )
-        return output
 
 
 def groups_of(config: MaskLoraConfig, model: nn.Module) -> dict[str, Group]:

@@ -73,11 +73,13 @@ class PASTALayer(ExtLayer):
             return (self(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
 
-    def adapted_forward(self, adapters: list[str], hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """hidden_states: `(B, N, D)`."""
+    def adapted_forward(  # type: ignore[override]
+        self, adapters: list[str], hidden_states: torch.Tensor, samples: list[int] | None = None
+    ) -> torch.Tensor:
+        """hidden_states: `(B, N, D)`, of all samples of the batch or of those with these indices."""
         result = hidden_states
         for name in adapters:
-            shares = self.rows.shares(name, self.configs[name], hidden_states)
+            shares = self.rows.shares(name, self.configs[name], hidden_states, samples)
             vectors = self.pasta_vectors[name](len(hidden_states), self.dropout.acting(name))
             result = result + (shares.to(vectors.dtype) @ vectors).to(result.dtype)
         return result
@@ -86,9 +88,9 @@ class PASTALayer(ExtLayer):
         """Sample i gets the vectors of `adapter_names[i]` alone."""
         result = hidden_states
         for name in self.present(dict.fromkeys(adapter_names)):
-            added = self.adapted_forward([name], hidden_states) - hidden_states
-            chosen = torch.tensor([name == other for other in adapter_names], device=hidden_states.device)
-            result = torch.where(chosen[:, None, None], result + added, result)
+            samples = [i for i, other in enumerate(adapter_names) if other == name]
+            index = torch.tensor(samples, device=hidden_states.device)
+            result = result.index_copy(0, index, self.adapted_forward([name], hidden_states[index], samples))
         return result
 
     def leave(self, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from typing import Any
 
@@ -15,7 +16,9 @@ from .config import PASTAConfig
 class LeadingRows:
     """Rows that stand first in every sample: class token, distillation token, registers."""
 
-    def shares(self, adapter: str, config: PASTAConfig, hidden_states: torch.Tensor) -> torch.Tensor:
+    def shares(
+        self, adapter: str, config: PASTAConfig, hidden_states: torch.Tensor, samples: list[int] | None = None
+    ) -> torch.Tensor:
         """`(N, m)`: one where row i gets vector p, else zero. The hidden states are `(B, N, D)`."""
         assert config.num_vectors is not None
         return torch.eye(
@@ -26,6 +29,18 @@ class LeadingRows:
         """Nothing to take away."""
 
 
+class _Forward(threading.local):
+    """What is known of the model's forward that runs now, in each thread of its own: a server's pool may run several."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Any] | None = None
+        self.found: dict[str, torch.Tensor] = {}  # by adapter
+        self.trains = False
+
+    def __reduce__(self) -> tuple[type[_Forward], tuple[()]]:
+        return _Forward, ()  # a copy of the model runs forwards of its own
+
+
 class SpecialTokens:
     """Tokens that `input_ids` shows to be special: hooks on the model that is called with them.
 
@@ -34,9 +49,7 @@ class SpecialTokens:
 
     def __init__(self, model: nn.Module) -> None:
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._inputs: dict[str, Any] | None = None
-        self._found: dict[str, torch.Tensor] = {}
-        self._trains = False
+        self._now = _Forward()
         self._checked: set[str] = set()  # adapters of which a training forward was looked at
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -49,25 +62,35 @@ class SpecialTokens:
             handle.remove()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._found, self._trains = {}, model.training and torch.is_grad_enabled()
-        self._inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        now = self._now
+        now.found, now.trains = {}, model.training and torch.is_grad_enabled()
+        now.inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._found, self._inputs = {}, None
+        self._now.found, self._now.inputs = {}, None
 
-    def shares(self, adapter: str, config: PASTAConfig, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(B, N, m)`: one where token i of a sample gets vector p, else zero. The hidden states are `(B, N, D)`.
+    def shares(
+        self, adapter: str, config: PASTAConfig, hidden_states: torch.Tensor, samples: list[int] | None = None
+    ) -> torch.Tensor:
+        """`(B, N, m)`: one where token i of a sample gets vector p, else zero.
+
+        Args:
+            adapter: The adapter, which has the same samples in all layers of a forward.
+            config: Its config.
+            hidden_states: `(B, N, D)`.
+            samples: Which of the model's samples these are; `None`: all.
 
         Raises:
             ValueError: There are no `input_ids`, they do not fit the hidden states, or a sample has more special tokens
                 than there are vectors.
         """
-        if adapter not in self._found:
-            self._found[adapter] = self._look_up(config, hidden_states.shape[:2]).to(hidden_states.dtype)
-            if not torch.compiler.is_compiling() and self._trains and adapter not in self._checked:
+        now = self._now
+        if adapter not in now.found:
+            now.found[adapter] = self._look_up(config, hidden_states.shape[:2], samples).to(hidden_states.dtype)
+            if not torch.compiler.is_compiling() and now.trains and adapter not in self._checked:
                 self._checked.add(adapter)
-                self._warn_of_none(self._found[adapter], config)
-        return self._found[adapter].to(hidden_states.device)
+                self._warn_of_none(now.found[adapter], config)
+        return now.found[adapter].to(hidden_states.device)
 
     @staticmethod
     def _warn_of_none(shares: torch.Tensor, config: PASTAConfig) -> None:
@@ -81,18 +104,22 @@ class SpecialTokens:
                 stacklevel=2,
             )
 
-    def _look_up(self, config: PASTAConfig, shape: torch.Size) -> torch.Tensor:
-        if self._inputs is None:
+    def _look_up(self, config: PASTAConfig, shape: torch.Size, samples: list[int] | None) -> torch.Tensor:
+        inputs = self._now.inputs
+        if inputs is None:
             raise ValueError(
                 "A block was run outside its model's forward, so PASTA does not know which tokens it got. Call the "
                 "model; for checkpointing use `gradient_checkpointing_enable()` of transformers 5.23 or later."
             )
-        ids, mask = self._inputs.get("input_ids"), self._inputs.get("attention_mask")
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if ids is None:
             raise ValueError(
                 "PASTA finds special tokens by their ids, and the model was called with `inputs_embeds` and no "
                 "`input_ids`. Pass `input_ids`, or switch the adapter off (`disable_adapter()`)."
             )
+        if samples is not None:
+            ids = ids[samples]
+            mask = mask[samples] if isinstance(mask, torch.Tensor) else mask
         if ids.shape != shape:
             raise ValueError(
                 f"`input_ids` are {tuple(ids.shape)} and the hidden states {tuple(shape)}: PASTA does not know which "

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...architectures import Attention
-from ...core import Dropouts, ExtLayer, is_hooked, linear_features
+from ...core import Dropouts, ExtLayer, linear_features
 from .attention import PromptedConfig, lengthened
 from .config import VPTConfig
 from .leaves import Elsewhere, Rows, Widening, start_key_values, start_rows, start_widening
@@ -35,7 +35,7 @@ class VPTLayer(ExtLayer):
 
     adds_key_values = "VPT"  # who does, beside the block's own projections of its tokens: what queries must not miss
     adapter_layer_names = ("vpt_prompts", "vpt_project", "vpt_keys", "vpt_values")
-    other_param_names = ("configs", "dropout", "_constants", "_owners")
+    other_param_names = ("configs", "dropout", "_owners")
     why_not_mixed = (
         "the prompts are further tokens for a whole batch; samples with other prompts would each need an attention mask "
         "of their own, which not every attention implementation takes"
@@ -54,7 +54,6 @@ class VPTLayer(ExtLayer):
         self.is_last = is_last
         self.configs: dict[str, VPTConfig] = {}
         self.dropout = Dropouts(self.training)
-        self._constants: dict[str, tuple[Any, torch.Tensor, torch.Tensor]] = {}
         self._owners: dict[str, tuple[VPTLayer]] = {}  # of what all layers share; not of the first layer itself
         self.recorded: list[torch.Tensor] | None = None  # see `Prompter`
 
@@ -90,10 +89,14 @@ class VPTLayer(ExtLayer):
         return self.names.q == self.names.k
 
     def attach(self) -> None:
-        """Takes the place of the attention's config, and of the block's forward."""
+        """Takes the place of the attention's config and, for an adapter whose prompts travel, of the block's forward."""
         block, attention = self.block, self.attention
-        block.add_module(CHILD, self)
-        attention.config = PromptedConfig(attention.config, self)
+        if getattr(block, CHILD, None) is not self:
+            block.add_module(CHILD, self)
+            attention.config = PromptedConfig(attention.config, self)
+        own = vars(block).get("forward")
+        if not (all(config.deep for config in self.configs.values()) or isinstance(own, _Lengthened)):
+            block.forward = _Lengthened(self, own)
 
     def leave(self, model: nn.Module) -> None:
         self.attention.config = self.attention.config.stock
@@ -132,9 +135,6 @@ class VPTLayer(ExtLayer):
                 else:
                     leaves[adapter_name] = Rows(self.heads, config.kv_tokens, self.head_size)
         self.reset_parameters(adapter_name)
-        own = vars(self.block).get("forward")
-        if not config.deep and not isinstance(own, _Lengthened):
-            self.block.forward = _Lengthened(self, own)
         self.finish_update(adapter_name, config)
 
     def reset_parameters(self, adapter_name: str) -> None:
@@ -211,11 +211,7 @@ class VPTLayer(ExtLayer):
     def _prompt_key_values(
         self, adapter: str, attention: nn.Module, queries: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        state = self._state(adapter, attention, queries)
-        if state is not None and adapter in self._constants:
-            known, keys, values = self._constants[adapter]
-            if known == state:
-                return keys, values
+        # made anew each time: few rows, beside those of the tokens, and nothing tells cheaply whether they are the same
         norm = self.block.get_submodule(self.norm) if self.norm else None
         inside = f"{self.names.module}."
         make_key = attention.get_submodule(self.names.k.removeprefix(inside))
@@ -233,43 +229,7 @@ class VPTLayer(ExtLayer):
             part.unflatten(-1, (-1, self.head_size)).transpose(1, 2).to(queries.device, queries.dtype)
             for part in (k, v)
         )
-        if state is not None:
-            self._constants[adapter] = (state, keys, values)
         return keys, values
-
-    def _state(self, adapter: str, attention: nn.Module, queries: torch.Tensor) -> Any:
-        """What the constants depend on, to be compared; `None`: they are made anew each time."""
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
-            return None
-        norm = [self.block.get_submodule(self.norm)] if self.norm else []
-        projections = [self.block.get_submodule(name) for name in dict.fromkeys((self.names.k, self.names.v))]
-        modules = [module for part in (*norm, *projections) for module in part.modules()]
-        if any(isinstance(module, BaseTunerLayer) or is_hooked(module) for module in modules):
-            return None  # which adapter acts there, and where the weights are, is not seen in them
-        owner = self._owner(adapter)
-        held = [*self.leaves_of(adapter), *owner.leaves_of(adapter)]
-        tensors = [p for module in (*modules, *held) for p in module.parameters(recurse=False)]
-        if any(p.is_inference() or p.is_meta for p in tensors):
-            return None
-        versions = tuple((id(p), p.data_ptr(), p._version) for p in tensors)
-        device = queries.device
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        # constants made in inference mode cannot be saved for a backward, which other modes might want
-        return versions, device, queries.dtype, autocast, torch.is_inference_mode_enabled()
-
-    def train(self, mode: bool = True) -> VPTLayer:
-        """As in `nn.Module`; forgets the constants, since weights may be written in ways that leave no trace."""
-        super().train(mode)
-        self._constants.clear()
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> VPTLayer:
-        self._constants.clear()
-        super()._apply(fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_constants": {}}
 
 
 class _Lengthened:

@@ -24,12 +24,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ...architectures import ARCHITECTURES, Attention, Block, describe, patch_inputs
+from ...architectures import ARCHITECTURES, Block, describe, patch_inputs
 from ...channel_norms import ChannelSite
 from ...core import ExtLayer, ExtModel, Row, empty_like_of, features_of, head_modules, is_admitted, matched_targets
 from .config import CLASS_TOKENS, VPTConfig
 from .layer import CHILD, VPTLayer
-from .starts import check_start, start
+from .starts import check_start, start, start_from
 
 
 class VPTModel(ExtModel):
@@ -103,6 +103,19 @@ class VPTModel(ExtModel):
             refuse_shallow(config, model, set(targets))
         if not (config.inference_mode or config.awaits_weights):
             check_start(config, targets if config.deep and not config.share_layers else [blocks_of(model)[-1].name])
+            if isinstance(config.init_weights, str) and config.init_weights != CLASS_TOKENS:
+                start_from(config, cls._trial(config, model, targets), "trial")
+
+    @staticmethod
+    def _trial(config: Any, model: nn.Module, targets: list[str]) -> dict[str, VPTLayer]:
+        """The layers that an adapter would have, by their names, without values and not attached to the model."""
+        layers: dict[str, VPTLayer] = {}
+        with torch.device("meta"):
+            for name in targets:
+                layer = _layer_beside(model, name)
+                layer.update_layer("trial", config, next(iter(layers.values()), None))
+                layers[f"{name}.{CHILD}"] = layer
+        return layers
 
     @classmethod
     def inject_layer(
@@ -114,15 +127,12 @@ class VPTModel(ExtModel):
         holders = (m for m in model.modules() if isinstance(m, VPTLayer) and adapter_name in m.configs)
         owner = next(holders, None)
         layer: Any = getattr(block, CHILD, None)
-        is_new = layer is None
-        if is_new:
-            names, is_last = _names_of(model, name)
-            layer = VPTLayer(block, names, names.norm or "", patch_inputs(model.config), is_last)
+        if layer is None:
+            layer = _layer_beside(model, name)
             layer.like = empty_like_of(model)
             layer.activate_only(adapter_name)
         layer.update_layer(adapter_name, config, owner)
-        if is_new:
-            layer.attach()
+        layer.attach()
         if adapter_name not in tuner.active_adapters:
             for leaf in layer.leaves_of(adapter_name):  # an additional adapter is not trained until it is activated
                 leaf.requires_grad_(False)
@@ -247,11 +257,14 @@ def _key_sizes(model: nn.Module, name: str) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _names_of(model: nn.Module, name: str) -> tuple[Attention, bool]:
-    """The names inside the block `name`, and whether it is the last of its stack."""
+def _layer_beside(model: nn.Module, name: str) -> VPTLayer:
+    """A layer for the block of this name, or for the one inside another method's layer of this name."""
     stack = next(blocks for blocks in describe(model).stacks.values() if any(b.name == name for b in blocks))
     block = next(block for block in stack if block.name == name)
-    return block.attention[0].names, block is stack[-1]
+    module: Any = model.get_submodule(name)
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    names = block.attention[0].names
+    return VPTLayer(module, names, names.norm or "", patch_inputs(model.config), block is stack[-1])
 
 
 def refuse_no_class_token(model: nn.Module) -> None:

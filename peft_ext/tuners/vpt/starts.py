@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftConfig, PeftType
@@ -22,8 +22,6 @@ def check_start(config: VPTConfig, blocks: Sequence[str]) -> None:
         blocks: The blocks whose class tokens a start needs.
     """
     if config.init_weights != CLASS_TOKENS:
-        if isinstance(config.init_weights, str):
-            rows_of_adapter(config)
         return
     if config.support is None:
         raise ValueError(
@@ -49,7 +47,8 @@ def start(model: nn.Module, config: VPTConfig, adapter_name: str) -> None:
     elif not isinstance(config.init_weights, str) or config.inference_mode or config.awaits_weights:
         return
     else:
-        _start_from(rows_of_adapter(config), model, config, adapter_name)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, VPTLayer)}
+        start_from(config, layers, adapter_name)
     config.init_weights, config.support = True, None
 
 
@@ -92,11 +91,14 @@ def rows_of_adapter(config: VPTConfig) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _start_from(tensors: dict[str, torch.Tensor], model: nn.Module, config: VPTConfig, adapter_name: str) -> None:
-    by_site = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, VPTLayer):
-            continue
+def start_from(config: VPTConfig, layers: Mapping[str, VPTLayer], adapter_name: str) -> None:
+    """Fills in the leaves of an adapter, in these layers, from the adapter that `init_weights` names.
+
+    Raises:
+        ValueError: That is no VPT adapter, or it does not fit.
+    """
+    by_site = {key.removeprefix("base_model.model."): value for key, value in rows_of_adapter(config).items()}
+    for name, layer in layers.items():
         for container in layer.adapter_layer_names:
             leaves = getattr(layer, container)
             if adapter_name not in leaves or isinstance(leaves[adapter_name], Elsewhere):

@@ -142,6 +142,7 @@ class VQTLayer(ReaderLayer):
                 "gather its frozen weights for the backward of the second run. Use ZeRO-1, ZeRO-2, FSDP2 "
                 "(`fsdp_version: 2`) or DistributedDataParallel."
             )
+        trains_backbone, rerun = self._modes(reading)
         embedding_dropout = self.configs[reading.adapter].embedding_dropout if self.training else 0.0
         if self.cache is not None:
             if embedding_dropout > 0:
@@ -152,7 +153,6 @@ class VQTLayer(ReaderLayer):
             kept = self.cache.look_up(self, reading.adapter, args, kwargs)
             if kept is not None:
                 return self._read_kept(reading, kept)
-        trains_backbone, rerun = self._modes(reading)
         places = {index: place for place, index in enumerate(blocks)}
         later: list[tuple[int, Frozen]] = []
 
