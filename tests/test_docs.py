@@ -129,6 +129,8 @@ def prepare(data: str) -> dict[str, Any]:
     llama, tuned = (tiny("llama", hidden_size=64, intermediate_size=96, seed=seed) for seed in (0, 1))
     llama.save_pretrained(LLAMA)
     tokenizer().save_pretrained(LLAMA)
+    kept = {key: value for key, value in llama.state_dict().items() if "_proj" not in key}
+    tuned.load_state_dict(kept, strict=False)  # else `graft` would warn, as it does of the two on the Hub
     tuned.save_pretrained(f"{LLAMA}-Instruct")
     sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
     experts = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
