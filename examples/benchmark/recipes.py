@@ -47,13 +47,19 @@ VARIANTS = (  # what differs, and the methods of the comparison that differ in i
 
 
 def rates(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, tuple[float, bool]]]:
-    """By model and method, and by task: the best rate on validation, and whether nothing beyond it was tried."""
-    found: dict[tuple[str, str], dict[str, tuple[float, bool]]] = {}
+    """By model and method, and by task: the best rate on validation, and whether nothing beyond it was tried.
+
+    Where one rate alone was run, it counts only if the method has no task on this model with several.
+    """
+    tasks: dict[tuple[str, str], dict[str, dict[float, Any]]] = {}
     for task, method, settings in dict.fromkeys((row["task"], row["method"], row["settings"]) for row in rows):
         runs = tried(rows, task, method, 1.0, settings)
         if runs and method in METHODS and (model := find_task(task).model) in MODELS:
-            best = next(iter(runs))
-            found.setdefault((model, method), {})[f"{task}, {settings}"] = best, is_open(runs)
+            tasks.setdefault((model, method), {})[f"{task}, {settings}"] = runs
+    found = {}
+    for key, own in tasks.items():
+        chosen = {task: runs for task, runs in own.items() if len(runs) > 1} or own
+        found[key] = {task: (next(iter(runs)), is_open(runs)) for task, runs in chosen.items()}
     return found
 
 
