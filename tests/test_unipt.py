@@ -231,7 +231,7 @@ def test_layers_named_twice_and_none(tmp_path: Path) -> None:
     assert len(layer_of(model).unipt_down["default"].weight) == 3
     model.save_pretrained(tmp_path)
     assert [row["module"] for row in describe(str(tmp_path))["modules"][:2]] == ["layer 0", "layer 1"]
-    with pytest.raises(ValueError, match="no layer would be read"):
+    with pytest.raises(ValueError, match="`layers_to_transform` is empty"):
         unipt("vit", layers_to_transform=[])
 
 
