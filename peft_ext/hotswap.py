@@ -112,10 +112,9 @@ def _refuse_other_modules(model: PeftModel, adapter_name: str, incoming: ExtConf
     there = {
         name
         for name, layer in tuner.model.named_modules()
-        if isinstance(layer, ExtLayer) and adapter_name in layer._get_available_adapters()
+        if isinstance(layer, ExtLayer) and layer.present([adapter_name]) and not name.startswith(f"{tuner.shared}.")
     }
     wanted = set(tuner.resolved_targets(incoming, tuner.model))
-    there = {name for name in there if not name.startswith(f"{tuner.shared}.")}
     if different := sorted(there ^ wanted):
         raise ValueError(
             f"The adapter {path!r} cannot take the place of that on the model, since they are on different modules "

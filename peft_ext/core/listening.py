@@ -12,8 +12,9 @@ from torch import nn
 class Listener:
     """A forward pre-hook that keeps what its module reads, until the layer that it listens for has taken it.
 
-    Each thread has a value of its own, since a server may run several forwards of one model at a time. The hook is inside the block, so that gradient checkpointing runs it again. A copy of a whole block has a listener of
-    its own. A copy of the module alone has the same one: PEFT copies the modules of `modules_to_save`, hooks included.
+    Each thread has a value of its own, since a server may run several forwards of one model at a time. The hook is
+    inside the block, so that gradient checkpointing runs it again. A copy of a whole block has a listener of its own. A
+    copy of the module alone has the same one: PEFT copies the modules of `modules_to_save`, hooks included.
 
     Args:
         home: A module that holds the layer and what it listens to.

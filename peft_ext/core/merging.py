@@ -21,9 +21,10 @@ def check_merges(model: nn.Module, safe_merge: bool, adapter_names: list[str] | 
                     refuse_partial_merge(module, adapter_names)
                 if not isinstance(module, ExtLayer):
                     continue
-                refuse_other_order(module, module.active_adapters if adapter_names is None else adapter_names)
+                names = module.present(module.active_adapters if adapter_names is None else adapter_names)
+                refuse_other_order(module, names)
                 with onload_layer(module):
-                    for adapter in module.present(module.active_adapters if adapter_names is None else adapter_names):
+                    for adapter in names:
                         if adapter not in module.merged_adapters:
                             module.checked_merge(adapter, safe_merge)
             except ValueError as error:
@@ -55,13 +56,17 @@ def refuse_partial_merge(layer: BaseTunerLayer, adapter_names: list[str]) -> Non
 
 
 def refuse_other_order(layer: ExtLayer, adapter_names: list[str]) -> None:
-    """Refuses to merge active adapters of one layer in another order than they act in, unless none depends on the others.
+    """Refuses to merge active adapters in another order than they act in, unless none depends on the others.
+
+    Args:
+        layer: The layer.
+        adapter_names: Those of its adapters that are to be merged.
 
     Raises:
         ValueError: The output would change.
     """
     order = layer.present(layer.active_adapters)
-    merged = list(dict.fromkeys([*layer.merged_adapters, *layer.present(adapter_names)]))
+    merged = list(dict.fromkeys([*layer.merged_adapters, *adapter_names]))
     for place, name in enumerate(merged):
         for other in order[: order.index(name)] if name in order else ():
             if other not in merged[:place] and not (layer.adds_alone(name) and layer.adds_alone(other)):

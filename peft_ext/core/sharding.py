@@ -160,7 +160,8 @@ def flattened_modules(optimizer: Optimizer) -> set[nn.Module]:
 def call_with(module: nn.Module, parameters: Mapping[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
     """The module called with these tensors for its parameters.
 
-    FSDP1 puts gathered parameters beside the module's own as plain attributes. Under ZeRO-3, and of an offloaded module, no hook of the module runs.
+    FSDP1 puts gathered parameters beside the module's own as plain attributes. Under ZeRO-3, and of an offloaded module,
+    no hook of the module runs.
     """
     if torch.compiler.is_compiling():
         return functional_call(module, dict(parameters), args, kwargs)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...core import ExtModel, Support, carry_over
+from ...core.copies import keeping_configs
 from .config import SparseFTConfig
 from .deltas import deltas
 
@@ -34,12 +35,9 @@ def add_weighted_adapter(
         combined[module] = combine([delta for delta, _ in own], [weight for _, weight in own], combination_type)
     carry = carry_over(tuner.model, tuner.peft_config, adapters)
     config = _of_the_sum(copy.deepcopy(tuner.peft_config[adapters[0]]), combined)
-    tuner.peft_config[adapter_name] = config
-    try:
+    with keeping_configs(tuner.model):
+        tuner.peft_config[adapter_name] = config
         tuner.inject_adapter(tuner.model, adapter_name)
-    except Exception:
-        del tuner.peft_config[adapter_name]
-        raise
     set_values(tuner.model, adapter_name, combined)
     new: Any = tuner.peft_config[adapter_name]
     carry(adapter_name, new)
